@@ -1,0 +1,191 @@
+"""Assignment rules: which classes are augmented positively, which negatively, and how far.
+
+A rule maps what is known about the classes to a sign s_c in {-1, 0, +1} and a multiplier m_c of the
+radius. The `confidence` and `frequency` rules, and both multipliers, are those published for LPL
+(arXiv 2209.05668), the predecessor of LPA at the logits; LPA's abstract does not name its rule.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Rule = Callable[[Array, Array], tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A rule that gives every class a sign and a radius multiplier.
+
+    Attributes:
+      name: how the rule is called in logs and error messages.
+      rule: (confidence [C], present [C] bool) -> (sign [C], multiplier [C]). Confidence is the mean
+        probability of the true class, q_c; it is zero where nothing is known.
+      uses_confidence: whether `rule` reads the confidence (if not, none is computed).
+      ema: smoothing of the confidence over steps, in [0, 1): q <- ema * q + (1 - ema) * q_batch.
+      num_classes: how many classes the rule is made for, or None for any number.
+    """
+
+    name: str
+    rule: Rule
+    uses_confidence: bool = False
+    ema: float = 0.0
+    num_classes: int | None = None
+
+    def __call__(self, confidence: Array, present: Array) -> tuple[Array, Array]:
+        """Returns (sign, multiplier), both [C]; classes that are not present get sign 0."""
+        sign, multiplier = self.rule(confidence, present)
+        return jnp.where(present, sign, 0.0), multiplier
+
+    def check_num_classes(self, num_classes: int) -> None:
+        """Raises ValueError where the rule was made for another number of classes."""
+        if self.num_classes not in (None, num_classes):
+            raise ValueError(
+                f"assignment {self.name!r} is made for {self.num_classes} classes, "
+                f"the network has {num_classes}"
+            )
+
+
+def by_confidence(kappa: float = 0.0, ema: float = 0.0) -> Assignment:
+    r"""Positive augmentation for the classes that the network is least sure of.
+
+        s_c = S(tau - q_c),   m_c = 1 + kappa |tau - q_c|,   tau = mean of q_c over present classes,
+
+    where q_c is the mean probability of the true class over the class's members in the global
+    batch. Absent classes are neither in tau nor given a sign.
+
+    Args:
+      kappa: how much further the classes far from tau are perturbed, >= 0.
+      ema: smoothing of q_c over steps in [0, 1), useful where a batch holds few of the classes.
+
+    Raises:
+      ValueError: `kappa` or `ema` out of range.
+
+    Source: LPL's rule for balanced data (arXiv 2209.05668), except that LPL's released code counts
+    absent classes with probability zero.
+
+    >>> sign, multiplier = by_confidence(kappa=2.0)(
+    ...     jnp.array([0.9, 0.5, 0.0]), jnp.array([True, True, False]))
+    >>> print(sign, np.asarray(multiplier[:2]).round(3))
+    [-1.  1.  0.] [1.4 1.4]
+    """
+    _check_nonnegative("kappa", kappa)
+    if not 0.0 <= ema < 1.0:
+        raise ValueError(f"ema must lie in [0, 1), got {ema!r}")
+
+    def rule(confidence, present):
+        present_mean = jnp.sum(jnp.where(present, confidence, 0.0)) / jnp.maximum(
+            jnp.sum(present), 1
+        )
+        deviation = present_mean - confidence
+        return jnp.sign(deviation), 1.0 + kappa * jnp.abs(deviation)
+
+    return Assignment("confidence", rule, uses_confidence=True, ema=ema)
+
+
+def by_frequency(counts: Sequence[int], split: float | int = 0.4, kappa: float = 0.0) -> Assignment:
+    r"""Negative augmentation for the head, positive for the tail of a long-tailed training set.
+
+    Classes are ranked by training count N_c, the largest first, ties by index. With N_1 the largest
+    and N_C the smallest count:
+
+        head (rank <= split):  s_c = -1,   m_c = 1 + kappa N_c / N_1
+        tail (the rest):       s_c = +1,   m_c = 1 + kappa N_C / N_c
+
+    Args:
+      counts: N_c, training examples of each class, [C], all > 0.
+      split: how many classes are the head: a fraction of C if below 1 (rounded), else a number.
+      kappa: strength of the multiplier, >= 0.
+
+    Raises:
+      ValueError: `counts`, `split` or `kappa` out of range.
+
+    Source: LPL's long-tail rule (arXiv 2209.05668); its splits are 4 of 10 and 40 of 100 classes.
+
+    >>> sign, multiplier = by_frequency([100, 10, 1], split=1, kappa=1.0)(
+    ...     jnp.zeros(3), jnp.ones(3, bool))
+    >>> print(sign, np.asarray(multiplier).round(2))
+    [-1.  1.  1.] [2.  1.1 2. ]
+    """
+    counts = np.asarray(counts, np.float64)
+    if counts.ndim != 1 or not counts.size or not np.all(np.isfinite(counts) & (counts > 0)):
+        raise ValueError(f"counts must be a list of positive numbers, got {counts.tolist()}")
+    _check_nonnegative("kappa", kappa)
+    num_classes = counts.size
+    head_size = round(split * num_classes) if 0 <= split < 1 else split
+    if head_size != int(head_size) or not 0 <= head_size <= num_classes:
+        raise ValueError(
+            f"split must be a fraction below 1 or a whole number in 0..{num_classes}, got {split!r}"
+        )
+    head = np.zeros(num_classes, bool)
+    head[np.argsort(-counts, kind="stable")[: int(head_size)]] = True
+    sign = np.where(head, -1.0, 1.0)
+    ratio = np.where(head, counts / counts.max(), counts.min() / counts)
+    return _fixed("frequency", sign, 1.0 + kappa * ratio)
+
+
+def all_positive() -> Assignment:
+    """Every present class is augmented positively (s_c = +1, m_c = 1): an ablation.
+
+    >>> all_positive()(jnp.zeros(2), jnp.array([True, False]))[0].tolist()
+    [1.0, 0.0]
+    """
+    return _constant("all_positive", 1.0)
+
+
+def all_negative() -> Assignment:
+    """Every present class is augmented negatively (s_c = -1, m_c = 1): an ablation.
+
+    >>> all_negative()(jnp.zeros(2), jnp.array([True, False]))[0].tolist()
+    [-1.0, 0.0]
+    """
+    return _constant("all_negative", -1.0)
+
+
+def custom(sign: Sequence[float], multiplier: Sequence[float] | None = None) -> Assignment:
+    """A fixed sign and multiplier for every class.
+
+    Args:
+      sign: s_c in {-1, 0, +1}, [C].
+      multiplier: m_c >= 0, [C]; 1 for every class if None.
+
+    Raises:
+      ValueError: a sign outside {-1, 0, 1}, a negative multiplier or shapes that disagree.
+
+    >>> custom([1, 0, -1])(jnp.zeros(3), jnp.ones(3, bool))[0].tolist()
+    [1.0, 0.0, -1.0]
+    """
+    sign = np.asarray(sign, np.float64)
+    multiplier = np.ones_like(sign) if multiplier is None else np.asarray(multiplier, np.float64)
+    if sign.ndim != 1 or not np.all(np.isin(sign, (-1.0, 0.0, 1.0))):
+        raise ValueError(f"sign must be a list of -1, 0 and 1, got {sign.tolist()}")
+    if multiplier.shape != sign.shape or not np.all(np.isfinite(multiplier) & (multiplier >= 0)):
+        raise ValueError(
+            f"multiplier must be {sign.size} finite numbers >= 0, got {multiplier.tolist()}"
+        )
+    return _fixed("custom", sign, multiplier)
+
+
+def _fixed(name: str, sign: np.ndarray, multiplier: np.ndarray) -> Assignment:
+    sign, multiplier = sign.astype(np.float32), multiplier.astype(np.float32)
+    return Assignment(
+        name,
+        lambda confidence, present: (jnp.asarray(sign), jnp.asarray(multiplier)),
+        num_classes=sign.size,
+    )
+
+
+def _constant(name: str, sign: float) -> Assignment:
+    def rule(confidence, present):
+        ones = jnp.ones(present.shape, jnp.float32)
+        return sign * ones, ones
+
+    return Assignment(name, rule)
+
+
+def _check_nonnegative(name: str, value: float) -> None:
+    if not (np.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")

@@ -1,0 +1,377 @@
+r"""Class-level projected gradient ascent on an activation: the core of LPA, with nothing around it.
+
+For a batch of activations h_i with labels y_i, every class c present in the global batch gets one
+perturbation
+
+    delta_c  <-  Proj_{K_c}( delta_c + s_c * eta_c * grad J_c / ||grad J_c|| ),
+    J_c(delta) = (1/n_c) sum_{i : y_i = c} loss(h_i + delta),
+    K_c        = { delta : ||delta|| <= eps_c  and  s_c <delta, hbar_c> >= 0 },
+
+where hbar_c is the class-mean activation, s_c in {-1, 0, +1} the sign and eps_c the radius. That
+the perturbation belongs to a class, is found by PGD and is expansive or contractive comes from the
+LPA abstract (arXiv 2605.29525); the half-space in K_c, the normalised step and its length are
+choices made here.
+
+The steps are unrolled: inside a loop primitive, XLA's CPU backend runs convolutions an order of
+magnitude slower.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GEOMETRIES = ("signed", "free", "flipped")
+NORMS = ("l2", "linf")
+SHAPES = ("full", "channel")
+
+Array = jax.Array
+LossFn = Callable[[Array], Array]
+
+
+class PGDOptions(NamedTuple):
+    """How the ascent moves: the static half of a class-level PGD problem.
+
+    Attributes:
+      steps: number of ascent steps, each one forward and one backward pass above the activation.
+      step_size: total path length in radii; one step is `step_size * eps_c / steps` long.
+      geometry: `"signed"` keeps s_c <delta_c, hbar_c> >= 0, `"flipped"` reverses it, `"free"` drops
+        it.
+      norm: `"l2"` (normalised gradient, ball) or `"linf"` (gradient sign, box).
+      shape: `"full"` (one value an activation entry) or `"channel"` (one value a channel).
+    """
+
+    steps: int = 3
+    step_size: float = 1.5
+    geometry: str = "signed"
+    norm: str = "l2"
+    shape: str = "full"
+
+    def validate(self) -> "PGDOptions":
+        """Returns itself.
+
+        Raises:
+          ValueError: naming the first option that is out of range.
+        """
+        if not isinstance(self.steps, int | np.integer) or self.steps < 0:
+            raise ValueError(f"steps must be a whole number >= 0, got {self.steps!r}")
+        if not (np.isfinite(self.step_size) and self.step_size > 0):
+            raise ValueError(f"step_size must be finite and > 0, got {self.step_size!r}")
+        for name, value, allowed in (
+            ("geometry", self.geometry, GEOMETRIES),
+            ("norm", self.norm, NORMS),
+            ("shape", self.shape, SHAPES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        return self
+
+
+def over_classes(vector: Array, table: Array) -> Array:
+    """Reshapes `vector` [C] so that it broadcasts over the rows of `table` [C, ...]."""
+    return jnp.reshape(vector, (-1,) + (1,) * (table.ndim - 1))
+
+
+def inner_products(a: Array, b: Array) -> Array:
+    """Row-wise inner products of two tables, [C, ...] x [C, ...] -> [C]."""
+    return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))
+
+
+def row_norms(table: Array, norm: str = "l2") -> Array:
+    """Row-wise norms, [C, ...] -> [C]; l2 is scaled by the largest entry: no square underflows."""
+    axes = tuple(range(1, table.ndim))
+    largest = jnp.max(jnp.abs(table), axis=axes)
+    if norm == "linf":
+        return largest
+    scale = jnp.where(largest > 0, largest, 1.0)
+    return scale * jnp.sqrt(jnp.sum(jnp.square(table / over_classes(scale, table)), axis=axes))
+
+
+def unit_rows(table: Array) -> Array:
+    """Every row divided by its l2 norm; zero rows stay zero."""
+    norms = row_norms(table)
+    return table / over_classes(jnp.where(norms > 0, norms, 1.0), table)
+
+
+def reduce_to_shape(values: Array, shape: str, reduction=jnp.mean) -> Array:
+    """[B, *S] -> [B, *S] (`full`) or [B, 1, ..., 1, channels] (`channel`: reduces positions)."""
+    if shape == "full" or values.ndim <= 2:
+        return values
+    return reduction(values, axis=tuple(range(1, values.ndim - 1)), keepdims=True)
+
+
+def class_sums(
+    values: Array, labels: Array, num_classes: int, axis_name: str | None = None
+) -> Array:
+    """Sums of `values` [B, ...] by label over the global batch -> [C, ...]."""
+    sums = jax.ops.segment_sum(values, labels, num_segments=num_classes)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def class_means(values: Array, labels: Array, counts: Array, axis_name: str | None = None) -> Array:
+    """Means of `values` [B, ...] by label over the global batch -> [C, ...]; absent classes get 0.
+
+    Args:
+      values: [B, ...].
+      labels: [B] integers in 0..C-1.
+      counts: [C] number of examples of each class in the global batch.
+      axis_name: mapped axis over which the global batch is spread, or None.
+    """
+    sums = class_sums(values, labels, counts.shape[0], axis_name)
+    return sums / over_classes(jnp.maximum(counts, 1.0).astype(sums.dtype), sums)
+
+
+def class_counts(
+    labels: Array, num_classes: int, axis_name: str | None = None, dtype=jnp.float32
+) -> Array:
+    """Number of examples of each class in the global batch -> [C]."""
+    return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
+
+
+def perturbation_dtype(activations) -> jnp.dtype:
+    """At least float32, so that projections hold whatever the precision of the activation."""
+    return jnp.promote_types(activations.dtype, jnp.float32)
+
+
+def cone_directions(class_mean: Array, sign: Array, geometry: str) -> Array | None:
+    """Unit normals u_c of the half-spaces <delta_c, u_c> >= 0, or None without a half-space."""
+    if geometry == "free":
+        return None
+    orientation = sign if geometry == "signed" else -sign
+    return over_classes(orientation, class_mean) * unit_rows(class_mean)
+
+
+def project(delta: Array, radius: Array, cone: Array | None, norm: str = "l2") -> Array:
+    r"""Projects every row into its ball and half-space.
+
+    For l2 this is the exact Euclidean projection: the half-space is a cone at the ball's centre, so
+    projecting on it first and scaling into the ball afterwards lands on the nearest point of the
+    intersection. For linf the box is clipped first; where the half-space then cuts, the row is
+    projected on it and scaled back into the box, which is feasible, but not always nearest.
+
+    Args:
+      delta: [C, *S].
+      radius: [C], eps_c >= 0, in units of the activation.
+      cone: [C, *S] unit normals or None, from `cone_directions`.
+      norm: `"l2"` or `"linf"`.
+
+    >>> delta, cone = jnp.array([[3.0, 4.0], [-1.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> print(np.asarray(project(delta, jnp.array([1.0, 2.0]), cone)).round(2))
+    [[0.6 0.8]
+     [0.  1. ]]
+    """
+    bound = over_classes(radius.astype(delta.dtype), delta)
+    if norm == "linf":
+        delta = jnp.clip(delta, -bound, bound)
+    if cone is not None:
+        delta = delta - over_classes(jnp.minimum(inner_products(delta, cone), 0.0), delta) * cone
+    norms = over_classes(row_norms(delta, norm), delta)
+    return jnp.where(norms > bound, delta * (bound / jnp.where(norms > 0, norms, 1.0)), delta)
+
+
+def ascent_step(
+    delta: Array | None,
+    gradient: Array,
+    sign: Array,
+    radius: Array,
+    cone: Array | None,
+    options: PGDOptions,
+) -> Array:
+    """One signed, normalised gradient step, then the projection; `delta=None` stands for zero."""
+    direction = unit_rows(gradient) if options.norm == "l2" else jnp.sign(gradient)
+    length = sign * radius * (options.step_size / max(options.steps, 1))
+    step = over_classes(length.astype(gradient.dtype), gradient) * direction
+    return project(step if delta is None else delta + step, radius, cone, options.norm)
+
+
+def add_to_members(activations: Array, delta: Array | None, labels: Array) -> Array:
+    """h_i + delta_{y_i} in the activation's own dtype; `delta=None` adds nothing."""
+    if delta is None:
+        return activations
+    return (activations.astype(delta.dtype) + delta[labels]).astype(activations.dtype)
+
+
+def class_gradient(
+    loss_fn: Callable,
+    activations: Array,
+    labels: Array,
+    delta: Array | None,
+    counts: Array,
+    shape: str = "full",
+    axis_name: str | None = None,
+) -> tuple[Array, Array]:
+    """Gradients of J_c at delta_c for all classes with one forward and one backward pass.
+
+    Args:
+      loss_fn: [B, *S] perturbed activations -> ([B] losses, auxiliary output).
+      activations: [B, *S].
+      labels: [B].
+      delta: [C, *S'] or None for zero.
+      counts: [C] members of each class in the global batch.
+      shape: `"full"` or `"channel"`.
+      axis_name: mapped axis of the global batch or None.
+
+    Returns:
+      The table of gradients [C, *S'] and the auxiliary output of `loss_fn`.
+    """
+
+    def total_loss(perturbed):
+        losses, aux = loss_fn(perturbed)
+        return jnp.sum(losses), aux
+
+    perturbed = add_to_members(activations, delta, labels)
+    gradients, aux = jax.grad(total_loss, has_aux=True)(perturbed)
+    members = reduce_to_shape(gradients.astype(perturbation_dtype(activations)), shape, jnp.sum)
+    return class_means(members, labels, counts, axis_name), aux
+
+
+def ascend(
+    gradient_fn: Callable[[Array | None], Array],
+    delta: Array | None,
+    sign: Array,
+    radius: Array,
+    cone: Array | None,
+    options: PGDOptions,
+    first_gradient: Array | None = None,
+) -> Array | None:
+    """Runs `options.steps` unrolled ascent steps from `delta` (None is zero).
+
+    `first_gradient` is the gradient at `delta` where the caller has already computed it, which
+    saves one pass.
+    """
+    for step in range(options.steps):
+        reuse = step == 0 and first_gradient is not None
+        gradient = first_gradient if reuse else gradient_fn(delta)
+        delta = ascent_step(delta, gradient, sign, radius, cone, options)
+    return delta
+
+
+def class_perturbation(
+    loss_fn: LossFn,
+    activations: Array,
+    labels: Array,
+    *,
+    sign: Array,
+    radius: Array,
+    steps: int = 3,
+    step_size: float = 1.5,
+    geometry: str = "signed",
+    norm: str = "l2",
+    shape: str = "full",
+    initial: Array | None = None,
+    axis_name: str | None = None,
+) -> Array:
+    r"""Learns one perturbation per class by projected gradient ascent on the class's own loss.
+
+        delta_c <- Proj_{K_c}( delta_c + s_c * eta_c * grad J_c / ||grad J_c|| ),    `steps` times,
+        eta_c = step_size * eps_c / steps.
+
+    Guarantees, for every option: ||delta_c|| <= eps_c; a class that is absent from the global
+    batch, has sign 0 or radius 0 gets exactly zero; with `geometry="signed"`, ||hbar_c + delta_c||
+    >= ||hbar_c|| where s_c = +1 (up to rounding); zero gradients and zero activations give finite
+    results; no gradient flows through the result.
+
+    Args:
+      loss_fn: perturbed activations [B, *S] -> losses [B]. Targets (hard or soft), the rest of the
+        network and its parameters are closed over.
+      activations: h_i at the injection point, [B, *S], any rank, float32, bfloat16 or float64.
+      labels: y_i, [B] integers in 0..C-1, the classes that share a perturbation.
+      sign: s_c in {-1, 0, +1}, [C]. +1 raises the class's loss, -1 lowers it.
+      radius: eps_c >= 0, [C], in units of the activation's norm.
+      steps: ascent steps; 0 returns the projected `initial`, or zero.
+      step_size: path length of all steps together, in radii.
+      geometry: `"signed"`, `"free"` or `"flipped"`, see `PGDOptions`.
+      norm: `"l2"` or `"linf"`.
+      shape: `"full"`, or `"channel"` for one value a channel (the last axis), shared by all
+        positions.
+      initial: starting perturbations [C, *S'] carried over from an earlier call, or None for zero.
+      axis_name: mapped axis over which the batch is spread. Class means are then taken over the
+        global batch.
+
+    Returns:
+      delta, [C, *S] for `"full"` and [C, 1, ..., 1, channels] for `"channel"`, float32 or wider.
+
+    Raises:
+      ValueError: an option out of range, arguments whose shapes disagree, or (outside jit) labels
+        outside 0..C-1.
+
+    Source: method of arXiv 2605.29525 (abstract); equations as in the module docstring.
+
+    >>> h, y = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+    >>> loss = lambda h: 0.5 * jnp.sum(h**2, axis=-1)      # grows with the norm
+    >>> signs, radii = jnp.array([1.0, -1.0]), jnp.array([0.5, 0.5])
+    >>> class_perturbation(loss, h, y, sign=signs, radius=radii).round(3).tolist()
+    [[0.5, 0.0], [0.0, -0.5]]
+    """
+    options = PGDOptions(steps, step_size, geometry, norm, shape).validate()
+    sign, radius = jnp.asarray(sign), jnp.asarray(radius)
+    _check_arguments(activations, labels, sign, radius)
+    num_classes = sign.shape[0]
+    dtype = perturbation_dtype(activations)
+    activations = jax.lax.stop_gradient(activations)
+    sign, radius = (jax.lax.stop_gradient(v).astype(dtype) for v in (sign, radius))
+
+    counts = class_counts(labels, num_classes, axis_name, dtype)
+    radius = jnp.where((counts > 0) & (sign != 0), jnp.maximum(radius, 0.0), 0.0)
+    reduced = reduce_to_shape(activations.astype(dtype), shape)
+    cone = None
+    if geometry != "free":
+        cone = cone_directions(class_means(reduced, labels, counts, axis_name), sign, geometry)
+    delta = None
+    if initial is not None:
+        delta = project(jax.lax.stop_gradient(initial).astype(dtype), radius, cone, norm)
+
+    def gradient_fn(delta):
+        return class_gradient(
+            lambda h: (loss_fn(h), None), activations, labels, delta, counts, shape, axis_name
+        )[0]
+
+    delta = ascend(gradient_fn, delta, sign, radius, cone, options)
+    if delta is None:
+        delta = jnp.zeros((num_classes, *reduced.shape[1:]), dtype)
+    return jax.lax.stop_gradient(delta)
+
+
+def check_labels(labels: Array, num_classes: int) -> None:
+    """Refuses labels outside 0..num_classes-1, which a device would silently clamp.
+
+    Traced labels have no values to check, so this must be called where a batch enters, on the host.
+
+    Raises:
+      ValueError: naming the first bad label and its position.
+
+    >>> check_labels(np.array([0, 3]), num_classes=3)
+    Traceback (most recent call last):
+        ...
+    ValueError: labels must lie in 0..2, got 3 at position 1
+    """
+    if isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels).reshape(-1)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got dtype {values.dtype}")
+    bad = np.flatnonzero((values < 0) | (values >= num_classes))
+    if bad.size:
+        raise ValueError(
+            f"labels must lie in 0..{num_classes - 1}, got {values[bad[0]]} at position {bad[0]}"
+        )
+
+
+def _check_arguments(activations: Array, labels: Array, sign: Array, radius: Array) -> None:
+    if activations.ndim < 1 or not jnp.issubdtype(activations.dtype, jnp.floating):
+        raise ValueError(
+            "activations must be a floating array [B, ...], "
+            f"got {activations.dtype} {activations.shape}"
+        )
+    if labels.shape != activations.shape[:1]:
+        raise ValueError(
+            f"labels must have shape {activations.shape[:1]} like the activations, "
+            f"got {labels.shape}"
+        )
+    if sign.ndim != 1 or radius.shape != sign.shape:
+        raise ValueError(
+            f"sign and radius must both have shape [C], got {sign.shape} and {radius.shape}"
+        )
+    check_labels(labels, sign.shape[0])
