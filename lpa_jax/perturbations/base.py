@@ -1,0 +1,230 @@
+"""The perturbation interface: a perturbation is a value, pure functions over an explicit state.
+
+Every method of the library (Dropout, Manifold Mixup, adversarial feature perturbation, LPL, LPA,
+...) has the form h~_i = h_i + delta_i at one injection point, trained on loss(decode(h~_i), t~_i).
+They differ in where delta comes from (random, paired, learned) and to whom it belongs (a sample or
+a class), and in nothing else; so one interface carries them all.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+State = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What a perturbation sees at its injection point.
+
+    Attributes:
+      activation: h_i, [B, *S].
+      targets: soft targets t_i, [B, C].
+      labels: classes y_i, [B] integers. A perturbation that mixes targets leaves them as they are.
+      decode: [B, *S] -> logits [B, C], the network above the injection point. It never updates
+        running statistics, sees the same dropout masks as the training pass, and no gradient
+        reaches the parameters through it.
+      loss: (logits, targets) -> [B], the training loss.
+      rng: a key for this site, step and device.
+      axis_name: mapped axis over which the global batch is spread, or None.
+    """
+
+    activation: Array
+    targets: Array
+    labels: Array
+    decode: Callable[[Array], Array] | None
+    loss: Callable[[Array, Array], Array]
+    rng: Array
+    axis_name: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """C, from the targets."""
+        return self.targets.shape[-1]
+
+    def losses_and_logits(self, activation: Array) -> tuple[Array, Array]:
+        """Per-example losses [B] and logits [B, C] of the network fed with `activation`."""
+        logits = self.decode(activation)
+        return self.loss(logits, jax.lax.stop_gradient(self.targets)), logits
+
+    def global_mean(self, values: Array) -> Array:
+        """Mean over the global batch (first axis and mapped axis)."""
+        mean = jnp.mean(values, axis=0)
+        return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
+
+
+class Applied(NamedTuple):
+    """What `apply` returns.
+
+    Attributes:
+      activation: h~_i, [B, *S], in the dtype of the activation it replaces.
+      targets: t~_i, [B, C].
+      state: the state for the next step.
+      aux: diagnostics by name, equal on every device, for example `sign` and `radius` [C].
+    """
+
+    activation: Array
+    targets: Array
+    state: State
+    aux: Mapping[str, Array]
+
+
+class Feedback(NamedTuple):
+    """What the training pass tells a perturbation afterwards.
+
+    Attributes:
+      gradient: d loss_i / d h~_i for every example, [B, *S], at the perturbed activation.
+      logits: logits of the training pass, [B, C].
+    """
+
+    gradient: Array
+    logits: Array
+
+
+class Perturbation(NamedTuple):
+    """Pure functions that perturb the activation at an injection point.
+
+    Attributes:
+      name: the method's name in the registry.
+      init: (activation: ShapeDtypeStruct of one batch, num_classes) -> state, a pytree of arrays.
+      apply: (state, site: Site) -> Applied.
+      update: (state, site, feedback: Feedback) -> state after the training pass, for methods that
+        learn from its gradient at the injection point; None for all others. `site.decode` is None.
+    """
+
+    name: str
+    init: Callable[[jax.ShapeDtypeStruct, int], State]
+    apply: Callable[[State, Site], Applied]
+    update: Callable[[State, Site, Feedback], State] | None = None
+
+
+def stateless(name: str, perturb: Callable[[Site], tuple[Array, Array]]) -> Perturbation:
+    """A perturbation without state from a function site -> (activation, targets).
+
+    >>> shift = stateless("shift", lambda site: (site.activation + 1.0, site.targets))
+    >>> shift.init(jax.ShapeDtypeStruct((2, 3), jnp.float32), 10)
+    ()
+    """
+
+    def apply(state, site):
+        activation, targets = perturb(site)
+        return Applied(activation.astype(site.activation.dtype), targets, state, {})
+
+    return Perturbation(name, lambda activation, num_classes: (), apply)
+
+
+def identity(name: str = "none") -> Perturbation:
+    """No perturbation: empirical risk minimisation. Methods of zero strength return this, bitwise.
+
+    >>> identity().name
+    'none'
+    """
+    return stateless(name, lambda site: (site.activation, site.targets))
+
+
+def chain(*perturbations: Perturbation) -> Perturbation:
+    """Several perturbations at the same injection point, one after the other.
+
+    Each sees the activation and targets that the one before it left.
+
+    Raises:
+      ValueError: nothing to chain.
+
+    >>> chain(identity("a"), identity("b")).name
+    'a+b'
+    """
+    if not perturbations:
+        raise ValueError("chain needs at least one perturbation, got none")
+
+    def init(activation, num_classes):
+        return tuple(p.init(activation, num_classes) for p in perturbations)
+
+    def at(site, position, activation, targets):
+        rng = jax.random.fold_in(site.rng, position)
+        return dataclasses.replace(site, activation=activation, targets=targets, rng=rng)
+
+    def apply(states, site):
+        activation, targets, new_states, aux = site.activation, site.targets, [], {}
+        for i, (p, state) in enumerate(zip(perturbations, states, strict=True)):
+            applied = p.apply(state, at(site, i, activation, targets))
+            activation, targets = applied.activation, applied.targets
+            new_states.append(applied.state)
+            aux.update({f"{i}_{p.name}/{key}": value for key, value in applied.aux.items()})
+        return Applied(activation, targets, tuple(new_states), aux)
+
+    def update(states, site, feedback):
+        return tuple(
+            state
+            if p.update is None
+            else p.update(state, at(site, i, site.activation, site.targets), feedback)
+            for i, (p, state) in enumerate(zip(perturbations, states, strict=True))
+        )
+
+    learns = any(p.update is not None for p in perturbations)
+    name = "+".join(p.name for p in perturbations)
+    return Perturbation(name, init, apply, update if learns else None)
+
+
+def per_example(values: Array, like: Array) -> Array:
+    """Reshapes [B] so that it broadcasts over `like` [B, ...]."""
+    return jnp.reshape(values, (-1,) + (1,) * (like.ndim - 1))
+
+
+def check_range(name: str, value: float, low: float, high: float = np.inf, open_high=False) -> None:
+    """Raises ValueError unless `value` is finite and in [low, high], or [low, high)."""
+    if np.isfinite(value) and low <= value <= high and not (open_high and value == high):
+        return
+    if high == np.inf:
+        raise ValueError(f"{name} must be finite and >= {low:g}, got {value!r}")
+    bracket = ")" if open_high else "]"
+    raise ValueError(f"{name} must lie in [{low:g}, {high:g}{bracket}, got {value!r}")
+
+
+_REGISTRY: dict[str, Callable[..., Perturbation]] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Perturbation]], Callable[..., Perturbation]]:
+    """Decorator that enters a factory into the registry under `name`."""
+
+    def add(factory):
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """Names of all registered perturbations, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def options(name: str) -> tuple[str, ...]:
+    """Names of the options that the factory `name` takes.
+
+    Raises:
+      ValueError: unknown `name`.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown perturbation {name!r}; known: {', '.join(names())}")
+    return tuple(inspect.signature(_REGISTRY[name]).parameters)
+
+
+def create(name: str, **arguments: Any) -> Perturbation:
+    """Builds a registered perturbation by name.
+
+    Raises:
+      ValueError: unknown `name` or an option that the method does not have.
+    """
+    unknown = sorted(set(arguments) - set(options(name)))
+    if unknown:
+        raise ValueError(
+            f"perturbation {name!r} has no option {unknown[0]!r}; "
+            f"it has: {', '.join(options(name))}"
+        )
+    return _REGISTRY[name](**arguments)

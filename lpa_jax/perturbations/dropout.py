@@ -1,0 +1,54 @@
+"""Dropout: every unit of the activation is zeroed at random, independently of all others."""
+
+import jax
+import jax.numpy as jnp
+
+from lpa_jax import pgd
+from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
+
+Array = jax.Array
+
+
+@register("dropout")
+def dropout(rate: float = 0.1) -> Perturbation:
+    r"""Inverted dropout, unbiased: E[h~_i] = h_i.
+
+        h~_i = h_i * m_i / (1 - rate),    m_i ~ Bernoulli(1 - rate), one for every unit
+
+    Args:
+      rate: probability p of zeroing a unit, in [0, 1). 0 is no perturbation, bitwise.
+
+    Raises:
+      ValueError: `rate` out of range.
+
+    Source: Srivastava et al., JMLR 15 (2014), in the inverted form that leaves evaluation alone.
+
+    >>> dropout(0.5).name
+    'dropout'
+    """
+    check_range("rate", rate, 0.0, 1.0, open_high=True)
+    if rate == 0:
+        return identity("dropout")
+
+    def perturb(site):
+        dropped = jax.random.bernoulli(site.rng, rate, site.activation.shape)
+        return inverted_dropout(site.activation, dropped, 1.0 - rate), site.targets
+
+    return stateless("dropout", perturb)
+
+
+def inverted_dropout(activation: Array, dropped: Array, keep_probability: Array | float) -> Array:
+    """Zeroes `activation` where `dropped` and divides the rest by E[m], in at least float32.
+
+    Args:
+      activation: h_i, [B, *S].
+      dropped: booleans that broadcast over `activation` at the same rank.
+      keep_probability: E[m], a scalar or an array that broadcasts over `activation`. In bfloat16
+        its rounding would bias every unit the same way, hence the wider type.
+
+    >>> inverted_dropout(jnp.array([[1.0, 2.0]]), jnp.array([[True, False]]), 0.5).tolist()
+    [[0.0, 4.0]]
+    """
+    dtype = pgd.perturbation_dtype(activation)
+    kept = activation.astype(dtype) / jnp.asarray(keep_probability, dtype)
+    return jnp.where(dropped, 0.0, kept)

@@ -1,0 +1,55 @@
+"""LPL: class-level logit perturbation, LPA's published predecessor, as LPA at the logits."""
+
+from lpa_jax import pgd
+from lpa_jax.assignment import Assignment, by_confidence
+from lpa_jax.perturbations.base import Perturbation, register
+from lpa_jax.perturbations.lpa import class_level
+
+
+@register("lpl")
+def lpl(
+    radius: float = 1.0,
+    steps: int = 3,
+    *,
+    assignment: Assignment | None = None,
+    geometry: str = "free",
+    step_size: float = 1.5,
+    scale: str = "absolute",
+    negative_scale: float = 1.0,
+) -> Perturbation:
+    r"""Learning to Perturb Logits: `lpa` at the injection point `logits`, with LPL's settings.
+
+        z~_i = z_i + delta_{y_i},     grad J_c = (1/n_c) sum_{y_i = c} (softmax(z_i + delta_c) -
+        t_i)
+
+    for cross entropy. Published LPL constrains the length of delta only, so there is no half-space
+    (`geometry="free"`), and measures the radius in units of the logits (`scale="absolute"`). LPL
+    fixes the length of a step and varies their number with the bound; here the number is fixed and
+    the length varies, which keeps shapes static and reaches the same bound.
+
+    Args:
+      radius: eps, in units of the logits, >= 0. 0 is no perturbation, bitwise.
+      steps: PGD steps. They cost next to nothing here: nothing lies above the logits.
+      assignment: which classes, how far; None is `by_confidence()`.
+      geometry: `"free"`, `"signed"` or `"flipped"`.
+      step_size: path length of all steps together, in radii.
+      scale: `"absolute"`, or `"relative"` to the mean norm of the logits.
+      negative_scale: factor on the radius of classes with s_c = -1, >= 0.
+
+    Raises:
+      ValueError: an option out of range.
+
+    Source: Li et al., AAAI 2022, and arXiv 2209.05668.
+
+    >>> lpl(radius=2.0).name
+    'lpl'
+    """
+    return class_level(
+        "lpl",
+        radius,
+        pgd.PGDOptions(steps, step_size, geometry, "l2", "full"),
+        assignment or by_confidence(),
+        "cold",
+        scale,
+        negative_scale,
+    )

@@ -1,0 +1,43 @@
+"""Gaussian noise on the activation, in units of the activation's own root mean square."""
+
+import jax
+import jax.numpy as jnp
+
+from lpa_jax import pgd
+from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
+
+
+@register("gaussian_noise")
+def gaussian_noise(sigma: float = 0.1) -> Perturbation:
+    r"""Isotropic Gaussian noise, relative to the size of the activation.
+
+        h~_i = h_i + sigma * rms(h) * n_i,    n_i ~ N(0, I),
+        rms(h) = sqrt(mean of h^2 over all entries of the global batch)
+
+    rms(h) is a constant of the step: no gradient flows through it. Relative noise has the same
+    meaning at every layer, and a network cannot escape it by scaling its activation up.
+
+    Args:
+      sigma: standard deviation of the noise in units of rms(h), >= 0. 0 is no perturbation,
+        bitwise.
+
+    Raises:
+      ValueError: `sigma` out of range.
+
+    Source: Bishop, Neural Computation 7 (1995), noise at the input; relative scale chosen here.
+
+    >>> gaussian_noise(0.1).name
+    'gaussian_noise'
+    """
+    check_range("sigma", sigma, 0.0)
+    if sigma == 0:
+        return identity("gaussian_noise")
+
+    def perturb(site):
+        h = site.activation.astype(pgd.perturbation_dtype(site.activation))
+        squares = jnp.square(jax.lax.stop_gradient(h))
+        # First the mean within an example, so that examples, not entries, are averaged globally.
+        rms = jnp.sqrt(site.global_mean(jnp.mean(squares, axis=tuple(range(1, h.ndim)))))
+        return h + sigma * rms * jax.random.normal(site.rng, h.shape, h.dtype), site.targets
+
+    return stateless("gaussian_noise", perturb)
