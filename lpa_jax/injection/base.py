@@ -1,0 +1,187 @@
+"""Where a perturbation is injected: a network as a chain of named layers that can be cut at each.
+
+    x = input -> h_1 -> h_2 -> ... -> logits
+
+Three kinds of network reach the same interface: staged models, made to be cut (`staged.py`); any
+existing Linen or NNX module, cut by exchanging the output of one of its submodules
+(`linen_module.py`, `nnx_module.py`); and a pair of plain functions (`functions.py`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from flax.core import tracers
+
+Array = jax.Array
+Variables = Mapping[str, Any]
+Tap = Callable[[Array, Callable[[Array], Array]], Array]
+
+INPUT = "input"
+LOGITS = "logits"
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A network that can be cut at any of its `layers`.
+
+    Variables are a mapping with the trained parameters under `"params"`; every other entry is model
+    state (running statistics, for example) that a training pass replaces.
+    """
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the injection points in order, from `input` to `logits`."""
+        ...
+
+    def init(self, rng: Array, inputs: Array) -> Variables:
+        """Initial variables for a batch of inputs."""
+        ...
+
+    def advance(
+        self,
+        variables: Variables,
+        inputs: Array,
+        pinned: Mapping[str, Array],
+        stop: str,
+        *,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, Variables]:
+        """Computes the activation at `stop` with the activations at earlier layers exchanged.
+
+        Args:
+          variables: parameters and model state.
+          inputs: the network's input, [B, ...].
+          pinned: activations that replace the network's own at layers before `stop`.
+          stop: the layer to advance to.
+          train: training mode (batch statistics, dropout) or evaluation mode.
+          rng: key for dropout in training mode. The same key gives the same masks, whatever is
+            pinned and wherever the pass stops.
+
+        Returns:
+          The activation at `stop`, and the model state (everything but `"params"`), where the
+          statistics of a layer are updated once as `stop` passes over it.
+        """
+        ...
+
+
+def check_layer(layers: Sequence[str], layer: str) -> None:
+    """Raises ValueError, listing the names, unless `layer` is one of `layers`."""
+    if layer not in layers:
+        raise ValueError(f"unknown layer {layer!r}; the injection points are: {', '.join(layers)}")
+
+
+def model_state(variables: Variables) -> dict[str, Any]:
+    """Everything in `variables` but the parameters."""
+    return {name: value for name, value in variables.items() if name != "params"}
+
+
+def last_pinned(layers: Sequence[str], pinned: Mapping[str, Array], stop: str) -> str | None:
+    """The deepest pinned layer at or before `stop`, or None."""
+    upto = layers[: layers.index(stop) + 1]
+    return next((layer for layer in reversed(upto) if layer in pinned), None)
+
+
+class SubmoduleOutputs:
+    """Records the outputs of named submodules during one pass and exchanges the pinned ones."""
+
+    def __init__(self, paths: Sequence[str], pinned: Mapping[str, Array]):
+        self.seen: dict[str, Array] = {}
+        self._paths = paths
+        self._pinned = pinned
+        self._trace = tracers.current_trace()
+
+    def exchange(self, path: str, output: Any) -> Array:
+        """The output that takes the place of `output`, which submodule `path` has returned.
+
+        Raises:
+          ValueError: the output cannot be an injection point.
+        """
+        if path in self.seen:
+            raise ValueError(
+                f"submodule {path!r} is called more than once in a pass, so it names no single "
+                "injection point"
+            )
+        for other in self._paths[self._paths.index(path) + 1 :]:
+            if other in self.seen:
+                raise ValueError(
+                    f"paths must be in the order of the pass, but {other!r}, named after {path!r}, "
+                    "returns before it"
+                )
+        if not isinstance(output, jax.Array):
+            raise ValueError(
+                f"submodule {path!r} returns {type(output).__name__}, an injection point must "
+                "return one array"
+            )
+        if tracers.current_trace() != self._trace:
+            raise ValueError(
+                f"submodule {path!r} runs inside a transformation of its own (remat, jit, scan or "
+                "vmap), out of which no activation can be taken"
+            )
+        self.seen[path] = output
+        return self._pinned.get(path, output)
+
+    def check_seen(self, expected: set[str]) -> None:
+        """Raises ValueError unless every submodule of `expected` was called."""
+        for path in sorted(expected - set(self.seen)):
+            raise ValueError(f"submodule {path!r} was not called in the pass through the module")
+
+
+def forward(
+    network: Network,
+    variables: Variables,
+    inputs: Array,
+    taps: Mapping[str, Tap],
+    *,
+    train: bool,
+    rng: Array | None,
+) -> tuple[Array, Variables]:
+    """One pass through the network, handing the activation at every tapped layer to its tap.
+
+    Each tap is called as `tap(activation, decode)` and returns the activation that takes its place.
+    `decode` runs the network above that layer, with the taps below in force and those above not; it
+    leaves the model state alone and no gradient reaches the parameters through it.
+
+    Returns:
+      The logits and the new model state.
+    """
+    for layer in taps:
+        check_layer(network.layers, layer)
+    frozen = jax.lax.stop_gradient(dict(variables))
+    state = model_state(variables)
+    pinned: dict[str, Array] = {}
+
+    def advance(stop):
+        current = {"params": variables["params"], **state}
+        return network.advance(current, inputs, pinned, stop, train=train, rng=rng)
+
+    def decode_from(layer):
+        below = jax.lax.stop_gradient(dict(pinned))
+
+        def decode(activation):
+            exchanged = {**below, layer: activation}
+            return network.advance(frozen, inputs, exchanged, LOGITS, train=train, rng=rng)[0]
+
+        return decode
+
+    for layer in (name for name in network.layers if name in taps):
+        activation, state = advance(layer)
+        pinned[layer] = taps[layer](activation, decode_from(layer))
+    return advance(LOGITS) if LOGITS not in pinned else (pinned[LOGITS], state)
+
+
+def activation_shapes(
+    network: Network, variables: Variables, inputs: Any, layers: Sequence[str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the activations at `layers` for a batch like `inputs`, without computing them."""
+    for layer in layers:
+        check_layer(network.layers, layer)
+    return {
+        layer: jax.eval_shape(
+            lambda v, x, stop=layer: network.advance(v, x, {}, stop, train=False, rng=None)[0],
+            variables,
+            inputs,
+        )
+        for layer in layers
+    }

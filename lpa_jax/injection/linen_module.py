@@ -1,0 +1,152 @@
+"""Cutting any existing Linen module at named submodules, without editing it."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from lpa_jax.injection.base import (
+    INPUT,
+    LOGITS,
+    Array,
+    SubmoduleOutputs,
+    Variables,
+    check_layer,
+    last_pinned,
+    model_state,
+)
+
+# How modules in the wild name the switch between training and evaluation, and its value in
+# training.
+TRAIN_ARGUMENTS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class InjectedLinen:
+    """A Linen module cut at the outputs of some of its submodules.
+
+    A pass that starts at a pinned layer runs the whole module with that submodule's output
+    exchanged. What lies below is shared with the first pass (same inputs, same operations), and
+    under jit XLA computes it once or not at all.
+
+    Attributes:
+      module: the module, unchanged. Its `__call__` takes the input and returns logits.
+      paths: paths of the submodules, in the order of the pass, `/`-separated.
+      train_argument: keyword of `__call__` that switches training mode, or None if it has none.
+      arguments: further keyword arguments of `__call__`, as (name, value) pairs.
+    """
+
+    module: nn.Module
+    paths: tuple[str, ...]
+    train_argument: str | None
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """`input`, the paths, `logits`."""
+        return (INPUT, *self.paths, LOGITS)
+
+    def _keywords(self, train: bool) -> dict[str, Any]:
+        keywords = dict(self.arguments)
+        if self.train_argument is not None:
+            keywords[self.train_argument] = train == TRAIN_ARGUMENTS.get(self.train_argument, True)
+        return keywords
+
+    def init(self, rng: Array, inputs: Array) -> Variables:
+        """Initial variables; see `Network.init`."""
+        params_rng, dropout_rng = jax.random.split(rng)
+        rngs = {"params": params_rng, "dropout": dropout_rng}
+        return self.module.init(rngs, inputs, **self._keywords(train=False))
+
+    def advance(
+        self,
+        variables: Variables,
+        inputs: Array,
+        pinned: Mapping[str, Array],
+        stop: str,
+        *,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, Variables]:
+        """Runs the module with pinned outputs exchanged; see `Network.advance`."""
+        check_layer(self.layers, stop)
+        state = model_state(variables)
+        if last_pinned(self.layers, pinned, stop) == stop:
+            return pinned[stop], state
+        inputs = pinned.get(INPUT, inputs)
+        if stop == INPUT:
+            return inputs, state
+        outputs = SubmoduleOutputs(self.paths, pinned)
+
+        def intercept(next_function, args, kwargs, context):
+            output = next_function(*args, **kwargs)
+            path = "/".join(context.module.path)
+            is_cut = context.method_name == "__call__" and path in self.paths
+            return outputs.exchange(path, output) if is_cut else output
+
+        mutable = list(state) if train and state else False
+        # Linen falls back on "params" for the streams that have no key of their own.
+        rngs = None if rng is None else {"dropout": rng, "params": rng}
+        with nn.intercept_methods(intercept):
+            result = self.module.apply(
+                variables, inputs, rngs=rngs, mutable=mutable, **self._keywords(train)
+            )
+        logits, updated = result if mutable else (result, {})
+        if stop == LOGITS:
+            outputs.check_seen(set(pinned) - {INPUT, LOGITS})
+            return logits, {**state, **updated}
+        outputs.check_seen({stop})
+        return outputs.seen[stop], state
+
+
+def submodule_paths(module: nn.Module, *arguments: Any, **keywords: Any) -> tuple[str, ...]:
+    """Paths of all submodules called in a pass, in the order in which they return.
+
+    Nothing is computed: the module is only traced.
+    """
+    returned: dict[str, None] = {}
+
+    def record(next_function, args, kwargs, context):
+        output = next_function(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.path:
+            returned["/".join(context.module.path)] = None
+        return output
+
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda *a: module.init(rngs, *a, **keywords), *arguments)
+    return tuple(returned)
+
+
+def inject_linen(
+    module: nn.Module,
+    *paths: str,
+    train_argument: str | None = None,
+    **arguments: Any,
+) -> InjectedLinen:
+    """See `lpa_jax.inject`."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    if train_argument is None:
+        train_argument = next((name for name in TRAIN_ARGUMENTS if name in parameters), None)
+    elif train_argument not in parameters:
+        raise ValueError(
+            f"train_argument {train_argument!r} is not an argument of {type(module).__name__}; "
+            f"it takes: {', '.join(name for name in parameters if name != 'self')}"
+        )
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in arguments if name not in parameters and not takes_any]
+    if unknown:
+        raise ValueError(
+            f"option {unknown[0]!r} is not an argument of {type(module).__name__}; "
+            f"it takes: {', '.join(name for name in parameters if name != 'self')}"
+        )
+    return InjectedLinen(module, paths, train_argument, tuple(sorted(arguments.items())))

@@ -1,0 +1,157 @@
+"""Cutting any existing NNX module at named submodules, without editing it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lpa_jax.injection.base import (
+    INPUT,
+    LOGITS,
+    Array,
+    SubmoduleOutputs,
+    Variables,
+    check_layer,
+    last_pinned,
+    model_state,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InjectedNNX:
+    """An NNX module cut at the outputs of some of its submodules; see `InjectedLinen`.
+
+    The module given is left as it is: every pass works on a copy merged from its graph. Random
+    streams are re-keyed from the pass's own key, so that equal keys give equal dropout masks.
+
+    Attributes:
+      graphs: the module's graph in training and in evaluation mode.
+      variables: its parameters and state at the time of the cut.
+      random_state: its random streams at the time of the cut.
+      paths: paths of the submodules, in the order of the pass, `/`-separated.
+    """
+
+    graphs: Mapping[bool, nnx.GraphDef]
+    variables: Variables
+    random_state: nnx.State
+    paths: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """`input`, the paths, `logits`."""
+        return (INPUT, *self.paths, LOGITS)
+
+    def init(self, rng: Array, inputs: Array) -> Variables:
+        """The variables that the module held when it was cut: NNX modules initialise themselves."""
+        del rng, inputs
+        # Copies, because a step that donates its state would take the module's own arrays with it.
+        return jax.tree.map(jnp.copy, dict(self.variables))
+
+    def advance(
+        self,
+        variables: Variables,
+        inputs: Array,
+        pinned: Mapping[str, Array],
+        stop: str,
+        *,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, Variables]:
+        """Runs a copy of the module with pinned outputs exchanged; see `Network.advance`."""
+        check_layer(self.layers, stop)
+        state = model_state(variables)
+        if last_pinned(self.layers, pinned, stop) == stop:
+            return pinned[stop], state
+        inputs = pinned.get(INPUT, inputs)
+        if stop == INPUT:
+            return inputs, state
+        random_state = self.random_state if rng is None else _rekeyed(self.random_state, rng)
+        # Copies, because NNX refuses to write to variables made outside of the current trace.
+        module = nnx.merge(
+            self.graphs[train], variables["params"], random_state, state["nnx"], copy=True
+        )
+        outputs = SubmoduleOutputs(self.paths, pinned)
+        for path in self.paths:
+            record = functools.partial(outputs.exchange, path)
+            _exchange_output(_submodule(module, path), record)
+        logits = module(inputs)
+        outputs.check_seen(set(pinned) - {INPUT, LOGITS} if stop == LOGITS else {stop})
+        if stop != LOGITS:
+            return outputs.seen[stop], state
+        return logits, {"nnx": nnx.state(module, _is_model_state)} if train else state
+
+
+def inject_nnx(module: nnx.Module, *paths: str) -> InjectedNNX:
+    """See `lpa_jax.inject`."""
+    graphs, parts = {}, ()
+    for path in paths:
+        _submodule(module, path)
+    for train in (True, False):
+        copy = nnx.clone(module)
+        if train:
+            copy.train()
+        else:
+            copy.eval()
+        graphs[train], *parts = nnx.split(copy, nnx.Param, nnx.RngState, ...)
+    params, random_state, rest = parts
+    return InjectedNNX(graphs, {"params": params, "nnx": rest}, random_state, paths)
+
+
+def _is_model_state(path: Any, value: Any) -> bool:
+    del path
+    return isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param | nnx.RngState)
+
+
+def _rekeyed(random_state: nnx.State, rng: Array) -> nnx.State:
+    """Every stream's key folded from `rng` by its position, every count back at zero."""
+
+    def renew(position, leaf):
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.zeros_like(leaf)
+        key = jax.random.fold_in(rng, position)
+        return jax.random.split(key, leaf.shape) if leaf.shape else key
+
+    leaves, structure = jax.tree.flatten(random_state)
+    return jax.tree.unflatten(structure, [renew(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def _submodule(module: nnx.Module, path: str) -> nnx.Module:
+    node = module
+    try:
+        for name in path.split("/"):
+            node = node[int(name)] if name.isdigit() else getattr(node, name)
+    except (AttributeError, IndexError, TypeError, KeyError):
+        node = None
+    if not (isinstance(node, nnx.Module) and callable(node)):
+        raise ValueError(
+            f"{type(module).__name__} has no callable submodule {path!r}; "
+            f"it has: {', '.join(nnx_submodule_paths(module))}"
+        )
+    return node
+
+
+def nnx_submodule_paths(module: nnx.Module) -> tuple[str, ...]:
+    """Paths of all callable submodules of an NNX module."""
+    return tuple(
+        "/".join(map(str, path))
+        for path, node in nnx.iter_graph(module)
+        if path and isinstance(node, nnx.Module) and callable(node)
+    )
+
+
+def _exchange_output(module: nnx.Module, record: Callable[[Any], Array]) -> None:
+    """Makes this instance (of a private copy) hand its output to `record`."""
+    module.__class__ = _recording_class(type(module))
+    object.__setattr__(module, "_record_output", record)
+
+
+@functools.cache
+def _recording_class(cls: type) -> type:
+    def call(self, *arguments, **keywords):
+        return self._record_output(cls.__call__(self, *arguments, **keywords))
+
+    return type(cls)(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})
