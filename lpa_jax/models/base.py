@@ -1,0 +1,321 @@
+"""Staged models: networks that can be entered and left at every named layer.
+
+A classifier with `S` stages is the chain
+
+    h_0 = x,   h_k = stage_k(h_{k-1}),   k = 1..S,   h_S = logits,
+
+and `layers` names the activations `(h_0, ..., h_S)`. Cutting the chain at layer `l` gives the two
+functions `encode_l` (`start="input", stop=l`) and `decode_l` (`start=l, stop="logits"`), so that
+a perturbation of `h_l` re-runs only what stands above it.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+NORMS = ("batch", "group", "none")
+
+# Normal with variance 2 / (k*k*C_out), which the ResNet and WideResNet releases use (He et al.,
+# "Delving Deep into Rectifiers", arXiv 1502.01852, section 2.2, backward form).
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class StagedModel(nn.Module):
+    """A classifier that is a chain of named stages, callable between any two layers.
+
+    A subclass gives `stage_names`, the last one `"logits"`, and in `setup` a dictionary `stages`
+    from each of these names to a callable `(x, train) -> x`: a parameter-free function, or a
+    Linen module of that `name`. The parameters and statistics of a stage then stand under its
+    name and its randomness depends on that name only, so two calls over `start..l` and `l..stop`
+    with the same `rngs` compute what one call over `start..stop` does, dropout included. Running
+    statistics (collection `"batch_stats"`) are updated for the stages that run and for no other.
+
+    Attributes:
+        num_classes: Number of classes `C`, the width of the logits.
+        dtype: Floating type of the computation, or its name; `None` infers it from the input and
+            the parameters. Parameters and running statistics are float32 whatever it is, and
+            logits are computed and returned in at least float32.
+
+    Raises:
+        ValueError: An attribute is outside its range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lpa_jax import models
+        >>> model = models.MLP(num_classes=3, hidden=(5, 4))
+        >>> model.layers
+        ('input', 'hidden1', 'hidden2', 'logits')
+        >>> x = jnp.ones((2, 8, 8, 1))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> h = model.apply(variables, x, stop="hidden1")
+        >>> h.shape
+        (2, 5)
+        >>> logits = model.apply(variables, h, start="hidden1")
+        >>> bool((logits == model.apply(variables, x)).all())
+        True
+    """
+
+    num_classes: int
+    dtype: Any = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        """Checks the attributes, so that a bad one is refused before anything is traced."""
+        check_counts(num_classes=self.num_classes)
+        self.dtype = floating_dtype(self.dtype)
+        super().__post_init__()
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the stages in order, known without parameters; the last is `"logits"`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define stage_names")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the activations in order: `"input"`, then one for each stage's output."""
+        return ("input", *self.stage_names)
+
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, start: str = "input", stop: str = "logits"
+    ) -> jax.Array:
+        """Runs the stages after layer `start` up to and including layer `stop`.
+
+        Args:
+            x: Activation at `start`, `[B, ...]`; for `"input"` images `[B, H, W, channels]`.
+            train: Whether normalisation uses batch statistics and dropout is active (which then
+                needs an rng named `"dropout"`).
+            start: Layer at which `x` stands.
+            stop: Layer to compute; `stop == start` is the identity.
+
+        Returns:
+            The activation at `stop`, `[B, ...]`; for `"logits"` `[B, C]`.
+
+        Raises:
+            ValueError: `start` or `stop` is not in `layers`, `stop` comes before `start`, or
+                initialisation was asked for a part of the network.
+        """
+        for argument, layer in (("start", start), ("stop", stop)):
+            if layer not in self.layers:
+                raise ValueError(f"{argument}={layer!r} is not one of the layers {self.layers}")
+        first, last = self.layers.index(start), self.layers.index(stop)
+        if last < first:
+            raise ValueError(f"stop={stop!r} comes before start={start!r} in {self.layers}")
+        if self.is_initializing() and last - first < len(self.stage_names):
+            raise ValueError(
+                f"initialisation needs the whole network, not start={start!r}, stop={stop!r}"
+            )
+        for name in self.layers[first + 1 : last + 1]:
+            x = self.stages[name](x, train)
+        return x
+
+
+class NormalizedModel(StagedModel):
+    """A staged model with a choice of normalisation layers.
+
+    Attributes:
+        norm: `"batch"` (Ioffe and Szegedy, arXiv 1502.03167), `"group"` (Wu and He,
+            arXiv 1803.08494) or `"none"`, with which the convolutions get biases.
+        groups: Groups of `"group"`; a layer of `F` features has `gcd(groups, F)` of them.
+        axis_name: Mapped axis over which `"batch"` averages its statistics in training, so that
+            they are those of the global batch; `None` keeps them local.
+        norm_momentum: Share of the old running statistics that one update of `"batch"` keeps.
+        norm_epsilon: Added to the variance.
+
+    Raises:
+        ValueError: An attribute is outside its range.
+
+    Example:
+        >>> from lpa_jax import models
+        >>> models.SmallCNN(10, norm="layer")
+        Traceback (most recent call last):
+        ...
+        ValueError: norm='layer' is not one of ('batch', 'group', 'none')
+    """
+
+    norm: str = dataclasses.field(default="batch", kw_only=True)
+    groups: int = dataclasses.field(default=8, kw_only=True)
+    axis_name: str | None = dataclasses.field(default=None, kw_only=True)
+    norm_momentum: float = dataclasses.field(default=0.9, kw_only=True)
+    norm_epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
+
+    def __post_init__(self):
+        """Checks the attributes, so that a bad one is refused before anything is traced."""
+        check_choice("norm", self.norm, NORMS)
+        check_counts(groups=self.groups)
+        check_rate(norm_momentum=self.norm_momentum)
+        check_positive(norm_epsilon=self.norm_epsilon)
+        super().__post_init__()
+
+    @property
+    def primitives(self) -> "Primitives":
+        """The convolution and normalisation layers that these attributes describe."""
+        return Primitives(
+            kind=self.norm,
+            groups=self.groups,
+            axis_name=self.axis_name,
+            momentum=self.norm_momentum,
+            epsilon=self.norm_epsilon,
+            dtype=self.dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Primitives:
+    """The convolution and normalisation layers of a model, described once for all its blocks.
+
+    Attributes are those of `NormalizedModel` (`kind` is its `norm`). Both methods make submodules
+    of the compact method that calls them.
+    """
+
+    kind: str
+    groups: int
+    axis_name: str | None
+    momentum: float
+    epsilon: float
+    dtype: jnp.dtype | None
+
+    def conv(
+        self, x: jax.Array, features: int, size: int, stride: int = 1, *, name: str
+    ) -> jax.Array:
+        """Convolves `x`: `[B, H, W, F]` to `[B, H/stride, W/stride, features]`.
+
+        The padding is (size - 1)/2 on both sides, as published; "SAME" would pad a stride-2
+        convolution on one side only. A bias is left to the norm where there is one.
+        """
+        return nn.Conv(
+            features,
+            (size, size),
+            strides=(stride, stride),
+            padding=(size - 1) // 2,
+            use_bias=self.kind == "none",
+            kernel_init=he_normal_fan_out,
+            dtype=self.dtype,
+            name=name,
+        )(x)
+
+    def norm(
+        self, x: jax.Array, *, train: bool, name: str, scale_init: Callable = nn.initializers.ones
+    ) -> jax.Array:
+        """Normalises `x`, `[B, H, W, F]`."""
+        common = {
+            "epsilon": self.epsilon,
+            "dtype": self.dtype,
+            "scale_init": scale_init,
+            "name": name,
+        }
+        if self.kind == "batch":
+            return nn.BatchNorm(
+                use_running_average=not train,
+                momentum=self.momentum,
+                axis_name=self.axis_name,
+                **common,
+            )(x)
+        if self.kind == "group":
+            return nn.GroupNorm(num_groups=math.gcd(self.groups, x.shape[-1]), **common)(x)
+        return x
+
+
+class BlockStage(nn.Module):
+    """A stage of equal blocks, the first of which carries the stage's stride.
+
+    Attributes:
+        block: Makes a block from `stride` and `name`; the block is called with `(x, train)`.
+        count: Number of blocks.
+        stride: Stride of the first block; the others have stride 1.
+    """
+
+    block: Callable[..., nn.Module]
+    count: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Runs the blocks in order, `[B, H, W, F_in]` to `[B, H/stride, W/stride, F_out]`."""
+        for index in range(self.count):
+            stride = self.stride if index == 0 else 1
+            x = self.block(stride=stride, name=f"block{index + 1}")(x, train)
+        return x
+
+
+class Head(nn.Module):
+    """The linear classifier: pooled activations `[B, F]` to logits `[B, C]`.
+
+    Computed in at least float32, because a softmax over half-precision logits loses the
+    differences that a small perturbation makes.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns `x @ kernel + bias` in at least float32."""
+        del train
+        dtype = None if self.dtype is None else jnp.promote_types(self.dtype, jnp.float32)
+        return nn.Dense(self.num_classes, dtype=dtype, name="dense")(x)
+
+
+def global_average_pool(x: jax.Array, train: bool) -> jax.Array:
+    """Averages over space: `[B, H, W, F]` to `[B, F]`."""
+    del train
+    return jnp.mean(x, axis=(1, 2))
+
+
+def floating_dtype(dtype: Any) -> jnp.dtype | None:
+    """Returns `dtype` (a type or its name) as a NumPy dtype, or `None` for `None`.
+
+    Raises:
+        ValueError: It is not a floating type.
+    """
+    if dtype is None:
+        return None
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError:
+        result = None
+    if result is None or not jnp.issubdtype(result, jnp.floating):
+        raise ValueError(f"dtype={dtype!r} is not a floating type such as 'float32' or 'bfloat16'")
+    return result
+
+
+def check_choice(argument: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is not one of {allowed}")
+
+
+def check_counts(**arguments: Any) -> None:
+    """Raises ValueError unless each argument is a positive integer or a filled tuple of such."""
+    for argument, value in arguments.items():
+        counts = value if isinstance(value, tuple) else (value,)
+        if not counts or not all(isinstance(n, numbers.Integral) and n > 0 for n in counts):
+            raise ValueError(f"{argument}={value!r} must be made of integers above 0")
+
+
+def check_positive(**arguments: float) -> None:
+    """Raises ValueError unless each argument is above 0."""
+    for argument, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{argument}={value} must be above 0")
+
+
+def check_rate(**arguments: float) -> None:
+    """Raises ValueError unless each argument is in [0, 1)."""
+    for argument, value in arguments.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{argument}={value} must be at least 0 and below 1")
+
+
+def relu_dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """Returns dropout of relu(x), the dropout being a submodule of the compact caller."""
+    return nn.Dropout(rate, deterministic=not train, name="dropout")(nn.relu(x))
+
+
+def numbered(prefix: str, count: int) -> tuple[str, ...]:
+    """Returns the names `prefix1` to `prefix<count>`."""
+    return tuple(f"{prefix}{index + 1}" for index in range(count))

@@ -1,0 +1,70 @@
+"""Multilayer perceptron, every hidden layer an injection point."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lpa_jax.models import base
+
+
+class MLP(base.StagedModel):
+    """Multilayer perceptron with relu and optional dropout.
+
+    h_k = dropout(relu(W_k h_{k-1} + b_k)) with h_0 the flattened input, logits = W h_S + b.
+    Layers: `input`, `hidden1` .. `hidden<S>`, `logits`; a hidden layer stands after its dropout.
+
+    Attributes:
+        hidden: Widths of the hidden layers.
+        dropout: Rate of the dropout after each hidden layer (Srivastava et al., JMLR 2014).
+
+    Raises:
+        ValueError: An attribute is outside its range.
+
+    Example:
+        >>> from lpa_jax import models
+        >>> models.MLP(num_classes=10).layers
+        ('input', 'hidden1', 'hidden2', 'hidden3', 'logits')
+    """
+
+    hidden: tuple[int, ...] = (256, 256, 128)
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        """Checks the attributes, so that a bad one is refused before anything is traced."""
+        self.hidden = tuple(self.hidden)
+        base.check_counts(hidden=self.hidden)
+        base.check_rate(dropout=self.dropout)
+        super().__post_init__()
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """`hidden1` .. `hidden<S>`, `logits`."""
+        return (*base.numbered("hidden", len(self.hidden)), "logits")
+
+    def setup(self):
+        """Makes one module a stage."""
+        widths = dict(zip(self.stage_names, self.hidden, strict=False))
+        self.stages = {
+            name: Hidden(width, self.dropout, self.dtype, name=name)
+            for name, width in widths.items()
+        } | {"logits": base.Head(self.num_classes, self.dtype, name="logits")}
+
+
+class Hidden(nn.Module):
+    """One hidden layer; flattens its input, so that images may stand below the first."""
+
+    features: int
+    dropout: float
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns dropout(relu(W x + b)), `[B, features]`."""
+        x = jnp.reshape(x, (x.shape[0], -1))
+        x = nn.Dense(
+            self.features,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.he_normal(),
+            name="dense",
+        )(x)
+        return base.relu_dropout(x, self.dropout, train)
