@@ -1,0 +1,289 @@
+"""Where data sets come from: our own TFDS builders and every TFDS image-classification set.
+
+Reading needs no TensorFlow (`as_data_source` over array_record files). `digits` and `mnist5k` are
+prepared on first use from installed packages; every other set is prepared once by `prepare`, which
+downloads and needs TensorFlow. TFDS itself prints and logs while it works: here it is kept quiet.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lpa_jax.data.dataset import Dataset
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+# sets that prepare themselves on first use
+EMBEDDED = ("digits", "mnist5k")
+
+_READ_AT_A_TIME = 1024
+_IN_MEMORY_LIMIT = 8 * 2**30  # bytes
+
+PathLike = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSource(Sequence):
+    """Random access to the labelled images of one split on disk; made by `open_source`.
+
+    Attributes:
+      name: the name of the data set.
+      num_classes: C.
+      class_names: C names.
+      image_shape: (H, W, ch); None where images differ.
+    """
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...] = dataclasses.field(repr=False)
+    image_shape: tuple[int | None, ...]
+    _records: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+    _keys: tuple[str, str] = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns {"image": [H, W, ch], "label": int32} of one example."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Returns several examples, which reads faster than one by one."""
+        image_key, label_key = self._keys
+        records = self._records.__getitems__(list(indices))
+        return [{"image": r[image_key], "label": np.int32(r[label_key])} for r in records]
+
+
+def load(name: str, split: str, data_dir: PathLike | None = None) -> Dataset:
+    """Reads one split of a data set into memory.
+
+    Args:
+      name: "digits", "mnist5k", or any TFDS image-classification set ("cifar10", "svhn_cropped",
+        ...).
+      split: "train", "test", or another split that the set has.
+      data_dir: where TFDS keeps its data; None for its own default (the environment variable
+        TFDS_DATA_DIR, or ~/tensorflow_datasets).
+
+    Returns:
+      A `Dataset`, images as stored (uint8 for nearly every set), examples in the order of the
+      files.
+
+    Raises:
+      ValueError: an unknown name or split, a set that is not image classification or is not
+        prepared (the message has the command), images of several shapes, or more than 8 GiB of them
+        (`open_source` and `grain_batches` serve both).
+
+    Example:
+      >>> load("digit", "train")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ValueError: dataset='digit': must be digits, mnist5k or a TFDS image-classification set ...
+    """
+    source = open_source(name, split, data_dir)
+    size = len(source)
+    shape = source.image_shape if None not in source.image_shape else source[0]["image"].shape
+    if size * np.prod(shape) > _IN_MEMORY_LIMIT:
+        raise ValueError(
+            f"dataset={name!r}: {size} images of shape {shape} exceed "
+            f"{_IN_MEMORY_LIMIT // 2**30} GiB of memory, use open_source and grain_batches"
+        )
+    images, labels = None, np.empty(size, np.int32)
+    for start in range(0, size, _READ_AT_A_TIME):
+        with _quiet_log():
+            examples = source.__getitems__(range(start, min(size, start + _READ_AT_A_TIME)))
+        for i, example in enumerate(examples, start):
+            image = example["image"]
+            if image.shape != shape:
+                raise ValueError(
+                    f"dataset={name!r}: has images of shapes {shape} and {image.shape}, "
+                    "use open_source and grain_batches with a transform to one shape"
+                )
+            if images is None:
+                images = np.empty((size, *shape), image.dtype)
+            images[i] = image
+            labels[i] = example["label"]
+    return Dataset(name, images, labels, source.num_classes, source.class_names)
+
+
+def open_source(name: str, split: str, data_dir: PathLike | None = None) -> ImageSource:
+    """Opens one split of a data set for random access, without reading it: for `grain_batches`.
+
+    Args:
+      name: as in `load`.
+      split: as in `load`.
+      data_dir: as in `load`.
+
+    Raises:
+      ValueError: as `load`, except that images may have several shapes and any size.
+    """
+    builder = _builder(name, data_dir)
+    image_key, label_key = _keys(name, builder.info)
+    if name in EMBEDDED:
+        builder = _prepare(name, data_dir)
+    elif not _is_prepared(builder):
+        argument = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
+        command = f'python -c "from lpa_jax import data; data.prepare({name!r}{argument})"'
+        raise ValueError(
+            f"dataset={name!r}: not prepared in {builder.data_dir}, run once (it downloads, and "
+            f"needs `pip install tensorflow-cpu`): {command}"
+        )
+    info = builder.info
+    if split not in info.splits:
+        raise ValueError(f"split={split!r}: {name} has {', '.join(sorted(info.splits))}")
+    try:
+        records = builder.as_data_source(split)
+    except NotImplementedError:
+        raise ValueError(
+            f"dataset={name!r}: prepared in {builder.data_dir} as {info.file_format.value}, which "
+            "cannot be read without TensorFlow; give another data_dir to lpa_jax.data.prepare"
+        ) from None
+    label = info.features[label_key]
+    return ImageSource(
+        name=name,
+        num_classes=label.num_classes,
+        class_names=tuple(label.names),
+        image_shape=tuple(info.features[image_key].shape),
+        _records=records,
+        _keys=(image_key, label_key),
+    )
+
+
+def prepare(name: str, data_dir: PathLike | None = None) -> str:
+    """Prepares a data set once for reading without TensorFlow; one that is prepared is left alone.
+
+    Several processes may prepare the same set at once: each writes a folder of its own, the first
+    to finish renames it into place, and the others use that one.
+
+    Args:
+      name: as in `load`. Only the embedded sets are prepared without a download and TensorFlow.
+      data_dir: as in `load`.
+
+    Returns:
+      The folder of the prepared set.
+
+    Raises:
+      ValueError: an unknown name, a set that is not image classification, or a data_dir that cannot
+        be written.
+      RuntimeError: TensorFlow is missing, or TFDS failed (the download, most often).
+    """
+    _keys(name, _builder(name, data_dir).info)
+    return os.fspath(_prepare(name, data_dir).data_dir)
+
+
+def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder":
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"dataset={name!r}: {_known_names()}")
+    import tensorflow_datasets as tfds  # half a second, which other data does not need
+
+    from lpa_jax.data.builders import BUILDERS
+
+    data_dir = None if data_dir is None else os.fspath(data_dir)
+    try:
+        with _quiet_log(), contextlib.redirect_stdout(io.StringIO()):
+            if name in BUILDERS:
+                return BUILDERS[name](data_dir=data_dir)
+            return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise ValueError(f"dataset={name!r}: {_known_names()}") from None
+    except ImportError as error:
+        # TFDS wraps the import error in a sentence of its own
+        missing = error.name or str(error).rsplit(": ", 1)[-1]
+        raise ValueError(f"dataset={name!r}: needs a package that is missing ({missing})") from None
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"dataset={name!r}: refused by TFDS ({_first_line(error)})") from None
+    except OSError as error:
+        raise ValueError(f"data_dir={data_dir!r}: cannot be read ({error})") from None
+
+
+def _keys(name: str, info: "tfds.core.DatasetInfo") -> tuple[str, str]:
+    """The names of the image and the label feature, from the set's supervised keys."""
+    import tensorflow_datasets as tfds
+
+    keys = info.supervised_keys
+    if keys is not None and len(keys) == 2 and all(isinstance(key, str) for key in keys):
+        # a few sets name the label first
+        for image_key, label_key in (keys, keys[::-1]):
+            image, label = info.features[image_key], info.features[label_key]
+            is_image = isinstance(image, tfds.features.Image | tfds.features.Tensor)
+            is_label = isinstance(label, tfds.features.ClassLabel)
+            if is_image and is_label and len(image.shape) == 3 and label.num_classes:
+                return image_key, label_key
+    raise ValueError(f"dataset={name!r}: not image classification (its supervised_keys are {keys})")
+
+
+def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder":
+    """Returns a builder of the prepared set."""
+    builder = _builder(name, data_dir)
+    if _is_prepared(builder):
+        return builder
+    if name not in EMBEDDED and importlib.util.find_spec("tensorflow") is None:
+        raise RuntimeError(
+            f"dataset={name!r}: preparing it needs TensorFlow, run `pip install tensorflow-cpu` "
+            "(reading it later does not)"
+        )
+    failure = None
+    try:
+        with _quiet_log(), _quiet_preparation():
+            builder.download_and_prepare(file_format="array_record")
+    # whatever went wrong, TensorFlow's own errors included, the set may stand: another process
+    # was first, and the rename of our folder failed
+    except Exception as error:
+        failure = error
+    builder = _builder(name, data_dir)
+    if _is_prepared(builder):
+        return builder
+    if name in EMBEDDED and isinstance(failure, OSError):
+        folder = builder.data_dir if data_dir is None else os.fspath(data_dir)
+        raise ValueError(f"data_dir={folder!r}: cannot be written ({failure})") from failure
+    reason = f"{type(failure).__name__}: {_first_line(failure)}"
+    raise RuntimeError(f"dataset={name!r}: could not be prepared ({reason})") from failure
+
+
+def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
+    with _quiet_log():
+        return builder.is_prepared()
+
+
+def _known_names() -> str:
+    return f"must be {', '.join(EMBEDDED)} or a TFDS image-classification set (cifar10, ...)"
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"
+
+
+@contextlib.contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Drops TFDS's log records below errors: it warns of every folder that is not there yet."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.ERROR
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _quiet_preparation() -> Iterator[None]:
+    """Turns TFDS's progress bars and announcements off, and puts the bars back as they were."""
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    were_on = getattr(tqdm_utils, "_active", True)
+    tqdm_utils.display_progress_bar(enable=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm_utils.display_progress_bar(enable=were_on)
