@@ -107,8 +107,7 @@ def long_tail_indices(
     Class c keeps n_c = floor(n_max * fraction_c) of its N_c examples, the first n_c of a seeded
     random order of its own. n_max is the largest size that the pool can serve, min_c N_c /
     fraction_c: in a balanced pool the size of a class. Because each order depends on the seed and
-      the class alone,
-    a stronger imbalance (same seed and pool) takes a subset of a weaker one.
+    the class alone, a stronger imbalance (same seed and pool) takes a subset of a weaker one.
 
     Args:
       labels: int [N], the labels of the pool.

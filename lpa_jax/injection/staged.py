@@ -35,7 +35,9 @@ class StagedNetwork:
     def init(self, rng: Array, inputs: Array) -> Variables:
         """Initial variables; see `Network.init`."""
         params_rng, dropout_rng = jax.random.split(rng)
-        return self.model.init({"params": params_rng, "dropout": dropout_rng}, inputs, train=False)
+        # One compilation instead of one for every initialiser.
+        init = jax.jit(self.model.init, static_argnames="train")
+        return init({"params": params_rng, "dropout": dropout_rng}, inputs, train=False)
 
     def advance(
         self,

@@ -1,0 +1,82 @@
+"""Learning to Perturb Activations (LPA): class-level perturbation of hidden layers in JAX.
+
+A perturbation is a value (`lpa`, `lpl`, `dropout`, ...), an injection point is a layer's name, and
+a training step is a pure function of both::
+
+    step = functools.partial(lpa_step, perturbations={"stage3": lpa(radius=0.05)})
+"""
+
+from lpa_jax import (
+    data,
+    injection,
+    losses,
+    metrics,
+    models,
+    optimizers,
+    parallel,
+    perturbations,
+)
+from lpa_jax.assignment import (
+    Assignment,
+    all_negative,
+    all_positive,
+    by_confidence,
+    by_frequency,
+    custom,
+)
+from lpa_jax.injection import CutFunctions, Network, decode, encode, inject
+from lpa_jax.losses import cross_entropy
+from lpa_jax.perturbations import (
+    Perturbation,
+    Site,
+    adversarial,
+    chain,
+    dropout,
+    gaussian_noise,
+    lpa,
+    lpl,
+    manifold_mixup,
+    mixstyle,
+    spatial_dropout,
+)
+from lpa_jax.pgd import class_perturbation
+from lpa_jax.step import TrainState, eval_step, lpa_step
+
+__version__ = "0.1.0"
+__all__ = [
+    "Assignment",
+    "CutFunctions",
+    "Network",
+    "Perturbation",
+    "Site",
+    "TrainState",
+    "adversarial",
+    "all_negative",
+    "all_positive",
+    "by_confidence",
+    "by_frequency",
+    "chain",
+    "class_perturbation",
+    "cross_entropy",
+    "custom",
+    "data",
+    "decode",
+    "dropout",
+    "encode",
+    "eval_step",
+    "gaussian_noise",
+    "inject",
+    "injection",
+    "losses",
+    "lpa",
+    "lpa_step",
+    "lpl",
+    "manifold_mixup",
+    "metrics",
+    "mixstyle",
+    "models",
+    "optimizers",
+    "parallel",
+    "perturbations",
+    "spatial_dropout",
+]
