@@ -1,0 +1,59 @@
+"""Files that are whole or absent, and logs that can be read while they grow."""
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file beside its place and renames it, so that a reader never sees half of it."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        pathlib.Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes JSON atomically; non-finite numbers become null, NumPy values plain ones."""
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any | None:
+    """Reads JSON; None if the file is missing or cut short."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON values: NumPy scalars and arrays become numbers and lists, NaN becomes None.
+
+    >>> plain({"a": np.float32(0.5), "b": np.array([1.0, np.nan])})
+    {'a': 0.5, 'b': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,83 @@
+"""Progress of several runs: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lpa_jax.trainer import EpochRecord
+
+
+class RunProgress:
+    """Shows how far a series of runs has come.
+
+    Lines go to standard error, so that standard output holds the result alone.
+    """
+
+    def __init__(self, num_runs: int, epochs: int, quiet: bool = False):
+        self._num_runs, self._epochs, self._quiet = num_runs, epochs, quiet
+        self._console = Console(stderr=True, highlight=False)
+        self._live = not quiet and self._console.is_terminal
+        self._done = 0
+        self._bar = self._task = None
+
+    def __enter__(self) -> "RunProgress":
+        if self._live:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("epochs"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self._console,
+            )
+            self._bar.start()
+            total = self._num_runs * self._epochs
+            self._task = self._bar.add_task("starting", total=total, status="")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """One line above the bar."""
+        if self._live:
+            self._bar.console.print(line)
+        elif not self._quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def start(self, name: str) -> None:
+        """A run begins."""
+        self._name, self._started = name, time.perf_counter()
+        if self._live:
+            self._bar.update(self._task, description=name, status="compiling")
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch of the current run is over."""
+        if self._live:
+            status = (
+                f"step {record.step}  loss {record.train['loss']:.3f}  "
+                f"accuracy {100 * record.train['accuracy']:.1f} %  "
+                f"{record.examples_per_second:,.0f} images/s"
+            )
+            done = self._done * self._epochs + record.epoch
+            self._bar.update(self._task, completed=done, status=status)
+
+    def finish(self, outcome: str) -> None:
+        """The current run is over."""
+        self._done += 1
+        seconds = time.perf_counter() - self._started
+        self.say(f"[{self._done}/{self._num_runs}] {self._name}: {outcome} ({seconds:.1f} s)")
+        if self._live:
+            self._bar.update(self._task, completed=self._done * self._epochs)

@@ -1,0 +1,257 @@
+"""Flags that every training experiment shares, and how they become `Settings` and options."""
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import methods
+from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
+from lpa_jax import data, losses, models, optimizers, pgd
+from lpa_jax.perturbations.lpa import MODES
+
+FLAGS = flags.FLAGS
+
+# Flags that set an option of every perturbation that has it; None leaves it as tuned or default.
+OPTION_FLAGS = (
+    "radius",
+    "steps",
+    "step_size",
+    "geometry",
+    "norm",
+    "shape",
+    "mode",
+    "assignment",
+    "split",
+    "kappa",
+    "ema",
+    "negative_scale",
+)
+
+
+def define_data_flags(dataset: str, profile: str) -> None:
+    """Data set, split, profile."""
+    flags.DEFINE_string(
+        "dataset",
+        dataset,
+        f"Data set: {', '.join(data.EMBEDDED)} (embedded), or any TFDS image classification set that is "
+        "prepared in --data_dir, such as cifar10, cifar100, svhn_cropped.",
+    )
+    flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets; TFDS's default if unset.")
+    flags.DEFINE_bool(
+        "prepare",
+        False,
+        "Prepare --dataset first: downloads it, and needs TensorFlow for sets of encoded images.",
+    )
+    flags.DEFINE_enum(
+        "evaluate_on",
+        "test",
+        EVALUATION_SPLITS,
+        "test, or validation: a part carved from the training split, the test images unread.",
+    )
+    flags.DEFINE_float(
+        "validation_fraction", 0.2, "Share of the training split that validation takes."
+    )
+    flags.DEFINE_enum(
+        "profile", profile, PROFILES, "How class sizes fall off; none keeps the whole set."
+    )
+    flags.DEFINE_float("imbalance", 100.0, "Size of the largest class over the smallest.")
+    flags.DEFINE_integer(
+        "split_seed", None, "Seed of the long-tailed subset; unset, it is the run's own seed."
+    )
+
+
+def define_training_flags() -> None:
+    """Model, optimiser, schedule, augmentation, loss."""
+    flags.DEFINE_enum("model", "mlp", models.names(), "Network architecture.")
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
+    flags.DEFINE_integer("epochs", 60, "Passes over the training set.")
+    flags.DEFINE_integer("batch_size", 64, "Examples in a step, over all devices.")
+    flags.DEFINE_enum("optimizer", "sgd", optimizers.names(), "Optimiser of the parameters.")
+    flags.DEFINE_float("learning_rate", None, "Highest learning rate; unset: tuned, else 0.02.")
+    flags.DEFINE_float("weight_decay", None, "Weight decay; unset: tuned, else 5e-4.")
+    flags.DEFINE_bool("decay_biases_and_norms", False, "Decay biases and norm scales, too.")
+    flags.DEFINE_float("clip_norm", 5.0, "Bound of the gradient's global norm; 0 does not clip.")
+    flags.DEFINE_enum("schedule", "cosine", optimizers.SCHEDULES, "Learning rate schedule.")
+    flags.DEFINE_float("warmup_epochs", 0.0, "Epochs of linear warm-up.")
+    flags.DEFINE_list(
+        "milestones", [], "Where the step schedule decays, as fractions of the run: 0.3,0.6,0.8."
+    )
+    flags.DEFINE_float("decay_factor", 0.2, "What each milestone multiplies the rate by.")
+    flags.DEFINE_string(
+        "augmentation", "none", "none, or a sum of crop, flip and cutout, such as crop+flip."
+    )
+    flags.DEFINE_integer("crop_padding", 2, "Pixels by which crop may shift the image.")
+    flags.DEFINE_enum("loss", "cross_entropy", losses.names(), "Training loss.")
+    flags.DEFINE_integer(
+        "drw_epoch", None, "With --loss=ldam: epoch from which classes are re-weighted (DRW)."
+    )
+    flags.DEFINE_integer("evaluate_every", 5, "Epochs between evaluations for the curves.")
+
+
+def define_runtime_flags() -> None:
+    """What changes how fast and how loud a run is, but not its numbers."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        "runs/compilation_cache",
+        "Folder where compiled programs are kept between runs; empty keeps none.",
+    )
+    flags.DEFINE_bool("quiet", False, "No progress, only the result.")
+
+
+def apply_runtime_flags() -> None:
+    """Turns the compilation cache on."""
+    if FLAGS.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(FLAGS.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def define_perturbation_flags() -> None:
+    """Where and how to perturb."""
+    flags.DEFINE_string(
+        "layer",
+        None,
+        "Injection point of perturbations that name none: input, a hidden layer or logits; unset: "
+        "tuned, else the first hidden layer. LPL always stands at the logits.",
+    )
+    flags.DEFINE_float("radius", None, "Radius of lpa and adversarial, relative to mean ||h||.")
+    flags.DEFINE_float("lpl_radius", None, "Radius of lpl, in units of the logits.")
+    flags.DEFINE_integer("steps", None, "PGD steps.")
+    flags.DEFINE_float("step_size", None, "Path length of all PGD steps together, in radii.")
+    flags.DEFINE_enum("geometry", None, pgd.GEOMETRIES, "Half-space of lpa and lpl.")
+    flags.DEFINE_enum("norm", None, pgd.NORMS, "Norm of the radius.")
+    flags.DEFINE_enum("shape", None, pgd.SHAPES, "One value an activation entry, or a channel.")
+    flags.DEFINE_enum("mode", None, MODES, "How lpa reuses earlier work.")
+    flags.DEFINE_enum("assignment", None, methods.ASSIGNMENTS, "Which classes get which sign.")
+    flags.DEFINE_float("split", None, "Head classes of the frequency rule, a share or a number.")
+    flags.DEFINE_float("kappa", None, "Strength of the radius multiplier of the assignment.")
+    flags.DEFINE_float("ema", None, "Smoothing of the confidence rule over steps, in [0, 1).")
+    flags.DEFINE_float("negative_scale", None, "Factor on the radius of negative classes.")
+    flags.DEFINE_multi_string(
+        "option",
+        [],
+        "Any other option, as PART.OPTION=VALUE, for example dropout.rate=0.3 or lpl.steps=10.",
+    )
+
+
+def settings() -> Settings:
+    """`Settings` from the parsed flags.
+
+    Raises:
+      ValueError: naming the first flag that is out of range.
+    """
+    try:
+        milestones = tuple(float(text) for text in FLAGS.milestones)
+    except ValueError:
+        raise ValueError(f"--milestones must be numbers, got {FLAGS.milestones!r}") from None
+    defaults = Settings()
+    return Settings(
+        dataset=FLAGS.dataset,
+        data_dir=FLAGS.data_dir,
+        evaluate_on=FLAGS.evaluate_on,
+        validation_fraction=FLAGS.validation_fraction,
+        profile=FLAGS.profile,
+        imbalance=FLAGS.imbalance,
+        split_seed=FLAGS.split_seed,
+        model=FLAGS.model,
+        dtype=FLAGS.dtype,
+        epochs=FLAGS.epochs,
+        batch_size=FLAGS.batch_size,
+        optimizer=FLAGS.optimizer,
+        learning_rate=_or(FLAGS.learning_rate, defaults.learning_rate),
+        weight_decay=_or(FLAGS.weight_decay, defaults.weight_decay),
+        decay_biases_and_norms=FLAGS.decay_biases_and_norms,
+        clip_norm=FLAGS.clip_norm or None,
+        schedule=FLAGS.schedule,
+        warmup_epochs=FLAGS.warmup_epochs,
+        milestones=milestones,
+        decay_factor=FLAGS.decay_factor,
+        augmentation=FLAGS.augmentation,
+        crop_padding=FLAGS.crop_padding,
+        loss=FLAGS.loss,
+        drw_epoch=FLAGS.drw_epoch,
+        evaluate_every=FLAGS.evaluate_every,
+    ).check()
+
+
+def prepare_data() -> None:
+    """Prepares the data set in `--data_dir`, if `--prepare` says so.
+
+    Raises:
+      ValueError: it cannot be prepared here.
+    """
+    if not FLAGS.prepare:
+        return
+    print(f"Preparing {FLAGS.dataset} ...", file=sys.stderr, flush=True)
+    try:
+        data.prepare(FLAGS.dataset, FLAGS.data_dir)
+    except RuntimeError as error:
+        raise ValueError(f"--prepare: {error}") from None
+
+
+def explicit_options() -> dict[str, Any]:
+    """Options of perturbations that were given as flags.
+
+    Raises:
+      ValueError: an `--option` that is not PART.OPTION=VALUE.
+    """
+    options = {name: FLAGS[name].value for name in OPTION_FLAGS}
+    options["lpl.radius"] = FLAGS.lpl_radius
+    options = {name: value for name, value in options.items() if value is not None}
+    for text in FLAGS.option:
+        key, equals, value = text.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"--option must be PART.OPTION=VALUE, got {text!r}")
+        options[key] = _parsed(value)
+    return options
+
+
+def explicit_run_options() -> dict[str, float]:
+    """Learning rate and weight decay, where they were given as flags."""
+    given = {name: FLAGS[name].value for name in methods.RUN_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def seeds(count_or_list: list[str]) -> list[int]:
+    """Seeds from a flag: one number n means 0..n-1, several mean themselves.
+
+    Raises:
+      ValueError: not whole numbers >= 0, none, or one twice.
+
+    >>> seeds(["3"]), seeds(["4", "7"])
+    ([0, 1, 2], [4, 7])
+    """
+    if not count_or_list or not all(text.strip().isdecimal() for text in count_or_list):
+        raise ValueError(f"--seeds must be whole numbers >= 0, got {','.join(count_or_list)!r}")
+    numbers = [int(text) for text in count_or_list]
+    numbers = list(range(numbers[0])) if len(numbers) == 1 else numbers
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"--seeds must name different seeds, got {','.join(count_or_list)!r}")
+    return numbers
+
+
+def resolved() -> dict[str, Any]:
+    """All flags of the project with their values, for the record."""
+    own = ("experiments.", "__main__")
+    return {
+        flag.name: flag.value
+        for module, module_flags in FLAGS.flags_by_module_dict().items()
+        if module.startswith(own) or pathlib.Path(module).parent.name == "experiments"
+        for flag in module_flags
+    }
+
+
+def _or(value, default):
+    return default if value is None else value
+
+
+def _parsed(text: str) -> Any:
+    """A number or a boolean where the text is one in JSON, the text itself otherwise."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,267 @@
+"""One run: a method on a task with a seed, from the first step to a complete result file."""
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import files, methods
+from experiments.recording import RunLog
+from experiments.settings import Settings, Task, shot_groups
+from lpa_jax import data, losses, metrics, models, optimizers, parallel, trainer
+from lpa_jax.data import augment
+from lpa_jax.diagnostics import perturbation_effect
+from lpa_jax.injection import as_network
+from lpa_jax.step import TrainState, eval_step, lpa_step
+
+RESULT = "result.json"
+CONFIG = "config.json"
+
+
+class Program(NamedTuple):
+    """What all seeds of a method share: traced and compiled once.
+
+    Attributes:
+      method: its name.
+      options: resolved options, as written to the configuration.
+      settings: the settings, with the method's own learning rate and weight decay.
+      init: (seed) -> initial train state.
+      stages: (first epoch, step) pairs.
+      evaluate: evaluation step.
+      effect: (state, batch) -> effect of the perturbations, or None without any.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    settings: Settings
+    init: Callable[[int], TrainState]
+    stages: tuple[tuple[int, trainer.Step], ...]
+    evaluate: Callable[..., Any]
+    effect: Callable[..., Any] | None
+
+
+def make_program(
+    method: str,
+    options: Mapping[str, Any],
+    settings: Settings,
+    task: Task,
+    layer: str | None = None,
+) -> Program:
+    """Builds model, perturbations, optimiser and steps for tasks shaped like `task`.
+
+    Raises:
+      ValueError: naming the flag that does not fit.
+    """
+    counts = task.counts
+    model = models.create(settings.model, task.train.num_classes, dtype=settings.dtype)
+    network = as_network(model)
+    perturbations = methods.build(
+        method, options, layers=network.layers, layer=layer, counts=counts
+    )
+    batch_shape = (settings.batch_size, *task.train.images.shape[1:])
+    example = {"image": np.zeros(batch_shape, np.float32)}
+    optimizer = _optimizer(settings, len(task.train), options)
+    normalize = task.normalization.apply
+    transform = augment.create(settings.augmentation, padding=settings.crop_padding)
+
+    def preprocess(rng, images, positions):
+        return normalize(transform(rng, images, positions))
+
+    def evaluate(state, batch, axis_name=None):
+        return eval_step(state, {**batch, "image": normalize(batch["image"])}, axis_name=axis_name)
+
+    def step_with(loss):
+        return parallel.map_step(
+            functools.partial(lpa_step, perturbations=perturbations, loss=loss, augment=preprocess)
+        )
+
+    stages = tuple((first, step_with(loss)) for first, loss in _loss_stages(settings, counts))
+
+    @jax.jit
+    def effect(state, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+        return perturbation_effect(
+            state.network,
+            state.variables,
+            state.perturbation_state,
+            {**batch, "image": normalize(batch["image"])},
+            perturbations=perturbations,
+            loss=losses.cross_entropy,
+            rng=rng,
+        )
+
+    return Program(
+        method=method,
+        options=dict(options),
+        settings=settings,
+        init=lambda seed: TrainState.create(
+            model, optimizer, jax.random.key(seed), example, perturbations
+        ),
+        stages=stages,
+        evaluate=parallel.map_step(evaluate),
+        effect=effect if perturbations else None,
+    )
+
+
+def _optimizer(settings: Settings, train_size: int, options: Mapping[str, Any]):
+    steps_per_epoch = -(-train_size // settings.batch_size)
+    rate = optimizers.schedule(
+        settings.schedule,
+        options.get("learning_rate", settings.learning_rate),
+        total_steps=settings.epochs * steps_per_epoch,
+        warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
+        milestones=settings.milestones,
+        factor=settings.decay_factor,
+    )
+    return optimizers.create(
+        settings.optimizer,
+        rate,
+        weight_decay=options.get("weight_decay", settings.weight_decay),
+        clip_norm=settings.clip_norm,
+        decay_biases_and_norms=settings.decay_biases_and_norms,
+    )
+
+
+def _loss_stages(settings: Settings, counts) -> tuple[tuple[int, losses.Loss], ...]:
+    if settings.drw_epoch is not None:
+        return losses.drw_stages(counts, settings.drw_epoch)
+    return ((0, losses.create(settings.loss, counts)),)
+
+
+def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
+    """Everything that decides a run's result, as plain values."""
+    settings = program.settings.as_dict()
+    settings.pop("data_dir")
+    return files.plain(
+        {
+            "method": program.method,
+            "seed": seed,
+            "options": dict(program.options),
+            "settings": settings,
+            "train_counts": task.counts,
+        }
+    )
+
+
+def finished_result(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of an earlier run in this folder, or None if it is missing or incomplete.
+
+    Raises:
+      ValueError: the folder holds a run with another configuration; names what differs.
+    """
+    earlier = files.read_json(folder / CONFIG)
+    if earlier is None:
+        return None
+    if earlier != config:
+        differing = ", ".join(_differences(earlier, config))
+        raise ValueError(
+            f"--workdir: {folder} holds a run with other settings ({differing}); "
+            "choose another --workdir"
+        )
+    result = files.read_json(folder / RESULT)
+    return result if isinstance(result, dict) and result.get("complete") else None
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(set(old) | set(new))
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), key)]
+    return [] if old == new else [f"{name}: {old} there, {new} here"]
+
+
+def run(
+    program: Program,
+    task: Task,
+    seed: int,
+    folder: pathlib.Path | None,
+    on_epoch: Callable[[trainer.EpochRecord], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Trains and evaluates; writes log, configuration and result into `folder` (None: nowhere).
+
+    A folder that holds the complete result of the same run is read instead. Otherwise the run
+    starts over: it is the unit in which work is resumed.
+
+    Returns:
+      The result: final accuracy, per-class accuracy, group accuracies, curves, seconds.
+
+    Raises:
+      ValueError: the folder holds another run.
+      trainer.NonFiniteLossError: the loss diverged; nothing counts as a result then.
+    """
+    config = configuration(program, seed, task)
+    if folder is not None:
+        earlier = finished_result(folder, config)
+        if earlier is not None:
+            return earlier
+        files.write_json(folder / CONFIG, config)
+    settings = program.settings
+    started = time.perf_counter()
+    train_batches = data.batches(task.train, seed, settings.batch_size)
+    eval_batches = data.evaluation_batches(
+        task.evaluation, _evaluation_batch_size(len(task.evaluation))
+    )
+    probe = train_batches[0]
+    curve = []
+    with RunLog(folder) as log:
+        for state, record in trainer.train(
+            program.init(seed),
+            program.stages,
+            train_batches,
+            settings.epochs,
+            evaluate=lambda s: trainer.evaluate_batches(program.evaluate, s, eval_batches),
+            evaluate_every=settings.evaluate_every,
+            block_every_step=jax.local_device_count() > 1,
+        ):
+            scalars = _scalars(record)
+            if record.evaluation is not None and program.effect is not None:
+                effect = metrics.compute(program.effect(state, probe))
+                scalars |= {f"effect/{name}": value for name, value in effect.items()}
+            log.write(record.step, scalars)
+            curve.append(scalars)
+            on_epoch(record)
+    result = {
+        "complete": True,
+        "method": program.method,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        "evaluated_on": settings.evaluate_on,
+        "train_counts": task.counts,
+        **_final_metrics(record.evaluation, task.counts),
+        "curve": curve,
+    }
+    if folder is not None:
+        files.write_json(folder / RESULT, result)
+    return files.plain(result)
+
+
+def _evaluation_batch_size(size: int) -> int:
+    """At most 500 (activations of larger batches fall out of cache), a multiple of the devices."""
+    devices = jax.local_device_count()
+    return -(-min(size, 500) // devices) * devices
+
+
+def _scalars(record: trainer.EpochRecord) -> dict[str, float]:
+    scalars = {"epoch": record.epoch, "step": record.step}
+    scalars |= {f"train/{name}": value for name, value in record.train.items()}
+    if record.evaluation is not None:
+        scalars |= {f"evaluation/{name}": record.evaluation[name] for name in ("loss", "accuracy")}
+    scalars["examples_per_second"] = record.examples_per_second
+    return scalars
+
+
+def _final_metrics(evaluation: Mapping[str, Any], counts: tuple[int, ...]) -> dict[str, Any]:
+    per_class = np.asarray(evaluation["per_class_accuracy"])
+    groups = {
+        name: float(np.nanmean(per_class[members])) if members.any() else None
+        for name, members in shot_groups(counts).items()
+    }
+    return {
+        "accuracy": evaluation["accuracy"],
+        "loss": evaluation["loss"],
+        "per_class_accuracy": per_class,
+        "group_accuracy": groups,
+    }

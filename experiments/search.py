@@ -1,0 +1,88 @@
+"""Random search: what is drawn for each method, from which range.
+
+Every method draws its learning rate and weight decay from the same ranges, and in trial t the same
+values of them, so that methods differ in their own options alone.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import methods
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """Uniform in the logarithm between `low` and `high`, to three significant digits."""
+
+    low: float
+    high: float
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """One value."""
+        value = np.exp(rng.uniform(np.log(self.low), np.log(self.high)))
+        return float(f"{value:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several values with equal chances."""
+
+    values: tuple[Any, ...]
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """One value."""
+        return self.values[rng.integers(len(self.values))]
+
+
+RUN_SPACE = {
+    "learning_rate": LogUniform(0.005, 0.05),
+    "weight_decay": LogUniform(1e-4, 5e-3),
+}
+
+
+def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, LogUniform | Choice]:
+    """Ranges of a perturbation's own options.
+
+    Args:
+      name: a registered perturbation.
+      hidden_layers: where it may stand.
+    """
+    layer = {"layer": Choice(tuple(hidden_layers))}
+    signed = {"negative_scale": Choice((0.1, 0.3, 0.5, 1.0))}
+    spaces = {
+        "lpa": {"radius": LogUniform(0.01, 0.4), **signed, **layer},
+        "lpl": {"radius": LogUniform(0.3, 10.0), **signed},
+        "adversarial": {"radius": LogUniform(0.005, 0.4), **layer},
+        "dropout": {"rate": Choice((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)), **layer},
+        "spatial_dropout": {"rate": Choice((0.05, 0.1, 0.2, 0.3, 0.4, 0.5)), **layer},
+        "gaussian_noise": {"sigma": LogUniform(0.03, 2.0), **layer},
+        "manifold_mixup": {"alpha": LogUniform(0.1, 4.0), **layer},
+        "mixstyle": {
+            "alpha": LogUniform(0.05, 1.0),
+            "probability": Choice((0.25, 0.5, 0.75, 1.0)),
+            **layer,
+        },
+    }
+    return spaces.get(name, layer)
+
+
+def draw(method: str, trial: int, hidden_layers: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """The options of a trial, a pure function of (seed, method, trial).
+
+    >>> draw("erm", 0, ["hidden1"]) == draw("erm", 0, ["hidden1"])
+    True
+    """
+    shared = np.random.default_rng([seed, trial])
+    options = {name: space.draw(shared) for name, space in RUN_SPACE.items()}
+    for part in methods.parse(method):
+        # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
+        rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])
+        for name, space in part_space(part.name, hidden_layers).items():
+            value = space.draw(rng)
+            if not (name == "layer" and part.layer):
+                options[f"{part.name}.{name}"] = value
+    return options

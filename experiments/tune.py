@@ -1,0 +1,166 @@
+r"""Tunes hyperparameters on validation images, with the same number of trials for every method.
+
+    python -m experiments.tune --output=experiments/hparams/long_tail_mnist5k_mlp.json
+
+Random search (ranges: `experiments.search`): in each trial a method draws its options and trains on
+`--seeds` long-tailed subsets; the trial with the highest mean validation accuracy is chosen. The
+validation images are carved from the training split; test images are never opened. Finished trials
+are kept in `--workdir` and skipped when the command is given again; several workers share the work
+with --worker=0..n-1 --num_workers=n. Four methods, 24 trials of 3 seeds: about 12 minutes on 2 CPU
+cores.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments import files, run_flags, runner, search
+from experiments.progress import RunProgress
+from experiments.settings import Settings, TaskSource
+from lpa_jax import models, trainer
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Flags of this module."""
+    flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to tune.")
+    flags.DEFINE_integer("trials", 24, "Trials of every method.")
+    flags.DEFINE_list(
+        "seeds",
+        ["100", "101", "102"],
+        "Seeds that every trial is averaged over; keep test seeds out.",
+    )
+    flags.DEFINE_integer("search_seed", 0, "Seed of the random search.")
+    flags.DEFINE_string("workdir", "runs/tune", "Folder of the trials.")
+    flags.DEFINE_string("output", "", "File for the chosen hyperparameters; not written if empty.")
+    flags.DEFINE_integer("worker", 0, "Which share of the trials this process runs.")
+    flags.DEFINE_integer("num_workers", 1, "Processes that share the trials.")
+    run_flags.define_data_flags(dataset="mnist5k", profile="exponential")
+    run_flags.define_training_flags()
+    run_flags.define_runtime_flags()
+    FLAGS.set_default("evaluate_on", "validation")
+    flags.adopt_module_key_flags(run_flags)
+
+
+def run_trial(
+    method: str, trial: int, settings: Settings, tasks: dict[int, Any], progress: RunProgress
+) -> dict[str, Any]:
+    """Trains one draw of options with every seed; a diverged trial scores null."""
+    hidden = models.create(settings.model, next(iter(tasks.values())).train.num_classes).layers[
+        1:-1
+    ]
+    options = search.draw(method, trial, hidden, FLAGS.search_seed)
+    accuracies = []
+    try:
+        program = runner.make_program(method, options, settings, tasks[min(tasks)])
+        for seed, task in tasks.items():
+            progress.start(f"{method} trial {trial} seed {seed}")
+            if task.counts != tasks[min(tasks)].counts:
+                program = runner.make_program(method, options, settings, task)
+            accuracies.append(runner.run(program, task, seed, None, progress.epoch)["accuracy"])
+            progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
+    except trainer.NonFiniteLossError as error:
+        progress.finish(str(error))
+        accuracies = []
+    score = float(np.mean(accuracies)) if accuracies else None
+    return {"method": method, "trial": trial, "options": options, "score": score,
+            "accuracies": accuracies}  # fmt: skip
+
+
+def trial_path(workdir: pathlib.Path, method: str, trial: int) -> pathlib.Path:
+    """Where a trial's outcome stands."""
+    return workdir / "trials" / method / f"{trial:04d}.json"
+
+
+def choose(workdir: pathlib.Path, methods: list[str], trials: int) -> dict[str, Any] | None:
+    """The best trial of every method, or None while a trial is missing."""
+    chosen = {}
+    for method in methods:
+        outcomes = [files.read_json(trial_path(workdir, method, t)) for t in range(trials)]
+        if any(outcome is None for outcome in outcomes):
+            return None
+        scored = [outcome for outcome in outcomes if outcome["score"] is not None]
+        if not scored:
+            raise ValueError(f"--methods: every trial of {method} diverged")
+        best = max(scored, key=lambda outcome: outcome["score"])
+        scores = sorted((outcome["score"] for outcome in scored), reverse=True)
+        chosen[method] = {
+            "chosen": best["options"],
+            "trial": best["trial"],
+            "validation_accuracy": best["score"],
+            "all_scores": scores,
+            "diverged": len(outcomes) - len(scored),
+        }
+    return chosen
+
+
+def tune(settings: Settings, workdir: pathlib.Path) -> None:
+    """Runs this worker's missing trials; writes the choice when no trial is missing."""
+    source = TaskSource(settings)
+    tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
+    setting = {
+        "settings": settings.as_dict() | {"data_dir": None},
+        "seeds": list(tasks),
+        "search_seed": FLAGS.search_seed,
+    }
+    setting = files.plain(setting)
+    earlier = files.read_json(workdir / "setting.json")
+    if earlier not in (None, setting):
+        raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
+    files.write_json(workdir / "setting.json", setting)
+    todo = [
+        (method, trial)
+        for trial in range(FLAGS.trials)
+        for method in FLAGS.methods
+        if trial % FLAGS.num_workers == FLAGS.worker
+        and files.read_json(trial_path(workdir, method, trial)) is None
+    ]
+    with RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet) as progress:
+        for method, trial in todo:
+            outcome = run_trial(method, trial, settings, tasks, progress)
+            files.write_json(trial_path(workdir, method, trial), outcome)
+    chosen = choose(workdir, FLAGS.methods, FLAGS.trials)
+    if chosen is None:
+        print("Trials of other workers are missing; run any worker again when they are done.")
+        return
+    for method, entry in chosen.items():
+        print(f"{method}: {100 * entry['validation_accuracy']:.2f} %  {entry['chosen']}")
+    if FLAGS.output:
+        content = {"search": setting | {"trials": FLAGS.trials}, "methods": chosen}
+        files.write_json(FLAGS.output, content)
+        print(f"Written to {FLAGS.output}")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
+        )
+    try:
+        settings = run_flags.settings()
+        run_flags.apply_runtime_flags()
+        if settings.evaluate_on != "validation":
+            raise ValueError("--evaluate_on must be validation: test images choose nothing")
+        if FLAGS.trials < 1:
+            raise ValueError(f"--trials must be >= 1, got {FLAGS.trials}")
+        if not 0 <= FLAGS.worker < FLAGS.num_workers:
+            raise ValueError(
+                f"--worker must lie in 0..{FLAGS.num_workers - 1} (--num_workers - 1), "
+                f"got {FLAGS.worker}"
+            )
+        run_flags.prepare_data()
+        tune(settings, pathlib.Path(FLAGS.workdir))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished trials are kept, the same command goes on from there")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,218 @@
+"""Experiment modules, run in this process as the command line would run them."""
+
+import csv
+import importlib
+import json
+import pathlib
+
+import pytest
+from absl import flags
+
+from experiments import long_tail, run_flags, tune
+from experiments.methods import RUN_OPTIONS
+
+FLAGS = flags.FLAGS
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "tfds"
+
+
+def forget_flags():
+    """Makes room for the next module: in a process of its own, each would define its flags once."""
+    for name in own_flags():
+        delattr(FLAGS, name)
+    FLAGS.unparse_flags()
+
+
+def own_flags():
+    return [
+        name for name in FLAGS if FLAGS.find_module_defining_flag(name).startswith("experiments.")
+    ]
+
+
+@pytest.fixture
+def run(data_dir, capsys):
+    """(module, *flags) -> (exit message or None, standard output, standard error)."""
+
+    def call(name, *arguments):
+        module = importlib.import_module(f"experiments.{name}")
+        message = None
+        try:
+            module.define_flags()
+            FLAGS([name, f"--data_dir={data_dir}", "--compilation_cache=", *arguments])
+            module.main([name])
+        except (SystemExit, flags.Error) as stop:
+            message = str(stop)
+        finally:
+            forget_flags()
+        captured = capsys.readouterr()
+        return message, captured.out, captured.err
+
+    return call
+
+
+TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
+
+
+@pytest.fixture
+def finished(run, tmp_path):
+    """A small finished job and what it printed."""
+    workdir = tmp_path / "job"
+    message, out, err = run(
+        "long_tail", *TINY, "--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2",
+        f"--workdir={workdir}",
+    )  # fmt: skip
+    assert message is None
+    return workdir, out, err
+
+
+def test_a_job_prints_one_table_and_writes_everything_it_promises(finished):
+    workdir, out, err = finished
+    for method in ("erm", "lpa+lpl", "dropout@hidden2"):
+        assert method in out
+        for seed in (0, 1):
+            folder = workdir / "runs" / method / f"seed_{seed}"
+            result = json.loads((folder / "result.json").read_text())
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")
+                     if line]  # fmt: skip
+            assert [line["epoch"] for line in lines] == [1, 2]
+            assert result["accuracy"] == pytest.approx(lines[-1]["evaluation/accuracy"])
+            assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+            assert min(result["per_class_accuracy"]) >= 0 and len(result["curve"]) == 2
+    assert "[6/6]" in err and "+-" in out
+    with (workdir / "table.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    accuracies = [
+        json.loads((workdir / "runs" / "erm" / f"seed_{seed}" / "result.json").read_text())[
+            "accuracy"
+        ]
+        for seed in (0, 1)
+    ]
+    assert float(rows["erm"]["accuracy_mean"]) == pytest.approx(sum(accuracies) / 2, abs=1e-6)
+    assert (workdir / "table.md").read_text().count("\n| ") == 4
+    for figure in ("per_class_accuracy.png", "training_curves.png"):
+        assert (workdir / figure).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((workdir / "flags.json").read_text())["imbalance"] == 10
+    assert json.loads((workdir / "splits" / "seed_1.json").read_text())["meta"]["seed"] == 1
+
+
+def test_the_loss_change_of_every_sign_group_is_logged(finished):
+    workdir, *_ = finished
+    folder = workdir / "runs" / "lpa+lpl" / "seed_0"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["effect/hidden1/loss_change/positive"] > 0
+    assert last["effect/hidden1/loss_change/negative"] < 0
+    assert last["effect/logits/loss_change/positive"] > 0
+
+
+def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, finished):
+    workdir, *_ = finished
+    paths = sorted(workdir.glob("runs/*/seed_*/result.json"))
+    contents = {path: path.read_text() for path in paths}
+    broken = workdir / "runs" / "erm" / "seed_1" / "result.json"
+    broken.write_text(contents[broken][:50])
+    times = {path: path.stat().st_mtime_ns for path in paths}
+    message, *_ = run(
+        "long_tail", *TINY, "--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2",
+        f"--workdir={workdir}",
+    )  # fmt: skip
+    assert message is None
+    for path in paths:
+        assert (path.stat().st_mtime_ns == times[path]) == (path != broken)
+    again, before = json.loads(broken.read_text()), json.loads(contents[broken])
+    for result in (again, before):
+        del result["seconds"]
+        for record in result["curve"]:
+            del record["examples_per_second"]
+    assert again == before, "the same command and seed must give the same numbers"
+
+
+def test_other_settings_in_the_same_workdir_are_refused_by_name(run, finished):
+    workdir, *_ = finished
+    message, *_ = run("long_tail", *TINY, "--methods=erm", "--learning_rate=0.5",
+                      f"--workdir={workdir}")  # fmt: skip
+    assert "learning_rate: " in message and "choose another --workdir" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--methods=ermm"], "--methods: unknown method 'ermm'"),
+        (["--methods=erm,erm"], "--methods must name different methods"),
+        (["--methods=lpa@hidden9"], "unknown layer 'hidden9'; the injection points are: input, "),
+        (["--layer=stage1"], "unknown layer 'stage1'"),
+        (["--seeds=-1"], "--seeds must be whole numbers >= 0"),
+        (["--seeds=1,1"], "--seeds must name different seeds"),
+        (["--epochs=0"], "--epochs must be finite and >= 1"),
+        (["--batch_size=0"], "--batch_size must be finite and >= 1"),
+        (["--imbalance=0.5"], "--imbalance must be finite and >= 1"),
+        (["--imbalance=9999"], "imbalance=9999"),
+        (["--dataset=nonsense"], "nonsense"),
+        (["--model=resnet99"], "model"),
+        (["--radius=-1"], "radius must be finite and >= 0"),
+        (["--geometry=round"], "geometry"),
+        (["--assignment=random"], "assignment"),
+        (["--steps=-2"], "steps must be a whole number >= 0"),
+        (["--option=lpa.nonsense=1"], "lpa has no option 'nonsense'"),
+        (["--option=radius"], "--option must be PART.OPTION=VALUE"),
+        (["--hparams=/nowhere.json"], "--hparams: cannot read"),
+        (["--drw_epoch=1"], "--drw_epoch needs --loss=ldam"),
+        (["--augmentation=blur"], "blur"),
+        (["--milestones=a"], "--milestones must be numbers"),
+        (["--learning_rate=-1"], "--learning_rate must be finite and >= 0"),
+    ],
+)
+def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
+    run, tmp_path, arguments, expected
+):
+    workdir = tmp_path / "job"
+    message, out, _ = run("long_tail", *TINY, f"--workdir={workdir}", *arguments)
+    assert message is not None and expected in message
+    assert "\n" not in message.strip() and not out
+    assert not workdir.exists()
+
+
+def test_every_flag_has_a_help_text_and_is_read(request):
+    for module in (long_tail, tune):
+        request.addfinalizer(forget_flags)
+        module.define_flags()
+        sources = "".join(pathlib.Path(m.__file__).read_text() for m in (module, run_flags))
+        for name in own_flags():
+            assert len(FLAGS[name].help) > 8, name
+            read = f"FLAGS.{name}" in sources or name in (*run_flags.OPTION_FLAGS, *RUN_OPTIONS)
+            assert read, f"--{name} is never read"
+        forget_flags()
+
+
+def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):
+    output = tmp_path / "hparams.json"
+    common = (*TINY, "--methods=erm,lpa", "--trials=2", "--seeds=100", f"--output={output}",
+              f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+    message, out, _ = run("tune", *common, "--num_workers=2", "--worker=1")
+    assert message is None and "missing" in out and not output.exists()
+    message, *_ = run("tune", *common)
+    assert message is None
+    chosen = json.loads(output.read_text())["methods"]["lpa"]
+    trials = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("tune/trials/lpa/*"))]
+    best = max(trials, key=lambda trial: trial["score"])
+    assert chosen["chosen"] == best["options"]
+    message, _, err = run("long_tail", *TINY, "--methods=lpa", "--seeds=1", f"--hparams={output}",
+                          f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    assert message is None and "tuned on validation" in err
+    config = json.loads((tmp_path / "job/runs/lpa/seed_0/config.json").read_text())
+    assert config["options"] == best["options"]
+
+
+def test_tuning_refuses_the_test_images(run, tmp_path):
+    message, *_ = run("tune", *TINY, "--evaluate_on=test", f"--workdir={tmp_path / 'tune'}")
+    assert "--evaluate_on must be validation" in message
+    assert not (tmp_path / "tune").exists()
+
+
+def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path):
+    message, *_ = run("long_tail", *TINY, "--methods=erm", "--seeds=1", "--learning_rate=1e30",
+                      "--clip_norm=0", f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    assert "the training loss is" in message and "at step" in message
+    assert not list((tmp_path / "job").glob("**/result.json"))
