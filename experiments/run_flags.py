@@ -38,8 +38,8 @@ def define_data_flags(dataset: str, profile: str) -> None:
     flags.DEFINE_string(
         "dataset",
         dataset,
-        f"Data set: {', '.join(data.EMBEDDED)} (embedded), or any TFDS image classification set that is "
-        "prepared in --data_dir, such as cifar10, cifar100, svhn_cropped.",
+        f"Data set: {', '.join(data.EMBEDDED)} (embedded), or any TFDS image classification set "
+        "that is prepared in --data_dir, such as cifar10, cifar100, svhn_cropped.",
     )
     flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets; TFDS's default if unset.")
     flags.DEFINE_bool(

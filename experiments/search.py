@@ -39,7 +39,7 @@ class Choice:
 
 
 RUN_SPACE = {
-    "learning_rate": LogUniform(0.005, 0.05),
+    "learning_rate": LogUniform(0.005, 0.1),
     "weight_decay": LogUniform(1e-4, 5e-3),
 }
 
@@ -54,9 +54,9 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, LogUniform 
     layer = {"layer": Choice(tuple(hidden_layers))}
     signed = {"negative_scale": Choice((0.1, 0.3, 0.5, 1.0))}
     spaces = {
-        "lpa": {"radius": LogUniform(0.01, 0.4), **signed, **layer},
-        "lpl": {"radius": LogUniform(0.3, 10.0), **signed},
-        "adversarial": {"radius": LogUniform(0.005, 0.4), **layer},
+        "lpa": {"radius": LogUniform(0.01, 0.8), **signed, **layer},
+        "lpl": {"radius": LogUniform(0.3, 30.0), **signed},
+        "adversarial": {"radius": LogUniform(0.005, 0.8), **layer},
         "dropout": {"rate": Choice((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)), **layer},
         "spatial_dropout": {"rate": Choice((0.05, 0.1, 0.2, 0.3, 0.4, 0.5)), **layer},
         "gaussian_noise": {"sigma": LogUniform(0.03, 2.0), **layer},

@@ -55,7 +55,7 @@ def lpa(
         `confidence` assignment costs one forward pass more.
       * `"free"`: no extra pass. The gradient that the training pass leaves at the injection point
         moves delta for the next time; a `confidence` assignment then reads the training pass's
-        logits, so under the perturbation and one step late.
+        logits, so under the perturbation.
 
     Args:
       radius: eps before scaling, >= 0. 0 is no perturbation, bitwise. Tune it per layer: useful
@@ -223,6 +223,7 @@ class _ClassLevel:
 
     def update(self, state: State, site: Site, feedback: Feedback) -> State:
         """One ascent step of `mode="free"` with the gradient that the training pass left."""
+        state = self._observe(state, site, feedback.logits)
         slots, labels, counts = _compact(site)
         sign, radius, _ = self._signs_and_radii(state, site, None)
         problem = self._problem(site, slots, labels, counts, sign, radius)
@@ -236,8 +237,7 @@ class _ClassLevel:
         delta = pgd.ascent_step(
             delta, gradient, problem.sign, problem.radius, problem.cone, self.options
         )
-        state = {**state, "delta": problem.write(state["delta"], delta)}
-        return self._observe(state, site, feedback.logits)
+        return {**state, "delta": problem.write(state["delta"], delta)}
 
     @property
     def _remembers_confidence(self) -> bool:

@@ -1,0 +1,223 @@
+"""Trains tiny networks on 1, 2, 4 and 8 forced CPU devices and prints what came out, as JSON.
+
+Run by `test_parallel.py` in a process of its own, because the number of devices is fixed when JAX
+starts: XLA_FLAGS=--xla_force_host_platform_device_count=8.
+"""
+
+import functools
+import json
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+import toy
+
+import lpa_jax
+from lpa_jax import parallel
+from lpa_jax.models import MLP
+
+COUNTS = (1, 2, 4, 8)
+STEPS = 3
+MANY = 40
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+# On 8 devices two examples each: class 0 is everywhere, 1 on one device only, 2 on the borders of
+# several, 3 absent. The second batch has one class, the third a class on its own.
+LABELS = (
+    [0, 2, 2, 0, 1, 1, 0, 2, 0, 2, 2, 0, 0, 2, 0, 0],
+    [3] * 16,
+    [0, 1, 0, 0, 3, 0, 0, 3, 3, 0, 0, 0, 0, 3, 3, 0],
+)
+MANY_LABELS = [np.arange(16) % 11 * 3 + step for step in range(STEPS)]
+
+CONFIDENCE = lpa_jax.by_confidence(kappa=1.0, ema=0.5)
+
+
+def frequency(num_classes):
+    return lpa_jax.by_frequency(np.arange(num_classes, 0, -1), kappa=0.5)
+
+
+def augment(rng, images, positions):
+    keys = jax.vmap(lambda position: jax.random.fold_in(rng, position))(positions)
+    return images + 0.1 * jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+
+
+class Setup(NamedTuple):
+    model: object
+    perturbations: dict
+    labels: list = LABELS
+    options: dict = {}
+
+
+def setups():
+    return {
+        "erm": Setup(MLP(toy.CLASSES, hidden=(8, 6)), {}),
+        "lpa cold + lpl, synchronised BatchNorm": Setup(
+            toy.NormalizedMLP(toy.CLASSES, axis_name=parallel.AXIS_NAME),
+            {
+                "hidden1": lpa_jax.lpa(0.3, steps=2, assignment=CONFIDENCE),
+                "logits": lpa_jax.lpl(0.3, steps=1, assignment=frequency(toy.CLASSES)),
+            },
+        ),
+        "lpa carry, cold and free, augmented": Setup(
+            MLP(toy.CLASSES, hidden=(8, 6)),
+            {
+                "input": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
+                "hidden1": lpa_jax.lpa(0.3, steps=1, assignment=frequency(toy.CLASSES)),
+                "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
+            },
+            options={"augment": augment},
+        ),
+        "more classes than examples": Setup(
+            MLP(MANY, hidden=(8, 6)),
+            {
+                "hidden1": lpa_jax.lpa(0.3, mode="carry", assignment=frequency(MANY)),
+                "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
+                "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE),
+            },
+            labels=MANY_LABELS,
+        ),
+    }
+
+
+def batch(setup, step):
+    labels = np.asarray(setup.labels[step], np.int32)
+    images = np.random.default_rng(step).normal(size=(labels.size, *toy.IMAGE))
+    return {"image": images.astype(np.float32), "label": labels}
+
+
+def create(setup):
+    return lpa_jax.TrainState.create(
+        setup.model, OPTIMIZER, jax.random.key(0), batch(setup, 0), setup.perturbations
+    )
+
+
+def bound(setup):
+    return functools.partial(lpa_jax.lpa_step, perturbations=setup.perturbations, **setup.options)
+
+
+def trained(setup, step):
+    """What three steps leave behind, every array by its path."""
+    state, seen = create(setup), {}
+    for number in range(STEPS):
+        state, pairs = jax.block_until_ready(step(state, batch(setup, number)))
+        seen[f"metrics {number}"] = pairs
+    for field in ("params", "opt_state", "model_state", "perturbation_state"):
+        seen[field] = getattr(state, field)
+    return flat(seen)
+
+
+def flat(tree):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf).tolist()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def dtypes(setup):
+    """Dtypes of the model state before and after a step on all devices."""
+    state = create(setup)
+    after, _ = parallel.pmap_step(bound(setup))(state, batch(setup, 0))
+    return [[str(leaf.dtype) for leaf in jax.tree.leaves(s.model_state)] for s in (state, after)]
+
+
+def all_runs():
+    runs = {}
+    for name, setup in setups().items():
+        runs[name] = {
+            count: trained(setup, parallel.pmap_step(bound(setup), devices=jax.devices()[:count]))
+            for count in COUNTS
+        }
+        if "Batch" not in name:  # synchronised BatchNorm needs the axis
+            runs[name]["none"] = trained(setup, jax.jit(bound(setup)))
+    return runs
+
+
+def evaluation():
+    """13 examples in padded batches of 8 on 8 devices, and all at once on none."""
+    setup = setups()["erm"]
+    state = create(setup)
+    labels = np.arange(16, dtype=np.int32) % toy.CLASSES
+    data = {
+        "image": np.random.default_rng(5).normal(size=(16, *toy.IMAGE)).astype(np.float32),
+        "label": labels,
+        "mask": (np.arange(16) < 13).astype(np.float32),
+    }
+    step = parallel.map_step(lpa_jax.eval_step)
+    halves = [
+        {key: values[part] for key, values in data.items()} for part in (slice(8), slice(8, 16))
+    ]
+    padded = functools.reduce(lpa_jax.metrics.add, [step(state, half) for half in halves])
+    whole = {key: values[:13] for key, values in data.items() if key != "mask"}
+    return {"padded": flat(padded), "whole": flat(jax.jit(lpa_jax.eval_step)(state, whole))}
+
+
+def randomness():
+    """Same image, same class on 8 devices: only the devices' keys tell the examples apart."""
+    delta = lpa_jax.lpa(0.3, mode="free", assignment=lpa_jax.all_positive())
+    layers = ("input", "hidden1")
+    perturbations = {layers: toy.recording(delta), "logits": toy.recording(toy.site_key())}
+    setup = Setup(MLP(toy.CLASSES, hidden=(32, 6), dropout=0.5), perturbations)
+    same = {"image": np.ones((8, *toy.IMAGE), np.float32), "label": np.zeros(8, np.int32)}
+    state = lpa_jax.TrainState.create(
+        setup.model, OPTIMIZER, jax.random.key(0), same, perturbations
+    )
+    step = parallel.pmap_step(bound(setup))
+    seen = []
+    for _ in range(6):
+        old = state.perturbation_state
+        state, _ = jax.block_until_ready(step(state, same))
+        new = state.perturbation_state
+        used = [layer for layer in layers if np.any(old[layer]["decoded"] != new[layer]["decoded"])]
+        seen.append(
+            {
+                "used": used,
+                "decoded": np.asarray(new[used[0]]["decoded"]).tolist(),
+                "logits": np.asarray(new["logits"]["before"]).tolist(),
+                "keys": np.asarray(new["logits"]["inner"]).reshape(8, -1).tolist(),
+            }
+        )
+    return seen
+
+
+def donation():
+    """Whether the old state is gone after a step that takes its memory, and the result."""
+    setup = setups()["erm"]
+    step = parallel.pmap_step(bound(setup), donate_state=True)
+    first, _ = jax.block_until_ready(step(create(setup), batch(setup, 0)))
+    second, _ = jax.block_until_ready(step(first, batch(setup, 1)))
+    third, _ = jax.block_until_ready(step(second, batch(setup, 2)))
+    gone = [leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state))]
+    return {"gone": gone, "params": flat({"params": third.params})}
+
+
+def refusals():
+    def never(state, batch, axis_name):
+        raise AssertionError("a device was called")
+
+    step = parallel.pmap_step(never)
+    messages = []
+    for size in (12, 4):
+        try:
+            step(0.0, {"image": np.zeros((size, 2))})
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def main():
+    results = {
+        "devices": jax.device_count(),
+        "runs": all_runs(),
+        "dtypes": dtypes(setups()["lpa cold + lpl, synchronised BatchNorm"]),
+        "evaluation": evaluation(),
+        "randomness": randomness(),
+        "donation": donation(),
+        "refusals": refusals(),
+    }
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Slow references in NumPy float64: one class, one example and one step at a time.
+
+Written from the equations of the method and sharing no code with the library, so that a mistake
+would have to be made twice to go unnoticed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Network(NamedTuple):
+    """The network above the injection point: logits = tanh(h w1 + b1) w2 + b2."""
+
+    w1: np.ndarray
+    b1: np.ndarray
+    w2: np.ndarray
+    b2: np.ndarray
+
+
+def random_network(rng, feature_shape, num_classes, hidden=5, gain=1.0):
+    """Weights of order one, times `gain` (0 makes the loss independent of the activation)."""
+    size = int(np.prod(feature_shape))
+    return Network(
+        gain * rng.normal(size=(size, hidden)) / np.sqrt(size),
+        rng.normal(size=hidden),
+        rng.normal(size=(hidden, num_classes)),
+        rng.normal(size=num_classes),
+    )
+
+
+def softmax(z):
+    """Probabilities of one example's logits."""
+    exponentials = np.exp(z - z.max())
+    return exponentials / exponentials.sum()
+
+
+def logits(network, h):
+    """Logits [C] of one example's activation."""
+    return np.tanh(np.reshape(h, -1) @ network.w1 + network.b1) @ network.w2 + network.b2
+
+
+def loss(network, h, target):
+    """Cross entropy of one example against a soft target [C]."""
+    return -np.sum(target * np.log(softmax(logits(network, h))))
+
+
+def loss_gradient(network, h, target):
+    """Gradient of `loss` with respect to h, by hand."""
+    activity = np.tanh(np.reshape(h, -1) @ network.w1 + network.b1)
+    by_logits = np.sum(target) * softmax(activity @ network.w2 + network.b2) - target
+    by_activity = (network.w2 @ by_logits) * (1.0 - activity**2)
+    return np.reshape(network.w1 @ by_activity, np.shape(h))
+
+
+def jax_logits(network, h):
+    """Logits [B, C] of a batch, for the library, in the dtype of the activations."""
+    w1, b1, w2, b2 = (jnp.asarray(w, h.dtype) for w in network)
+    hidden = jnp.tanh(jnp.reshape(h, (h.shape[0], -1)) @ w1 + b1[None])
+    return hidden @ w2 + b2[None]
+
+
+def jax_cross_entropy(z, targets):
+    """Cross entropy [B] against soft targets [B, C], for the library."""
+    return -jnp.sum(targets.astype(z.dtype) * jax.nn.log_softmax(z), axis=-1)
+
+
+def size(vector, norm):
+    """Length of one perturbation."""
+    return np.sqrt(np.sum(vector**2)) if norm == "l2" else np.max(np.abs(vector))
+
+
+def project(delta, radius, toward, norm):
+    """One perturbation into the ball and onto the side <delta, toward> >= 0 (`None`: any side)."""
+    if norm == "linf":
+        delta = np.minimum(np.maximum(delta, -radius), radius)
+    if toward is not None and np.sum(delta * toward) < 0:
+        delta = delta - np.sum(delta * toward) / np.sum(toward**2) * toward
+    length = size(delta, norm)
+    return delta * (radius / length) if length > radius else delta
+
+
+def class_perturbation(
+    gradient,
+    activations,
+    labels,
+    *,
+    sign,
+    radius,
+    steps=3,
+    step_size=1.5,
+    geometry="signed",
+    norm="l2",
+    shape="full",
+    initial=None,
+):
+    """Perturbation of every class; gradient(i, h) is the gradient of example i's loss at h."""
+    feature_shape = activations.shape[1:]
+    positions = tuple(range(len(feature_shape) - 1)) if shape == "channel" else ()
+    row_shape = tuple(1 if axis in positions else n for axis, n in enumerate(feature_shape))
+    deltas = np.zeros((len(sign), *row_shape))
+    for c, (s, eps) in enumerate(zip(sign, radius, strict=True)):
+        members = np.flatnonzero(labels == c)
+        if members.size == 0 or s == 0:
+            continue
+        class_mean = sum(activations[i] for i in members) / members.size
+        class_mean = np.mean(class_mean, axis=positions, keepdims=True)
+        toward = {"signed": s * class_mean, "flipped": -s * class_mean, "free": None}[geometry]
+        delta = project(deltas[c] if initial is None else initial[c], eps, toward, norm)
+        for _ in range(steps):
+            mean_gradient = sum(gradient(i, activations[i] + delta) for i in members) / members.size
+            ascent = np.sum(mean_gradient, axis=positions, keepdims=True)
+            if norm == "linf":
+                ascent = np.sign(ascent)
+            elif np.any(ascent):
+                ascent = ascent / size(ascent, "l2")
+            delta = project(delta + s * (step_size * eps / steps) * ascent, eps, toward, norm)
+        deltas[c] = delta
+    return deltas
+
+
+def logit_perturbation(z, labels, *, sign, radius, steps, step_size):
+    """LPL in closed form: at the logits, the gradient is softmax minus one-hot."""
+    num_classes = z.shape[1]
+    deltas = np.zeros((num_classes, num_classes))
+    for c in np.unique(labels):
+        for _ in range(steps):
+            moved = [softmax(z_i + deltas[c]) for z_i in z[labels == c]]
+            ascent = np.mean(moved, axis=0) - np.eye(num_classes)[c]
+            ascent = ascent / np.linalg.norm(ascent)
+            deltas[c] += sign[c] * step_size * radius[c] / steps * ascent
+            deltas[c] *= min(1.0, radius[c] / max(np.linalg.norm(deltas[c]), 1e-300))
+    return deltas
+
+
+def class_confidence(z, labels):
+    """Mean probability of the true class over each class's members; 0 for absent classes."""
+    confidence = np.zeros(z.shape[1])
+    for c in np.unique(labels):
+        confidence[c] = np.mean([softmax(z_i)[c] for z_i in z[labels == c]])
+    return confidence

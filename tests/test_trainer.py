@@ -1,0 +1,134 @@
+"""The loop, and the effect of perturbations that it logs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lpa_jax
+from lpa_jax import data, trainer
+from lpa_jax.diagnostics import perturbation_effect
+
+
+@pytest.fixture(scope="module")
+def toy():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(10, 2, 2, 1)).astype(np.float32)
+    return data.Dataset("toy", images, np.arange(10) % 3, num_classes=3)
+
+
+MODEL = lpa_jax.models.MLP(num_classes=3, hidden=(5,))
+OPTIMIZER = optax.sgd(0.1)
+STEP = jax.jit(functools.partial(lpa_jax.lpa_step, perturbations={}))
+EVALUATE = jax.jit(lpa_jax.eval_step)
+
+
+def fresh_state(toy):
+    example = data.batches(toy, 0, 4)[0]
+    return lpa_jax.TrainState.create(MODEL, OPTIMIZER, jax.random.key(0), example)
+
+
+def fit(state, toy, epochs, **options):
+    batches = data.batches(toy, 0, 4)
+    return list(trainer.train(state, ((0, STEP),), batches, epochs, **options))
+
+
+def test_training_two_epochs_equals_one_and_one_more(toy):
+    whole = fit(fresh_state(toy), toy, 2)[-1][0]
+    half = fit(fresh_state(toy), toy, 1)[-1][0]
+    resumed = fit(half, toy, 2)
+    assert len(resumed) == 1
+    assert resumed[0][1].epoch == 2
+    jax.tree.map(np.testing.assert_array_equal, resumed[0][0].params, whole.params)
+
+
+def test_the_last_epoch_is_always_evaluated(toy):
+    batches = data.evaluation_batches(toy, 4)
+    evaluate = functools.partial(trainer.evaluate_batches, EVALUATE, batches=batches)
+    records = [
+        record for _, record in fit(fresh_state(toy), toy, 3, evaluate=evaluate, evaluate_every=2)
+    ]
+    assert [record.evaluation is not None for record in records] == [False, True, True]
+    assert records[-1].step == 9
+    assert records[-1].evaluation["per_class_accuracy"].shape == (3,)
+
+
+def test_padded_evaluation_counts_each_example_once(toy):
+    state = fresh_state(toy)
+    results = [
+        trainer.evaluate_batches(EVALUATE, state, data.evaluation_batches(toy, size))
+        for size in (4, 10)
+    ]
+    assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"])
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+
+
+def test_a_stop_ends_after_the_epoch(toy):
+    assert len(fit(fresh_state(toy), toy, 5, should_stop=lambda: True)) == 1
+
+
+def test_the_second_stage_takes_over_at_its_epoch(toy):
+    used = []
+
+    def named(name):
+        def step(state, batch):
+            used.append(name)
+            return STEP(state, batch)
+
+        return step
+
+    stages = ((0, named("first")), (1, named("second")))
+    list(trainer.train(fresh_state(toy), stages, data.batches(toy, 0, 4), 2))
+    assert used == ["first"] * 3 + ["second"] * 3
+
+
+def test_stages_must_start_at_zero_and_ascend(toy):
+    with pytest.raises(ValueError, match=r"stages must start at epoch 0 and ascend, got \[1\]"):
+        list(trainer.train(fresh_state(toy), ((1, STEP),), data.batches(toy, 0, 4), 2))
+
+
+def test_a_nan_in_the_data_stops_the_run_at_its_step(toy):
+    class Broken:
+        steps_per_epoch = 3
+
+        def __getitem__(self, step):
+            batch = dict(data.batches(toy, 0, 4)[step])
+            if step == 1:
+                batch["image"] = np.full_like(batch["image"], np.nan)
+            return batch
+
+    with pytest.raises(trainer.NonFiniteLossError, match="nan at step 1"):
+        list(trainer.train(fresh_state(toy), ((0, STEP),), Broken(), 2))
+
+
+def test_the_effect_is_the_loss_difference_by_sign_group(toy):
+    state = fresh_state(toy)
+    batch = data.batches(toy, 0, 10)[0]
+    signs = [1, -1, 0]
+    lpa = lpa_jax.lpa(0.2, assignment=lpa_jax.custom(signs), geometry="free")
+    pairs = perturbation_effect(
+        state.network, state.variables, {"hidden1": {}}, batch,
+        perturbations={"hidden1": lpa}, loss=lpa_jax.cross_entropy, rng=jax.random.key(1),
+    )  # fmt: skip
+    hidden = lpa_jax.encode(MODEL, state.variables, batch["image"], "hidden1")
+    targets = jax.nn.one_hot(batch["label"], 3)
+
+    def losses(h):
+        logits = lpa_jax.decode(MODEL, state.variables, h, "hidden1")
+        return lpa_jax.cross_entropy(logits, targets)
+
+    radius = 0.2 * float(jnp.mean(jnp.linalg.norm(hidden, axis=1)))
+    delta = lpa_jax.class_perturbation(
+        losses, hidden, jnp.asarray(batch["label"]), sign=jnp.array(signs, jnp.float32),
+        radius=jnp.full(3, radius), geometry="free",
+    )  # fmt: skip
+    change = np.asarray(losses(hidden + delta[batch["label"]]) - losses(hidden))
+    for group, sign in (("positive", 1), ("negative", -1), ("neutral", 0)):
+        members = np.asarray(signs)[batch["label"]] == sign
+        total, count = pairs[f"hidden1/loss_change/{group}"]
+        assert count == members.sum()
+        np.testing.assert_allclose(total, change[members].sum(), rtol=1e-4, atol=1e-6)
+    assert pairs["hidden1/loss_change/positive"][0] > 0 > pairs["hidden1/loss_change/negative"][0]
