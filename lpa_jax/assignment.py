@@ -81,7 +81,8 @@ def by_confidence(kappa: float = 0.0, ema: float = 0.0) -> Assignment:
             jnp.sum(present), 1
         )
         deviation = present_mean - confidence
-        return jnp.sign(deviation), 1.0 + kappa * jnp.abs(deviation)
+        tied = jnp.abs(deviation) <= 1e-6  # rounding of the mean must not decide a sign
+        return jnp.where(tied, 0.0, jnp.sign(deviation)), 1.0 + kappa * jnp.abs(deviation)
 
     return Assignment("confidence", rule, uses_confidence=True, ema=ema)
 
@@ -116,7 +117,7 @@ def by_frequency(counts: Sequence[int], split: float | int = 0.4, kappa: float =
     _check_nonnegative("kappa", kappa)
     num_classes = counts.size
     head_size = round(split * num_classes) if 0 <= split < 1 else split
-    if head_size != int(head_size) or not 0 <= head_size <= num_classes:
+    if not 0 <= head_size <= num_classes or head_size != int(head_size):
         raise ValueError(
             f"split must be a fraction below 1 or a whole number in 0..{num_classes}, got {split!r}"
         )
@@ -170,7 +171,6 @@ def custom(sign: Sequence[float], multiplier: Sequence[float] | None = None) -> 
 
 
 def _fixed(name: str, sign: np.ndarray, multiplier: np.ndarray) -> Assignment:
-    sign, multiplier = sign.astype(np.float32), multiplier.astype(np.float32)
     return Assignment(
         name,
         lambda confidence, present: (jnp.asarray(sign), jnp.asarray(multiplier)),

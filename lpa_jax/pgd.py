@@ -190,6 +190,7 @@ def add_to_members(activations: Array, delta: Array | None, labels: Array) -> Ar
     """h_i + delta_{y_i} in the activation's own dtype; `delta=None` adds nothing."""
     if delta is None:
         return activations
+    delta = jnp.where(delta == 0, -0.0, delta)  # h + 0.0 would turn -0.0 into 0.0
     return (activations.astype(delta.dtype) + delta[labels]).astype(activations.dtype)
 
 
@@ -295,7 +296,7 @@ def class_perturbation(
 
     Raises:
       ValueError: an option out of range, arguments whose shapes disagree, or (outside jit) labels
-        outside 0..C-1.
+        outside 0..C-1, a sign other than -1, 0, 1, a radius that is negative or not finite.
 
     Source: method of arXiv 2605.29525 (abstract); equations as in the module docstring.
 
@@ -306,6 +307,7 @@ def class_perturbation(
     [[0.5, 0.0], [0.0, -0.5]]
     """
     options = PGDOptions(steps, step_size, geometry, norm, shape).validate()
+    activations, labels = jnp.asarray(activations), jnp.asarray(labels)
     sign, radius = jnp.asarray(sign), jnp.asarray(radius)
     _check_arguments(activations, labels, sign, radius)
     num_classes = sign.shape[0]
@@ -321,6 +323,7 @@ def class_perturbation(
         cone = cone_directions(class_means(reduced, labels, counts, axis_name), sign, geometry)
     delta = None
     if initial is not None:
+        _check_initial(initial, (num_classes, *reduced.shape[1:]))
         delta = project(jax.lax.stop_gradient(initial).astype(dtype), radius, cone, norm)
 
     def gradient_fn(delta):
@@ -359,6 +362,11 @@ def check_labels(labels: Array, num_classes: int) -> None:
         )
 
 
+def _check_initial(initial: Array, expected: tuple[int, ...]) -> None:
+    if jnp.shape(initial) != expected:
+        raise ValueError(f"initial must have shape {expected}, got {jnp.shape(initial)}")
+
+
 def _check_arguments(activations: Array, labels: Array, sign: Array, radius: Array) -> None:
     if activations.ndim < 1 or not jnp.issubdtype(activations.dtype, jnp.floating):
         raise ValueError(
@@ -375,3 +383,11 @@ def _check_arguments(activations: Array, labels: Array, sign: Array, radius: Arr
             f"sign and radius must both have shape [C], got {sign.shape} and {radius.shape}"
         )
     check_labels(labels, sign.shape[0])
+    # Values can be read outside jit only; NumPy's view of them, since jnp would stage the test.
+    if not isinstance(sign, jax.core.Tracer) and not np.isin(np.asarray(sign), (-1, 0, 1)).all():
+        raise ValueError(f"sign must hold -1, 0 and 1 only, got {np.asarray(sign).tolist()}")
+    if isinstance(radius, jax.core.Tracer):
+        return
+    values = np.asarray(radius)
+    if not np.all(np.isfinite(values) & (values >= 0)):
+        raise ValueError(f"radius must be finite and >= 0, got {values.tolist()}")

@@ -4,12 +4,13 @@ Run by `test_parallel.py` in a process of its own, because the number of devices
 starts: XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
+import dataclasses
 import functools
 import json
 import sys
-from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import toy
@@ -17,8 +18,8 @@ import toy
 import lpa_jax
 from lpa_jax import parallel
 from lpa_jax.models import MLP
+from lpa_jax.perturbations import stateless
 
-COUNTS = (1, 2, 4, 8)
 STEPS = 3
 MANY = 40
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -29,7 +30,7 @@ LABELS = (
     [3] * 16,
     [0, 1, 0, 0, 3, 0, 0, 3, 3, 0, 0, 0, 0, 3, 3, 0],
 )
-MANY_LABELS = [np.arange(16) % 11 * 3 + step for step in range(STEPS)]
+MANY_LABELS = tuple(np.arange(16) % 11 * 3 + step for step in range(STEPS))
 
 CONFIDENCE = lpa_jax.by_confidence(kappa=1.0, ema=0.5)
 
@@ -39,46 +40,63 @@ def frequency(num_classes):
 
 
 def augment(rng, images, positions):
-    keys = jax.vmap(lambda position: jax.random.fold_in(rng, position))(positions)
-    return images + 0.1 * jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+    return images + (jax.random.uniform(rng) * positions)[:, None, None, None]
 
 
-class Setup(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is trained, and on how many devices; 0 is without a mapper."""
+
     model: object
     perturbations: dict
-    labels: list = LABELS
-    options: dict = {}
+    counts: tuple
+    labels: tuple = LABELS
+    augment: object = None
+
+    @functools.cached_property
+    def state(self):
+        return lpa_jax.TrainState.create(
+            self.model, OPTIMIZER, jax.random.key(0), batch(self, 0), self.perturbations
+        )
+
+    def step(self, count):
+        step = functools.partial(
+            lpa_jax.lpa_step, perturbations=self.perturbations, augment=self.augment
+        )
+        if count == 0:
+            return jax.jit(step)
+        return parallel.pmap_step(step, devices=jax.devices()[:count])
 
 
-def setups():
-    return {
-        "erm": Setup(MLP(toy.CLASSES, hidden=(8, 6)), {}),
-        "lpa cold + lpl, synchronised BatchNorm": Setup(
-            toy.NormalizedMLP(toy.CLASSES, axis_name=parallel.AXIS_NAME),
-            {
-                "hidden1": lpa_jax.lpa(0.3, steps=2, assignment=CONFIDENCE),
-                "logits": lpa_jax.lpl(0.3, steps=1, assignment=frequency(toy.CLASSES)),
-            },
-        ),
-        "lpa carry, cold and free, augmented": Setup(
-            MLP(toy.CLASSES, hidden=(8, 6)),
-            {
-                "input": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
-                "hidden1": lpa_jax.lpa(0.3, steps=1, assignment=frequency(toy.CLASSES)),
-                "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
-            },
-            options={"augment": augment},
-        ),
-        "more classes than examples": Setup(
-            MLP(MANY, hidden=(8, 6)),
-            {
-                "hidden1": lpa_jax.lpa(0.3, mode="carry", assignment=frequency(MANY)),
-                "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
-                "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE),
-            },
-            labels=MANY_LABELS,
-        ),
-    }
+SETUPS = {
+    "erm": Setup(MLP(toy.CLASSES, hidden=(8, 6)), {}, (1, 8)),
+    "cold lpa and lpl": Setup(
+        toy.NormalizedMLP(toy.CLASSES, axis_name=parallel.AXIS_NAME),
+        {
+            "hidden1": lpa_jax.lpa(0.3, steps=2, assignment=CONFIDENCE),
+            "logits": lpa_jax.lpl(0.3, steps=1, assignment=frequency(toy.CLASSES)),
+        },
+        (1, 2, 8),
+    ),
+    "carried and free lpa": Setup(
+        MLP(toy.CLASSES, hidden=(8, 6)),
+        {
+            "input": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
+            "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
+        },
+        (0, 1, 2, 4, 8),
+        augment=augment,
+    ),
+    "more classes than examples": Setup(
+        MLP(MANY, hidden=(8, 6)),
+        {
+            "hidden1": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
+            "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=frequency(MANY)),
+        },
+        (1, 8),
+        labels=MANY_LABELS,
+    ),
+}
 
 
 def batch(setup, step):
@@ -87,19 +105,9 @@ def batch(setup, step):
     return {"image": images.astype(np.float32), "label": labels}
 
 
-def create(setup):
-    return lpa_jax.TrainState.create(
-        setup.model, OPTIMIZER, jax.random.key(0), batch(setup, 0), setup.perturbations
-    )
-
-
-def bound(setup):
-    return functools.partial(lpa_jax.lpa_step, perturbations=setup.perturbations, **setup.options)
-
-
 def trained(setup, step):
     """What three steps leave behind, every array by its path."""
-    state, seen = create(setup), {}
+    state, seen = setup.state, {}
     for number in range(STEPS):
         state, pairs = jax.block_until_ready(step(state, batch(setup, number)))
         seen[f"metrics {number}"] = pairs
@@ -115,29 +123,16 @@ def flat(tree):
     }
 
 
-def dtypes(setup):
-    """Dtypes of the model state before and after a step on all devices."""
-    state = create(setup)
-    after, _ = parallel.pmap_step(bound(setup))(state, batch(setup, 0))
-    return [[str(leaf.dtype) for leaf in jax.tree.leaves(s.model_state)] for s in (state, after)]
-
-
 def all_runs():
-    runs = {}
-    for name, setup in setups().items():
-        runs[name] = {
-            count: trained(setup, parallel.pmap_step(bound(setup), devices=jax.devices()[:count]))
-            for count in COUNTS
-        }
-        if "Batch" not in name:  # synchronised BatchNorm needs the axis
-            runs[name]["none"] = trained(setup, jax.jit(bound(setup)))
-    return runs
+    return {
+        name: {count: trained(setup, setup.step(count)) for count in setup.counts}
+        for name, setup in SETUPS.items()
+    }
 
 
 def evaluation():
     """13 examples in padded batches of 8 on 8 devices, and all at once on none."""
-    setup = setups()["erm"]
-    state = create(setup)
+    state = SETUPS["erm"].state
     labels = np.arange(16, dtype=np.int32) % toy.CLASSES
     data = {
         "image": np.random.default_rng(5).normal(size=(16, *toy.IMAGE)).astype(np.float32),
@@ -155,15 +150,18 @@ def evaluation():
 
 def randomness():
     """Same image, same class on 8 devices: only the devices' keys tell the examples apart."""
-    delta = lpa_jax.lpa(0.3, mode="free", assignment=lpa_jax.all_positive())
     layers = ("input", "hidden1")
-    perturbations = {layers: toy.recording(delta), "logits": toy.recording(toy.site_key())}
-    setup = Setup(MLP(toy.CLASSES, hidden=(32, 6), dropout=0.5), perturbations)
+    shift = stateless("shift", lambda site: (site.activation + 1.0, site.targets))
+    perturbations = {layers: toy.recording(shift), "logits": toy.recording(toy.site_key())}
     same = {"image": np.ones((8, *toy.IMAGE), np.float32), "label": np.zeros(8, np.int32)}
     state = lpa_jax.TrainState.create(
-        setup.model, OPTIMIZER, jax.random.key(0), same, perturbations
+        MLP(toy.CLASSES, hidden=(32,), dropout=0.5),
+        OPTIMIZER,
+        jax.random.key(0),
+        same,
+        perturbations,
     )
-    step = parallel.pmap_step(bound(setup))
+    step = parallel.pmap_step(functools.partial(lpa_jax.lpa_step, perturbations=perturbations))
     seen = []
     for _ in range(6):
         old = state.perturbation_state
@@ -175,21 +173,25 @@ def randomness():
                 "used": used,
                 "decoded": np.asarray(new[used[0]]["decoded"]).tolist(),
                 "logits": np.asarray(new["logits"]["before"]).tolist(),
-                "keys": np.asarray(new["logits"]["inner"]).reshape(8, -1).tolist(),
+                "keys": np.asarray(new["logits"]["inner"]).tolist(),
             }
         )
     return seen
 
 
 def donation():
-    """Whether the old state is gone after a step that takes its memory, and the result."""
-    setup = setups()["erm"]
-    step = parallel.pmap_step(bound(setup), donate_state=True)
-    first, _ = jax.block_until_ready(step(create(setup), batch(setup, 0)))
-    second, _ = jax.block_until_ready(step(first, batch(setup, 1)))
-    third, _ = jax.block_until_ready(step(second, batch(setup, 2)))
-    gone = [leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state))]
-    return {"gone": gone, "params": flat({"params": third.params})}
+    """Whether the old states are gone after steps that take their memory, and the result."""
+    setup = SETUPS["erm"]
+    step = parallel.pmap_step(lpa_jax.lpa_step, donate_state=True)
+    states = [jax.tree.map(jnp.copy, setup.state)]
+    for number in range(STEPS):
+        state, _ = jax.block_until_ready(step(states[-1], batch(setup, number)))
+        states.append(state)
+    gone = [
+        [leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state))]
+        for state in states
+    ]
+    return {"gone": gone, "params": flat({"params": states[-1].params})}
 
 
 def refusals():
@@ -210,7 +212,6 @@ def main():
     results = {
         "devices": jax.device_count(),
         "runs": all_runs(),
-        "dtypes": dtypes(setups()["lpa cold + lpl, synchronised BatchNorm"]),
         "evaluation": evaluation(),
         "randomness": randomness(),
         "donation": donation(),

@@ -107,6 +107,7 @@ class Cut(NamedTuple):
 
 
 def plain_linen(module, switch):
+    @functools.partial(jax.jit, static_argnames="train")
     def plain(variables, images, train, rng):
         rngs, mutable = ({"dropout": rng}, ["batch_stats"]) if train else (None, [])
         return module.apply(variables, images, rngs=rngs, mutable=mutable, **switch(train))
@@ -307,10 +308,8 @@ FIXED = lpa_jax.custom(toy.SIGN, toy.MULTIPLIER)
 
 
 def perturbations_at(first, second=None):
-    perturbations = {
-        first: recording(lpa_jax.lpa(0.3, steps=2, assignment=FIXED)),
-        "logits": lpa_jax.lpl(0.3, steps=1),
-    }
+    steps = 2 if second else 1
+    perturbations = {first: recording(lpa_jax.lpa(0.3, steps=steps, assignment=FIXED))}
     if second:
         perturbations[second] = lpa_jax.lpa(0.2, mode="free", assignment=FIXED)
     return perturbations
@@ -478,8 +477,12 @@ def test_nnx_module_with_stacked_blocks_drops_differently_in_each():
             return jnp.concatenate([masks[0], masks[1], self.head(x)], axis=1)
 
     network = lpa_jax.inject(Stack(nnx.Rngs(0)), "body")
-    variables = network.init(jax.random.key(0), IMAGES)
-    outputs, _ = network.advance(variables, IMAGES, {}, "logits", train=True, rng=jax.random.key(1))
+
+    @jax.jit
+    def logits(variables, rng):
+        return network.advance(variables, IMAGES, {}, "logits", train=True, rng=rng)[0]
+
+    outputs = logits(network.init(None, None), jax.random.key(1))
     masks = np.asarray(outputs[:, :64] == 0).reshape(-1, 2, 32)
     assert 0.3 < np.mean(masks) < 0.7
     assert 0.2 < np.mean(masks[:, 0] != masks[:, 1]) < 0.8

@@ -100,6 +100,16 @@ def confidence_signs(confidence, present):
     return np.where(present, np.sign(confidence[present].mean() - confidence), 0)
 
 
+def expected_scale(batch, scale, norm, shape):
+    if scale == "absolute":
+        return 1.0
+    sizes = []
+    for h in batch.activations:
+        h = h if shape == "full" else h.mean(axis=0)
+        sizes.append(reference.size(h, norm))
+    return np.mean(sizes)
+
+
 ZERO_STRENGTH = {
     "radius 0": {"radius": 0.0},
     "steps 0": {"steps": 0},
@@ -341,31 +351,44 @@ def test_confidence_is_read_where_nothing_is_perturbed(mode, x64):
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.75])
-def test_free_reads_the_confidence_of_the_training_pass_one_step_late(ema, x64):
+def test_free_learns_the_confidence_of_the_training_pass_and_steps_with_it(ema, x64):
     perturbation = lpa(0.5, mode="free", assignment=assignment.by_confidence(ema=ema))
     state = Batch().init(perturbation)
+    table = np.zeros((CLASSES, *FEATURES))
     confidence, known = np.zeros(CLASSES), np.zeros(CLASSES, bool)
     rng = np.random.default_rng(0)
     for batch in three_visits():
-        site = batch.site()
+        site, present = batch.site(), batch.present()
         applied = perturbation.apply(state, site)
-        usable = batch.present() & known
+        # Before the training pass, only what earlier visits showed is known.
+        usable = present & known
         expected = confidence_signs(confidence, usable) if usable.any() else np.zeros(CLASSES)
         np.testing.assert_array_equal(applied.aux["sign"], expected)
         if not known.any():
             np.testing.assert_array_equal(applied.activation, batch.activations)
-        z = rng.normal(size=(len(LABELS), CLASSES))
-        feedback = Feedback(jnp.asarray(batch.activations), jnp.asarray(z))
+
+        z, gradient = (rng.normal(size=(6, *shape)) for shape in ((CLASSES,), FEATURES))
+        feedback = Feedback(jnp.asarray(gradient), jnp.asarray(z))
         state = perturbation.update(applied.state, site, feedback)
         shown = reference.class_confidence(z, batch.labels)
-        # The update steps with the sign that `apply` used: without one, delta stays zero.
-        moved = np.any(state["delta"], axis=(1, 2))
-        np.testing.assert_array_equal(moved[batch.present()], expected[batch.present()] != 0)
         smoothed = np.where(known, ema * confidence + (1 - ema) * shown, shown)
-        confidence = np.where(batch.present(), smoothed, confidence)
-        known |= batch.present()
+        confidence = np.where(present, smoothed, confidence)
+        known |= present
         np.testing.assert_allclose(state["confidence"], confidence, rtol=1e-5)
         np.testing.assert_array_equal(state["known"], known)
+
+        sign = confidence_signs(confidence, present)
+        rows = reference.class_perturbation(
+            lambda i, h, gradient=gradient: gradient[i],
+            batch.activations,
+            batch.labels,
+            sign=sign,
+            radius=np.full(CLASSES, 0.5 * expected_scale(batch, "relative", "l2", "full")),
+            steps=1,
+            initial=table,
+        )
+        table = np.where(present[:, None, None], rows, table)
+        np.testing.assert_allclose(state["delta"], table, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", pgd.NORMS)
@@ -472,16 +495,6 @@ def test_a_batch_spread_over_a_mapped_axis_is_one_batch(mode, num_classes):
     for shard in range(2):
         on_shard = jax.tree.map(lambda leaf, shard=shard: leaf[shard], rest)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), on_shard, expected)
-
-
-def expected_scale(batch, scale, norm, shape):
-    if scale == "absolute":
-        return 1.0
-    sizes = []
-    for h in batch.activations:
-        h = h if shape == "full" else h.mean(axis=0)
-        sizes.append(reference.size(h, norm))
-    return np.mean(sizes)
 
 
 @pytest.mark.parametrize("scale", ["relative", "absolute"])

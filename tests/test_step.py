@@ -78,9 +78,10 @@ RUNS = {
         MODEL,
         {
             "hidden1": lpa_jax.chain(
-                stateless("shift", lambda site: (site.activation + 1.0, site.targets)),
                 recording(fixed_lpa("free")),
-            )
+                recording(stateless("shift", lambda site: (site.activation + 1.0, site.targets))),
+            ),
+            "logits": recording(identity()),
         },
     ),
     "bfloat16": (
@@ -362,11 +363,15 @@ def test_tuple_of_layers_draws_one_a_step_and_perturbs_no_other():
     assert all(18 <= count <= 42 for count in counts), counts
 
 
-def test_chained_perturbations_apply_in_order_and_those_that_learn_do():
+def test_chained_perturbations_apply_in_order_and_the_first_may_learn():
     old, state = run("chain").after(1), run("chain").after(2)
-    _, seen = state.perturbation_state["hidden1"]
-    np.testing.assert_allclose(seen["before"], encode(old.params) + 1.0, rtol=1e-5, atol=1e-6)
-    assert np.max(np.abs(seen["after"] - seen["before"])) > 1e-3
+    first, second = state.perturbation_state["hidden1"]
+    np.testing.assert_allclose(first["before"], encode(old.params), rtol=1e-5, atol=1e-6)
+    assert np.max(np.abs(first["after"] - first["before"])) > 1e-3
+    np.testing.assert_array_equal(second["before"], first["after"])
+    np.testing.assert_array_equal(second["after"], second["before"] + 1.0)
+    logits = state.perturbation_state["logits"]["before"]
+    np.testing.assert_allclose(logits, decode(old.params, second["after"]), rtol=1e-5, atol=1e-6)
 
 
 def test_free_mode_ascends_the_gradient_at_the_perturbed_activation():
@@ -426,14 +431,14 @@ def test_augmentation_sees_positions_and_runs_below_every_layer():
 
 
 def test_augmentation_takes_the_positions_that_the_batch_brings():
-    class Seen(Exception):
+    class SeenError(Exception):
         pass
 
     def see(rng, images, positions):
-        raise Seen(positions.tolist())
+        raise SeenError(positions.tolist())
 
     batch = {**toy.batch(), "position": np.arange(6)[::-1]}
-    with pytest.raises(Seen, match=r"\[5, 4, 3, 2, 1, 0\]"):
+    with pytest.raises(SeenError, match=r"\[5, 4, 3, 2, 1, 0\]"):
         lpa_jax.lpa_step(run("erm").state, batch, augment=see)
 
 

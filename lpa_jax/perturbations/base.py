@@ -134,13 +134,19 @@ def chain(*perturbations: Perturbation) -> Perturbation:
     Each sees the activation and targets that the one before it left.
 
     Raises:
-      ValueError: nothing to chain.
+      ValueError: nothing to chain; or a perturbation that learns from the training pass stands
+        anywhere but first, where it would learn at another activation than it perturbed.
 
     >>> chain(identity("a"), identity("b")).name
     'a+b'
     """
     if not perturbations:
         raise ValueError("chain needs at least one perturbation, got none")
+    for p in perturbations[1:]:
+        if p.update is not None:
+            raise ValueError(
+                f"{p.name} learns from the training pass and must come first in a chain"
+            )
 
     def init(activation, num_classes):
         return tuple(p.init(activation, num_classes) for p in perturbations)
@@ -159,16 +165,13 @@ def chain(*perturbations: Perturbation) -> Perturbation:
         return Applied(activation, targets, tuple(new_states), aux)
 
     def update(states, site, feedback):
-        return tuple(
-            state
-            if p.update is None
-            else p.update(state, at(site, i, site.activation, site.targets), feedback)
-            for i, (p, state) in enumerate(zip(perturbations, states, strict=True))
+        first = perturbations[0].update(
+            states[0], at(site, 0, site.activation, site.targets), feedback
         )
+        return (first, *states[1:])
 
-    learns = any(p.update is not None for p in perturbations)
     name = "+".join(p.name for p in perturbations)
-    return Perturbation(name, init, apply, update if learns else None)
+    return Perturbation(name, init, apply, update if perturbations[0].update else None)
 
 
 def per_example(values: Array, like: Array) -> Array:

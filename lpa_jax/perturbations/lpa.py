@@ -253,7 +253,7 @@ class _ClassLevel:
         smoothed = jnp.where(state["known"], ema * old + (1 - ema) * confidence, confidence)
         return {
             **state,
-            "confidence": jnp.where(counts > 0, smoothed, old),
+            "confidence": jnp.where(counts > 0, smoothed, old).astype(old.dtype),
             "known": state["known"] | (counts > 0),
         }
 
@@ -293,7 +293,8 @@ class _ClassLevel:
 
 def _batch_confidence(site: Site, logits: Array) -> tuple[Array, Array]:
     """q_c, the mean probability of the true class, and n_c, over the global batch, both [C]."""
-    logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
+    logits = jax.lax.stop_gradient(logits)
+    logits = logits.astype(pgd.perturbation_dtype(logits))
     true_class = jnp.take_along_axis(jax.nn.softmax(logits), site.labels[:, None], axis=1)[:, 0]
     counts = pgd.class_counts(site.labels, site.num_classes, site.axis_name)
     return pgd.class_means(true_class, site.labels, counts, site.axis_name), counts
