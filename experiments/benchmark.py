@@ -25,6 +25,7 @@ import csv
 import dataclasses
 import functools
 import io
+import os
 import pathlib
 import statistics
 import sys
@@ -332,6 +333,14 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def check_writable(path: str) -> None:
+    """Raises ValueError unless a file can be written at `path`; writes nothing."""
+    target = pathlib.Path(path).absolute()
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not path or target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--csv must name a file that can be written, got {path!r}")
+
+
 def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
     """What the flags ask for.
 
@@ -342,8 +351,8 @@ def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
         raise ValueError(f"--steps must be whole numbers >= 1, got {','.join(FLAGS.steps)!r}")
     if not FLAGS.methods:
         raise ValueError("--methods must name at least one method, got none")
-    if FLAGS.csv is not None and (not FLAGS.csv or pathlib.Path(FLAGS.csv).is_dir()):
-        raise ValueError(f"--csv must be the name of a file, got {FLAGS.csv!r}")
+    if FLAGS.csv is not None:
+        check_writable(FLAGS.csv)
     model = models.create(FLAGS.model, FLAGS.num_classes, dtype=FLAGS.dtype)
     layers = FLAGS.layers or model.layers
     for layer in layers:
@@ -375,18 +384,28 @@ def main(argv: list[str]) -> None:
     )
     if jax.config.jax_compilation_cache_dir:
         print("note: a compilation cache is on; compile_s may be the time of reading it")
-    rows = []
-    for row in measure(state, batch, cases, FLAGS.rounds):
-        rows.append(row)
-        print(
-            f"[{len(rows)}/{len(cases)}] {row.method} {row.layer} {row.steps}: "
-            f"ratio {row.ratio:.3f}, floor {row.floor:.3f}",
-            file=sys.stderr,
-            flush=True,
-        )
+    rows, failure = [], None
+    try:
+        for row in measure(state, batch, cases, FLAGS.rounds):
+            rows.append(row)
+            print(
+                f"[{len(rows)}/{len(cases)}] {row.method} {row.layer} {row.steps}: "
+                f"ratio {row.ratio:.3f}, floor {row.floor:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
+    except ValueError as error:
+        failure = f"error: {cases[len(rows)].method} at {cases[len(rows)].layer}: {error}"
+    except KeyboardInterrupt:
+        failure = "interrupted: the table holds what was measured"
     print(table(rows))
+    if failure:
+        sys.exit(failure)
     if FLAGS.csv:
-        files.write_text(FLAGS.csv, as_csv(rows))
+        try:
+            files.write_text(FLAGS.csv, as_csv(rows))
+        except OSError as error:
+            sys.exit(f"error: --csv: {error}")
 
 
 if __name__ == "__main__":

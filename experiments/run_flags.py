@@ -61,7 +61,10 @@ def define_data_flags(dataset: str, profile: str) -> None:
     )
     flags.DEFINE_float("imbalance", 100.0, "Size of the largest class over the smallest.")
     flags.DEFINE_integer(
-        "split_seed", None, "Seed of the long-tailed subset; unset, it is the run's own seed."
+        "per_class", None, "Training images a class to keep, before any long tail; unset: all."
+    )
+    flags.DEFINE_integer(
+        "split_seed", None, "Seed of the training subset; unset, it is the run's own seed."
     )
 
 
@@ -156,6 +159,7 @@ def settings() -> Settings:
         validation_fraction=FLAGS.validation_fraction,
         profile=FLAGS.profile,
         imbalance=FLAGS.imbalance,
+        per_class=FLAGS.per_class,
         split_seed=FLAGS.split_seed,
         model=FLAGS.model,
         dtype=FLAGS.dtype,

@@ -256,8 +256,7 @@ def _scalars(record: trainer.EpochRecord) -> dict[str, float]:
 def _final_metrics(evaluation: Mapping[str, Any], counts: tuple[int, ...]) -> dict[str, Any]:
     per_class = np.asarray(evaluation["per_class_accuracy"])
     groups = {
-        name: float(np.nanmean(per_class[members])) if members.any() else None
-        for name, members in shot_groups(counts).items()
+        name: float(np.nanmean(per_class[members])) for name, members in shot_groups(counts).items()
     }
     return {
         "accuracy": evaluation["accuracy"],

@@ -22,6 +22,7 @@ class Settings:
     validation_fraction: float = 0.2
     profile: str = "exponential"
     imbalance: float = 100.0
+    per_class: int | None = None
     split_seed: int | None = None
     model: str = "mlp"
     dtype: str = "float32"
@@ -78,6 +79,8 @@ class Settings:
             raise ValueError(
                 f"--validation_fraction must lie in (0, 1), got {self.validation_fraction!r}"
             )
+        if self.per_class is not None and self.per_class < 1:
+            raise ValueError(f"--per_class must be >= 1, got {self.per_class!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"--clip_norm must be > 0 or none, got {self.clip_norm!r}")
         if self.drw_epoch is not None and not 0 < self.drw_epoch < self.epochs:
@@ -148,6 +151,9 @@ class TaskSource:
                 labels, fraction=settings.validation_fraction, seed=split_seed
             )
             evaluation = self._pool.subset(held_out)
+        if settings.per_class is not None:
+            kept = data.reduced_indices(labels[available], settings.per_class, seed=split_seed)
+            available = available[kept]
         if settings.profile != "none":
             chosen = data.long_tail_indices(
                 labels[available],
@@ -162,7 +168,15 @@ class TaskSource:
 
 
 def shot_groups(counts: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Many/medium/few classes by the usual thresholds, by thirds where one group would be empty."""
+    """Many/medium/few classes by the usual thresholds, by thirds where one group would be empty.
+
+    Classes of equal size fall into no groups.
+
+    >>> shot_groups((50, 50))
+    {}
+    """
+    if len(set(counts)) == 1:
+        return {}
     groups = metrics.shot_groups(counts)
     if all(members.any() for members in groups.values()):
         return groups

@@ -46,6 +46,13 @@ def paired_difference(results: Results, method: str, other: str) -> Estimate | N
     return estimate([first[seed] - second[seed] for seed in seeds]) if seeds else None
 
 
+def group_estimate(runs: Sequence[Mapping[str, Any]], group: str) -> Estimate | None:
+    """Accuracy of many-, medium- or few-shot classes; None where classes are equally large."""
+    values = [run["group_accuracy"].get(group) for run in runs]
+    return None if None in values else estimate(values)
+
+
+GROUPS = ("many", "medium", "few")
 COLUMNS = ("method", "accuracy %", "vs erm", "many %", "medium %", "few %", "seconds")
 
 
@@ -54,16 +61,13 @@ def rows(results: Results) -> list[tuple[str, ...]]:
     table = []
     for method, runs in results.items():
         difference = None if method == ERM else paired_difference(results, method, ERM)
-        groups = [
-            estimate([run["group_accuracy"][group] for run in runs]).percent()
-            for group in ("many", "medium", "few")
-        ]
+        groups = [group_estimate(runs, group) for group in GROUPS]
         table.append(
             (
                 method,
                 estimate([run["accuracy"] for run in runs]).percent(),
                 "" if difference is None else difference.percent(signed=True),
-                *groups,
+                *("" if group is None else group.percent() for group in groups),
                 f"{np.mean([run['seconds'] for run in runs]):.1f}",
             )
         )
@@ -74,18 +78,16 @@ def as_csv(results: Results) -> str:
     """The table with one number a cell: means and standard errors as fractions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ["accuracy", "difference_to_erm", "many", "medium", "few"]
+    names = ["accuracy", "difference_to_erm", *GROUPS]
+    unknown = Estimate(float("nan"), float("nan"))
     writer.writerow(
         ["method", "seeds", *(f"{n}_{k}" for n in names for k in ("mean", "se")), "seconds_mean"]
     )
     for method, runs in results.items():
         estimates = [
             estimate([run["accuracy"] for run in runs]),
-            paired_difference(results, method, ERM) or Estimate(float("nan"), float("nan")),
-            *(
-                estimate([run["group_accuracy"][group] for run in runs])
-                for group in ("many", "medium", "few")
-            ),
+            paired_difference(results, method, ERM) or unknown,
+            *(group_estimate(runs, group) or unknown for group in GROUPS),
         ]
         numbers = [f"{number:.6g}" for pair in estimates for number in pair]
         seconds = np.mean([run["seconds"] for run in runs])

@@ -179,6 +179,18 @@ def randomness():
     return seen
 
 
+def local_statistics():
+    """Running means after one step where BatchNorm is left local to 2 devices."""
+    setup = Setup(toy.NormalizedMLP(toy.CLASSES), {}, (2,))
+    state, _ = jax.block_until_ready(setup.step(2)(setup.state, batch(setup, 0)))
+    dense = setup.state.params["hidden1"]["dense"]
+    below = batch(setup, 0)["image"].reshape(16, -1)
+    return {
+        "means": np.asarray(state.model_state["batch_stats"]["hidden1"]["norm"]["mean"]).tolist(),
+        "batch": np.asarray(below @ dense["kernel"] + dense["bias"][None]).mean(0).tolist(),
+    }
+
+
 def donation():
     """Whether the old states are gone after steps that take their memory, and the result."""
     setup = SETUPS["erm"]
@@ -214,6 +226,7 @@ def main():
         "runs": all_runs(),
         "evaluation": evaluation(),
         "randomness": randomness(),
+        "local_statistics": local_statistics(),
         "donation": donation(),
         "refusals": refusals(),
     }

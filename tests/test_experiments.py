@@ -1,14 +1,17 @@
 """Experiment modules, run in this process as the command line would run them."""
 
+import contextlib
 import csv
 import importlib
+import io
 import json
 import pathlib
+import shutil
 
 import pytest
 from absl import flags
 
-from experiments import long_tail, run_flags, tune
+from experiments import balanced, comparison, long_tail, run_flags, tune
 from experiments.methods import RUN_OPTIONS
 
 FLAGS = flags.FLAGS
@@ -32,44 +35,54 @@ def own_flags():
     ]
 
 
+def call(data_dir, name, *arguments):
+    """Runs a module as its command line would; the exit message, None if it ends well."""
+    module = importlib.import_module(f"experiments.{name}")
+    try:
+        module.define_flags()
+        FLAGS([name, f"--data_dir={data_dir}", "--compilation_cache=", *arguments])
+        module.main([name])
+    except (SystemExit, flags.Error) as stop:
+        return str(stop)
+    finally:
+        forget_flags()
+    return None
+
+
 @pytest.fixture
 def run(data_dir, capsys):
     """(module, *flags) -> (exit message or None, standard output, standard error)."""
 
-    def call(name, *arguments):
-        module = importlib.import_module(f"experiments.{name}")
-        message = None
-        try:
-            module.define_flags()
-            FLAGS([name, f"--data_dir={data_dir}", "--compilation_cache=", *arguments])
-            module.main([name])
-        except (SystemExit, flags.Error) as stop:
-            message = str(stop)
-        finally:
-            forget_flags()
+    def run_and_capture(name, *arguments):
+        message = call(data_dir, name, *arguments)
         captured = capsys.readouterr()
         return message, captured.out, captured.err
 
-    return call
+    return run_and_capture
 
 
 TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
+JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2")
+
+
+@pytest.fixture(scope="module")
+def job(data_dir, tmp_path_factory):
+    """A small finished job and what it printed; tests that change it take a copy."""
+    workdir = tmp_path_factory.mktemp("finished") / "job"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        message = call(data_dir, "long_tail", *TINY, *JOB, f"--workdir={workdir}")
+    assert message is None
+    return workdir, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture
-def finished(run, tmp_path):
-    """A small finished job and what it printed."""
-    workdir = tmp_path / "job"
-    message, out, err = run(
-        "long_tail", *TINY, "--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2",
-        f"--workdir={workdir}",
-    )  # fmt: skip
-    assert message is None
-    return workdir, out, err
+def copy_of_job(job, tmp_path):
+    return pathlib.Path(shutil.copytree(job[0], tmp_path / "job"))
 
 
-def test_a_job_prints_one_table_and_writes_everything_it_promises(finished):
-    workdir, out, err = finished
+def test_a_job_prints_one_table_and_writes_everything_it_promises(job):
+    workdir, out, err = job
     for method in ("erm", "lpa+lpl", "dropout@hidden2"):
         assert method in out
         for seed in (0, 1):
@@ -98,8 +111,8 @@ def test_a_job_prints_one_table_and_writes_everything_it_promises(finished):
     assert json.loads((workdir / "splits" / "seed_1.json").read_text())["meta"]["seed"] == 1
 
 
-def test_the_loss_change_of_every_sign_group_is_logged(finished):
-    workdir, *_ = finished
+def test_the_loss_change_of_every_sign_group_is_logged(job):
+    workdir, *_ = job
     folder = workdir / "runs" / "lpa+lpl" / "seed_0"
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["effect/hidden1/loss_change/positive"] > 0
@@ -107,17 +120,14 @@ def test_the_loss_change_of_every_sign_group_is_logged(finished):
     assert last["effect/logits/loss_change/positive"] > 0
 
 
-def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, finished):
-    workdir, *_ = finished
+def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, copy_of_job):
+    workdir = copy_of_job
     paths = sorted(workdir.glob("runs/*/seed_*/result.json"))
     contents = {path: path.read_text() for path in paths}
     broken = workdir / "runs" / "erm" / "seed_1" / "result.json"
     broken.write_text(contents[broken][:50])
     times = {path: path.stat().st_mtime_ns for path in paths}
-    message, *_ = run(
-        "long_tail", *TINY, "--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2",
-        f"--workdir={workdir}",
-    )  # fmt: skip
+    message, *_ = run("long_tail", *TINY, *JOB, f"--workdir={workdir}")
     assert message is None
     for path in paths:
         assert (path.stat().st_mtime_ns == times[path]) == (path != broken)
@@ -129,11 +139,24 @@ def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, finishe
     assert again == before, "the same command and seed must give the same numbers"
 
 
-def test_other_settings_in_the_same_workdir_are_refused_by_name(run, finished):
-    workdir, *_ = finished
+def test_other_settings_in_the_same_workdir_are_refused_by_name(run, job):
+    workdir, *_ = job
     message, *_ = run("long_tail", *TINY, "--methods=erm", "--learning_rate=0.5",
                       f"--workdir={workdir}")  # fmt: skip
     assert "learning_rate: " in message and "choose another --workdir" in message
+
+
+def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(run, tmp_path):
+    workdir = tmp_path / "job"
+    message, out, _ = run("balanced", *TINY, "--methods=erm,lpa", "--seeds=1", "--per_class=5",
+                          f"--workdir={workdir}")  # fmt: skip
+    assert message is None
+    assert "5 training images a class" in out
+    result = json.loads((workdir / "runs/lpa/seed_0/result.json").read_text())
+    assert result["train_counts"] == [5] * 10
+    assert result["group_accuracy"] == {}
+    config = json.loads((workdir / "runs/lpa/seed_0/config.json").read_text())
+    assert config["options"]["lpa.assignment"] == "confidence"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +174,8 @@ def test_other_settings_in_the_same_workdir_are_refused_by_name(run, finished):
         (["--imbalance=9999"], "imbalance=9999"),
         (["--dataset=nonsense"], "nonsense"),
         (["--model=resnet99"], "model"),
+        (["--per_class=0"], "--per_class must be >= 1"),
+        (["--per_class=9999"], "per_class=9999"),
         (["--radius=-1"], "radius must be finite and >= 0"),
         (["--geometry=round"], "geometry"),
         (["--assignment=random"], "assignment"),
@@ -175,10 +200,12 @@ def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
 
 
 def test_every_flag_has_a_help_text_and_is_read(request):
-    for module in (long_tail, tune):
+    for module in (long_tail, balanced, tune):
         request.addfinalizer(forget_flags)
         module.define_flags()
-        sources = "".join(pathlib.Path(m.__file__).read_text() for m in (module, run_flags))
+        sources = "".join(
+            pathlib.Path(m.__file__).read_text() for m in (module, comparison, run_flags)
+        )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name
             read = f"FLAGS.{name}" in sources or name in (*run_flags.OPTION_FLAGS, *RUN_OPTIONS)

@@ -301,6 +301,48 @@ def test_gradient_reaches_the_parameters_below_through_the_tap_alone(name):
         assert np.any(head != 0)
 
 
+def test_no_gradient_reaches_the_parameters_through_decode():
+    network, variables = cut("setup").network, variables_of("setup")
+    path = cut("setup").paths[1]
+
+    def total(params, stop):
+        def tap(h, decode):
+            predicted = jnp.mean(decode(jax.lax.stop_gradient(h)))
+            return h + jnp.where(stop, jax.lax.stop_gradient(predicted), predicted)
+
+        logits, _ = injection.forward(
+            network, {**variables, "params": params}, IMAGES, {path: tap}, train=False, rng=None
+        )
+        return jnp.sum(logits**2)
+
+    gradient = jax.jit(jax.grad(total))
+    params = variables["params"]
+    assert_trees_close(gradient(params, True), gradient(params, False))
+
+
+def test_decode_sees_the_taps_below_where_the_network_skips():
+    class Skip(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            first = nn.Dense(CLASSES, name="first")(x.reshape(x.shape[0], -1))
+            return first + nn.Dense(CLASSES, name="second")(first)
+
+    network = lpa_jax.inject(Skip(), "first", "second")
+    variables = network.init(jax.random.key(0), IMAGES)
+    seen = {}
+
+    def second(h, decode):
+        seen["second"] = decode(h)
+        return 2.0 * h
+
+    taps = {"first": lambda h, decode: seen.setdefault("first", h + 1.0), "second": second}
+    logits, _ = injection.forward(network, variables, IMAGES, taps, train=False, rng=None)
+    kernel, bias = (variables["params"]["second"][key] for key in ("kernel", "bias"))
+    above = seen["first"] @ kernel + bias[None]
+    np.testing.assert_allclose(seen["second"], seen["first"] + above, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits, seen["first"] + 2.0 * above, rtol=1e-5, atol=1e-6)
+
+
 # The same network in four forms: a step must not tell them apart.
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)

@@ -100,6 +100,11 @@ def test_whole_numbers_in_the_model_state_stay_whole(worker):
         assert passes == 3
 
 
+def test_local_running_statistics_are_averaged_over_devices(worker):
+    found, batch = (np.array(worker["local_statistics"][key]) for key in ("means", "batch"))
+    np.testing.assert_allclose(found, (1 - toy.MOMENTUM) * batch, rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_on_8_devices_counts_each_example_once(worker):
     padded, whole = (worker["evaluation"][key] for key in ("padded", "whole"))
     assert list(padded) == list(whole)

@@ -382,6 +382,7 @@ def test_free_mode_ascends_the_gradient_at_the_perturbed_activation():
     seen = state.perturbation_state["hidden1"]
     h, perturbed = np.asarray(seen["before"], np.float64), seen["after"]
     gradient = np.asarray(loss_gradients(old.params, perturbed), np.float64)
+    np.testing.assert_allclose(seen["gradient"], gradient, rtol=1e-4, atol=1e-6)
     for c in range(3):
         members = c == LABELS
         radius, toward = RADIUS * MULTIPLIER[c], SIGN[c] * h[members].mean(0)

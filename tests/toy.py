@@ -71,10 +71,14 @@ class NormalizedLayer(nn.Module):
 def recording(perturbation):
     """The perturbation, which keeps what it saw in its state; over devices, in global order."""
 
+    learns = perturbation.update is not None
+
     def init(activation, num_classes):
         like_activation = jnp.zeros(activation.shape, activation.dtype)
         like_logits = jnp.zeros((activation.shape[0], num_classes))
+        gradient = {"gradient": like_activation} if learns else {}
         return {
+            **gradient,
             "inner": perturbation.init(activation, num_classes),
             "before": like_activation,
             "after": like_activation,
@@ -93,14 +97,13 @@ def recording(perturbation):
         if site.axis_name is not None:
             seen = jax.lax.all_gather(seen, site.axis_name, tiled=True)
         seen = jax.lax.stop_gradient(seen)
-        return Applied(
-            applied.activation, applied.targets, {"inner": applied.state, **seen}, applied.aux
-        )
+        new_state = {**state, "inner": applied.state, **seen}
+        return Applied(applied.activation, applied.targets, new_state, applied.aux)
 
     def update(state, site, feedback):
-        return {**state, "inner": perturbation.update(state["inner"], site, feedback)}
+        inner = perturbation.update(state["inner"], site, feedback)
+        return {**state, "inner": inner, "gradient": feedback.gradient}
 
-    learns = perturbation.update is not None
     return Perturbation(perturbation.name, init, apply, update if learns else None)
 
 

@@ -1,0 +1,161 @@
+"""Comparing methods with paired seeds: what `long_tail` and `balanced` share.
+
+Trains every method with every seed, skipping what is finished, prints one table, and writes it with
+figures, logs and the configuration.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import files, methods, plots, run_flags, runner, summary
+from experiments.progress import RunProgress
+from experiments.settings import Settings, TaskSource
+from lpa_jax import data, trainer
+
+FLAGS = flags.FLAGS
+HPARAMS_FOLDER = pathlib.Path(__file__).parent / "hparams"
+
+
+def define_flags(experiment: str, profile: str) -> None:
+    """Flags of a comparison, with the defaults of the experiment of that name."""
+    flags.DEFINE_list(
+        "methods",
+        ["erm", "lpl", "lpa", "lpa+lpl"],
+        "Methods to compare: erm, any perturbation, or sums such as lpa+lpl; dropout@hidden2 names "
+        "the layer.",
+    )
+    flags.DEFINE_list("seeds", ["3"], "Number of seeds, or a list of them; paired over methods.")
+    flags.DEFINE_string("workdir", f"runs/{experiment}", "Folder for everything that is written.")
+    flags.DEFINE_string(
+        "hparams",
+        "auto",
+        "File of tuned hyperparameters from experiments.tune; auto takes the one that comes with "
+        "the project for this data set and model, none takes the methods' defaults.",
+    )
+    run_flags.define_data_flags(dataset="mnist5k", profile=profile)
+    run_flags.define_training_flags()
+    run_flags.define_runtime_flags()
+    run_flags.define_perturbation_flags()
+
+
+def tuned_hparams(experiment: str, settings: Settings) -> tuple[dict[str, dict[str, Any]], str]:
+    """Tuned hyperparameters by method, and where they come from."""
+    if FLAGS.hparams == "none":
+        return {}, "the methods' defaults"
+    path = pathlib.Path(FLAGS.hparams)
+    if FLAGS.hparams == "auto":
+        path = HPARAMS_FOLDER / f"{experiment}_{settings.dataset}_{settings.model}.json"
+        if not path.exists():
+            return {}, f"the methods' defaults (nothing tuned for {path.stem})"
+    return methods.load_tuned(path), f"tuned on validation, {path.name}"
+
+
+def resolve_options(tuned: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options of every chosen method: defaults, then tuned, then flags."""
+    if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
+        raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
+    explicit = run_flags.explicit_options()
+    if FLAGS.layer is not None:
+        explicit["layer"] = FLAGS.layer
+    run_options = run_flags.explicit_run_options()
+    return {
+        method: methods.options_for(method, tuned.get(method, {}), explicit) | run_options
+        for method in FLAGS.methods
+    }
+
+
+def train_all(
+    settings: Settings, options: Mapping[str, Mapping[str, Any]], workdir: pathlib.Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Trains every method with every seed, skipping runs whose results are there."""
+    seeds = run_flags.seeds(FLAGS.seeds)
+    source = TaskSource(settings)
+    tasks = {seed: source.task(seed) for seed in seeds}
+    # Every program is built before the first run, so that a bad option stops everything at once.
+    programs = {
+        (method, tasks[seed].counts): runner.make_program(
+            method, options[method], settings, tasks[seed], FLAGS.layer
+        )
+        for method in options
+        for seed in seeds
+    }
+    for method in options:
+        for seed in seeds:
+            config = runner.configuration(programs[method, tasks[seed].counts], seed, tasks[seed])
+            runner.finished_result(workdir / "runs" / method / f"seed_{seed}", config)
+    files.write_json(workdir / "flags.json", run_flags.resolved())
+    for seed, task in tasks.items():
+        meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}
+        path = workdir / "splits" / f"seed_{seed}.json"
+        data.save_indices(path, task.train_indices, source.pool.labels, meta)
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
+    with RunProgress(len(options) * len(seeds), settings.epochs, FLAGS.quiet) as progress:
+        # Seeds outermost: an interrupted job leaves complete pairs.
+        for seed in seeds:
+            for method in options:
+                progress.start(f"{method} seed {seed}")
+                folder = workdir / "runs" / method / f"seed_{seed}"
+                result = runner.run(
+                    programs[method, tasks[seed].counts],
+                    tasks[seed],
+                    seed,
+                    folder,
+                    progress.epoch,
+                )
+                progress.finish(f"{settings.evaluate_on} accuracy {100 * result['accuracy']:.2f} %")
+                results[method].append(result)
+    return results
+
+
+def report(results: summary.Results, settings: Settings, workdir: pathlib.Path) -> None:
+    """Prints the table and writes it with the figures."""
+    sizes = f"{settings.profile} {settings.imbalance:g}:1"
+    if settings.profile == "none":
+        sizes = f"{settings.per_class or 'all'} training images a class"
+    title = f"{settings.dataset}, {sizes}, {settings.model}, {settings.evaluate_on} accuracy"
+    files.write_text(workdir / "table.csv", summary.as_csv(results))
+    files.write_text(workdir / "table.md", summary.as_markdown(results, title))
+    plots.per_class_accuracy(results, workdir / "per_class_accuracy.png")
+    plots.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(summary.COLUMNS):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in summary.rows(results):
+        table.add_row(*row)
+    # A pipe or a file gets the whole table, however narrow the terminal would be.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
+    console.print(summary.LEGEND, highlight=False)
+    contrast = summary.paired_difference(results, "lpa", "lpl")
+    if contrast is not None:
+        console.print(f"lpa vs lpl, paired: {contrast.percent(signed=True)}", highlight=False)
+    console.print(f"Written to {workdir}{os.sep}", highlight=False)
+
+
+def run(experiment: str, argv: list[str]) -> None:
+    """Does what the flags say; exits with one line where they are wrong or the user interrupts."""
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
+        )
+    try:
+        settings = run_flags.settings()
+        run_flags.apply_runtime_flags()
+        tuned, origin = tuned_hparams(experiment, settings)
+        options = resolve_options(tuned)
+        if not FLAGS.quiet:
+            print(f"Hyperparameters: {origin}", file=sys.stderr)
+        run_flags.prepare_data()
+        workdir = pathlib.Path(FLAGS.workdir)
+        report(train_all(settings, options, workdir), settings, workdir)
+    except (ValueError, OSError, trainer.NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished runs are kept, the same command goes on from there")
