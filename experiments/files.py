@@ -3,28 +3,14 @@
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from lpa_jax.atomic import write_text
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file beside its place and renames it, so that a reader never sees half of it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        pathlib.Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+__all__ = ["plain", "read_json", "write_json", "write_text"]
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

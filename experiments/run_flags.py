@@ -1,6 +1,7 @@
 """Flags that every training experiment shares, and how they become `Settings` and options."""
 
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -107,7 +108,8 @@ def define_runtime_flags() -> None:
 
 
 def apply_runtime_flags() -> None:
-    """Turns the compilation cache on."""
+    """Turns the compilation cache on and JAX's notes about backends that are not there off."""
+    logging.getLogger("jax").setLevel(logging.WARNING)
     if FLAGS.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(FLAGS.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -5,12 +5,12 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lpa_jax.atomic import write_text
 from lpa_jax.data import checks, random_order, splits
 
 _FORMAT = "lpa_jax.indices.v1"
@@ -167,6 +167,7 @@ def save_indices(
       OSError: the file cannot be written.
 
     Example:
+      >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_indices(folder + "/tail.json", [0, 2], labels=[0, 1, 1], meta={"seed": 0})
       ...     load_indices(folder + "/tail.json", labels=[0, 1, 1])
@@ -188,20 +189,7 @@ def save_indices(
         text = json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"meta={meta!r}: must be what JSON can hold ({error})") from None
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; an index file is as readable as its folder
-        pathlib.Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, text)
 
 
 def load_indices(path: str | os.PathLike, labels: ArrayLike) -> tuple[np.ndarray, dict[str, Any]]:
