@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lpa_jax.pgd import check_labels
 
@@ -38,7 +39,7 @@ def pmap_step(
     Raises:
       ValueError: (when called) the batch does not split evenly, or labels are outside 0..C-1.
 
-    >>> import jax.numpy as jnp, numpy as np
+    >>> import jax.numpy as jnp
     >>> def count(state, batch, axis_name):
     ...     return state + jax.lax.psum(jnp.sum(batch["image"]), axis_name)
     >>> float(pmap_step(count)(1.0, {"image": np.ones(8 * jax.device_count(), np.float32)}) - 1) / 8
@@ -55,9 +56,16 @@ def pmap_step(
         donate_argnums=(0,) if donate_state else (),
     )
 
+    mesh = jax.sharding.Mesh(np.asarray(devices), (axis_name,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
     def call(state, batch):
         check_batch(batch, getattr(state, "num_classes", None))
-        return mapped(state, shard_batch(batch, len(local)))
+        batch = shard_batch(batch, len(local))
+        if len(local) == len(devices):
+            # Where the steps leave it: XLA would compile once more for a state on one device.
+            state = jax.device_put(state, everywhere)
+        return mapped(state, batch)
 
     return call
 
@@ -85,7 +93,6 @@ def shard_batch(batch: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
     Raises:
       ValueError: B is not a multiple of `num_shards`.
 
-    >>> import numpy as np
     >>> shard_batch({"label": np.arange(4)}, 2)["label"].tolist()
     [[0, 1], [2, 3]]
     """
