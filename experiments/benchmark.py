@@ -17,8 +17,8 @@ own. `flops` is what the compiled step really does, over ERM: above the floor, w
 time can stay below the floor, since weight gradients, which PGD does not need, cost more time per
 FLOP than the rest.
 
-The defaults (ResNet-20, batch 128, all layers, 36 rows of 11 rounds) take about 15 minutes on 2 CPU
-cores, half of it compilation.
+The defaults (ResNet-20, batch 128, all layers, 36 rows of 11 rounds) should take about 15 minutes
+on two idle CPU cores, a quarter of it compilation; on busy ones 7 rounds took 27.
 """
 
 import csv

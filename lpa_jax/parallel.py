@@ -62,8 +62,10 @@ def pmap_step(
     def call(state, batch):
         check_batch(batch, getattr(state, "num_classes", None))
         batch = shard_batch(batch, len(local))
-        if len(local) == len(devices):
-            # Where the steps leave it: XLA would compile once more for a state on one device.
+        first = jax.tree.leaves(state)[:1]
+        settled = all(getattr(leaf, "sharding", None) == everywhere for leaf in first)
+        if len(local) == len(devices) and not settled:
+            # Where the steps leave it: for a state on one device XLA would compile once more.
             state = jax.device_put(state, everywhere)
         return mapped(state, batch)
 

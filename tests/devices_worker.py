@@ -21,6 +21,7 @@ from lpa_jax.models import MLP
 from lpa_jax.perturbations import stateless
 
 STEPS = 3
+COMPILED = []  # every compilation since it was cleared
 MANY = 40
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 # On 8 devices two examples each: class 0 is everywhere, 1 on one device only, 2 on the borders of
@@ -73,7 +74,7 @@ SETUPS = {
     "cold lpa and lpl": Setup(
         toy.NormalizedMLP(toy.CLASSES, axis_name=parallel.AXIS_NAME),
         {
-            "hidden1": lpa_jax.lpa(0.3, steps=2, assignment=CONFIDENCE),
+            "hidden1": lpa_jax.lpa(0.3, steps=1, assignment=CONFIDENCE),
             "logits": lpa_jax.lpl(0.3, steps=1, assignment=frequency(toy.CLASSES)),
         },
         (1, 2, 8),
@@ -106,14 +107,16 @@ def batch(setup, step):
 
 
 def trained(setup, step):
-    """What three steps leave behind, every array by its path."""
-    state, seen = setup.state, {}
+    """What three steps leave behind, every array by its path, and how often they compiled."""
+    state, seen, compilations = setup.state, {}, []
     for number in range(STEPS):
+        COMPILED.clear()
         state, pairs = jax.block_until_ready(step(state, batch(setup, number)))
         seen[f"metrics {number}"] = pairs
+        compilations.append(len(COMPILED))
     for field in ("params", "opt_state", "model_state", "perturbation_state"):
         seen[field] = getattr(state, field)
-    return flat(seen)
+    return {**flat(seen), "compilations": compilations}
 
 
 def flat(tree):
@@ -220,7 +223,13 @@ def refusals():
     return messages
 
 
+def note(event, duration, **details):
+    if event.endswith("backend_compile_duration"):
+        COMPILED.append(details)
+
+
 def main():
+    jax.monitoring.register_event_duration_secs_listener(note)
     results = {
         "devices": jax.device_count(),
         "runs": all_runs(),

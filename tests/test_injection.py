@@ -406,8 +406,29 @@ def test_injected_module_trains_as_the_staged_model_does():
     expected, found = staged_run().after(2), injected.after(2)
     for field in ("params", "model_state", "opt_state", "perturbation_state"):
         assert_trees_close(getattr(found, field), getattr(expected, field), rtol=1e-6)
-    # XLA merges what the passes share below the cut: nothing is computed again.
     assert injected.flops < 1.02 * staged_run().flops
+
+
+class Convolutional(nn.Module):
+    """Convolutions and BatchNorm below and above the cut, of which XLA merges no two passes."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = images
+        for name in ("first", "second", "third"):
+            x = nn.Conv(4, (3, 3), use_bias=False, name=f"{name}_conv")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=name)(x))
+        return nn.Dense(CLASSES)(x.mean((1, 2)))
+
+
+def test_injected_module_runs_what_lies_below_the_cut_once():
+    perturbations = {"second": lpa_jax.lpa(0.1, mode="free", assignment=FIXED)}
+    texts = [
+        start(lpa_jax.inject(Convolutional(), "second"), chosen).step.as_text()
+        for chosen in ({}, perturbations)
+    ]
+    plain, free = (text.count(" convolution(") for text in texts)
+    assert free == plain == 8
 
 
 def pure(module_or_state, *kinds):

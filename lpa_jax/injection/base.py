@@ -65,6 +65,25 @@ class Network(Protocol):
         """
         ...
 
+    def walk(
+        self,
+        variables: Variables,
+        inputs: Array,
+        taps: Mapping[str, Callable[[Array], Array]],
+        *,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, Variables]:
+        """One pass in which the activation at every tapped layer is replaced by what its tap says.
+
+        Nothing is computed twice: a tap is called in the middle of the pass, with the activation
+        that the taps below have led to. Arguments as for `advance`.
+
+        Returns:
+          The logits and the new model state.
+        """
+        ...
+
 
 def check_layer(layers: Sequence[str], layer: str) -> None:
     """Raises ValueError, listing the names, unless `layer` is one of `layers`."""
@@ -84,12 +103,18 @@ def last_pinned(layers: Sequence[str], pinned: Mapping[str, Array], stop: str) -
 
 
 class SubmoduleOutputs:
-    """Records the outputs of named submodules during one pass and exchanges the pinned ones."""
+    """Records the outputs of named submodules during one pass and exchanges the tapped ones.
 
-    def __init__(self, paths: Sequence[str], pinned: Mapping[str, Array]):
+    Attributes:
+      seen: the submodules' own outputs so far.
+      tapping: whether a tap runs just now; it may pass through the same module on its own account.
+    """
+
+    def __init__(self, paths: Sequence[str], taps: Mapping[str, Callable[[Array], Array]]):
         self.seen: dict[str, Array] = {}
+        self.tapping = False
         self._paths = paths
-        self._pinned = pinned
+        self._taps = taps
         self._trace = tracers.current_trace()
 
     def exchange(self, path: str, output: Any) -> Array:
@@ -120,7 +145,10 @@ class SubmoduleOutputs:
                 "vmap), out of which no activation can be taken"
             )
         self.seen[path] = output
-        return self._pinned.get(path, output)
+        self.tapping = True
+        replaced = self._taps.get(path, untapped)(output)
+        self.tapping = False
+        return replaced
 
     def check_seen(self, expected: set[str]) -> None:
         """Raises ValueError unless every submodule of `expected` was called."""
@@ -149,6 +177,36 @@ def forward(
     for layer in taps:
         check_layer(network.layers, layer)
     frozen = jax.lax.stop_gradient(dict(variables))
+    pinned: dict[str, Array] = {}
+
+    def tap_at(layer):
+        def tap(activation):
+            below = jax.lax.stop_gradient(dict(pinned))
+
+            def decode(activation):
+                exchanged = {**below, layer: activation}
+                return network.advance(frozen, inputs, exchanged, LOGITS, train=train, rng=rng)[0]
+
+            pinned[layer] = taps[layer](activation, decode)
+            return pinned[layer]
+
+        return tap
+
+    return network.walk(
+        variables, inputs, {layer: tap_at(layer) for layer in taps}, train=train, rng=rng
+    )
+
+
+def walk_by_segments(
+    network: Network,
+    variables: Variables,
+    inputs: Array,
+    taps: Mapping[str, Callable[[Array], Array]],
+    *,
+    train: bool,
+    rng: Array | None,
+) -> tuple[Array, Variables]:
+    """`Network.walk` for networks whose `advance` runs no more than it is asked for."""
     state = model_state(variables)
     pinned: dict[str, Array] = {}
 
@@ -156,19 +214,15 @@ def forward(
         current = {"params": variables["params"], **state}
         return network.advance(current, inputs, pinned, stop, train=train, rng=rng)
 
-    def decode_from(layer):
-        below = jax.lax.stop_gradient(dict(pinned))
-
-        def decode(activation):
-            exchanged = {**below, layer: activation}
-            return network.advance(frozen, inputs, exchanged, LOGITS, train=train, rng=rng)[0]
-
-        return decode
-
     for layer in (name for name in network.layers if name in taps):
         activation, state = advance(layer)
-        pinned[layer] = taps[layer](activation, decode_from(layer))
+        pinned[layer] = taps[layer](activation)
     return advance(LOGITS) if LOGITS not in pinned else (pinned[LOGITS], state)
+
+
+def untapped(activation: Array) -> Array:
+    """The tap that changes nothing."""
+    return activation
 
 
 def activation_shapes(

@@ -12,6 +12,7 @@ from lpa_jax.injection.base import (
     check_layer,
     last_pinned,
     model_state,
+    walk_by_segments,
 )
 
 
@@ -74,3 +75,5 @@ class CutFunctions:
             activation = chain[layer](variables["params"], activation)
             layer = self.layers[self.layers.index(layer) + 1]
         return activation, model_state(variables)
+
+    walk = walk_by_segments

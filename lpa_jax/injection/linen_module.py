@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from lpa_jax.injection.base import (
     check_layer,
     last_pinned,
     model_state,
+    untapped,
 )
 
 # How modules in the wild name the switch between training and evaluation, and its value in
@@ -34,9 +35,11 @@ TRAIN_ARGUMENTS = {
 class InjectedLinen:
     """A Linen module cut at the outputs of some of its submodules.
 
-    A pass that starts at a pinned layer runs the whole module with that submodule's output
-    exchanged. What lies below is shared with the first pass (same inputs, same operations), and
-    under jit XLA computes it once or not at all.
+    The training pass runs the module once, taps being called in the middle of it. Decoding runs
+    the whole module with a submodule's output exchanged; what lies below then reaches no result,
+    and under jit XLA drops it. (Running the module once for the activation and once for the rest
+    would not do: both passes need the batch statistics below, and XLA, which simplifies the one
+    that has a backward pass differently, does not merge them.)
 
     Attributes:
       module: the module, unchanged. Its `__call__` takes the input and returns logits.
@@ -85,13 +88,40 @@ class InjectedLinen:
         inputs = pinned.get(INPUT, inputs)
         if stop == INPUT:
             return inputs, state
-        outputs = SubmoduleOutputs(self.paths, pinned)
+        taps = {path: lambda _, value=value: value for path, value in pinned.items()}
+        outputs = SubmoduleOutputs(self.paths, taps)
+        logits, updated = self._pass(variables, inputs, outputs, train, rng)
+        if stop == LOGITS:
+            outputs.check_seen(set(pinned) - {INPUT, LOGITS})
+            return logits, updated
+        outputs.check_seen({stop})
+        return outputs.seen[stop], state
+
+    def walk(
+        self,
+        variables: Variables,
+        inputs: Array,
+        taps: Mapping[str, Callable[[Array], Array]],
+        *,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, Variables]:
+        """Runs the module once, taps in the middle of it; see `Network.walk`."""
+        outputs = SubmoduleOutputs(self.paths, taps)
+        inputs = taps.get(INPUT, untapped)(inputs)
+        logits, state = self._pass(variables, inputs, outputs, train, rng)
+        outputs.check_seen(set(taps) - {INPUT, LOGITS})
+        return taps.get(LOGITS, untapped)(logits), state
+
+    def _pass(self, variables, inputs, outputs, train, rng) -> tuple[Array, Variables]:
+        """Runs the module with `outputs` listening: logits and new model state."""
+        state = model_state(variables)
 
         def intercept(next_function, args, kwargs, context):
             output = next_function(*args, **kwargs)
             path = "/".join(context.module.path)
             is_cut = context.method_name == "__call__" and path in self.paths
-            return outputs.exchange(path, output) if is_cut else output
+            return outputs.exchange(path, output) if is_cut and not outputs.tapping else output
 
         mutable = list(state) if train and state else False
         # Linen falls back on "params" for the streams that have no key of their own.
@@ -101,11 +131,7 @@ class InjectedLinen:
                 variables, inputs, rngs=rngs, mutable=mutable, **self._keywords(train)
             )
         logits, updated = result if mutable else (result, {})
-        if stop == LOGITS:
-            outputs.check_seen(set(pinned) - {INPUT, LOGITS})
-            return logits, {**state, **updated}
-        outputs.check_seen({stop})
-        return outputs.seen[stop], state
+        return logits, {**state, **updated}
 
 
 def submodule_paths(module: nn.Module, *arguments: Any, **keywords: Any) -> tuple[str, ...]:

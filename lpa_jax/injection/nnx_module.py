@@ -18,6 +18,7 @@ from lpa_jax.injection.base import (
     check_layer,
     last_pinned,
     model_state,
+    untapped,
 )
 
 
@@ -69,19 +70,40 @@ class InjectedNNX:
         inputs = pinned.get(INPUT, inputs)
         if stop == INPUT:
             return inputs, state
+        taps = {path: lambda _, value=value: value for path, value in pinned.items()}
+        outputs = SubmoduleOutputs(self.paths, taps)
+        logits, updated = self._pass(variables, inputs, outputs, train, rng)
+        outputs.check_seen(set(pinned) - {INPUT, LOGITS} if stop == LOGITS else {stop})
+        return (logits, updated) if stop == LOGITS else (outputs.seen[stop], state)
+
+    def walk(
+        self,
+        variables: Variables,
+        inputs: Array,
+        taps: Mapping[str, Callable[[Array], Array]],
+        *,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, Variables]:
+        """Runs a copy of the module once, taps in the middle of it; see `Network.walk`."""
+        outputs = SubmoduleOutputs(self.paths, taps)
+        inputs = taps.get(INPUT, untapped)(inputs)
+        logits, state = self._pass(variables, inputs, outputs, train, rng)
+        outputs.check_seen(set(taps) - {INPUT, LOGITS})
+        return taps.get(LOGITS, untapped)(logits), state
+
+    def _pass(self, variables, inputs, outputs, train, rng) -> tuple[Array, Variables]:
+        """Runs a copy of the module with `outputs` listening: logits and new model state."""
+        state = model_state(variables)
         random_state = self.random_state if rng is None else _rekeyed(self.random_state, rng)
         # Copies, because NNX refuses to write to variables made outside of the current trace.
         module = nnx.merge(
             self.graphs[train], variables["params"], random_state, state["nnx"], copy=True
         )
-        outputs = SubmoduleOutputs(self.paths, pinned)
         for path in self.paths:
             record = functools.partial(outputs.exchange, path)
             _exchange_output(_submodule(module, path), record)
         logits = module(inputs)
-        outputs.check_seen(set(pinned) - {INPUT, LOGITS} if stop == LOGITS else {stop})
-        if stop != LOGITS:
-            return outputs.seen[stop], state
         return logits, {"nnx": nnx.state(module, _is_model_state)} if train else state
 
 

@@ -13,6 +13,7 @@ from lpa_jax.injection.base import (
     check_layer,
     last_pinned,
     model_state,
+    walk_by_segments,
 )
 
 
@@ -65,3 +66,5 @@ class StagedNetwork:
             variables, activation, rngs=rngs, mutable=list(state), **arguments
         )
         return output, {**state, **updated}
+
+    walk = walk_by_segments
