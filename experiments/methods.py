@@ -1,7 +1,8 @@
 """Methods by name: `erm`, any registered perturbation, and sums of them such as `lpa+lpl`.
 
-A part may name its layer, `dropout@hidden2`; otherwise it stands at `--layer` (or the tuned one),
-and LPL always at the logits. Options come from three places, later ones win: the method's own
+A part may name its layer, `dropout@hidden2`, or several of which each step draws one,
+`manifold_mixup@input|hidden1`; otherwise it stands at `--layer` (or the tuned one), and LPL always
+at the logits. Options come from three places, later ones win: the method's own
 defaults, the tuned hyperparameters, explicit flags.
 """
 
@@ -97,8 +98,8 @@ def build(
     layers: Sequence[str],
     layer: str | None,
     counts: Sequence[int],
-) -> dict[str, Perturbation]:
-    """The perturbations of a method, by layer.
+) -> dict[str | tuple[str, ...], Perturbation]:
+    """The perturbations of a method, by layer, or by the layers of which each step draws one.
 
     Args:
       method: its name.
@@ -110,7 +111,7 @@ def build(
     Raises:
       ValueError: unknown layer or an option out of range.
     """
-    chosen: dict[str, list[Perturbation]] = {}
+    chosen: dict[str | tuple[str, ...], list[Perturbation]] = {}
     for part in parse(method):
         own = {
             key.partition(".")[2]: value
@@ -120,14 +121,16 @@ def build(
         at = part.layer or own.pop("layer", None) or (LOGITS if part.name == "lpl" else layer)
         at = at or layers[1]
         own.pop("layer", None)
-        check_layer(layers, at)
+        several = tuple(at.split("|"))
+        for name in several:
+            check_layer(layers, name)
+        at = several if len(several) > 1 else at
         if "assignment" in perturbation_room.options(part.name):
             rule = {key: own.pop(key) for key in _ASSIGNMENT_OPTIONS if key in own}
             own["assignment"] = assignment(counts=counts, **rule)
         chosen.setdefault(at, []).append(perturbation_room.create(part.name, **own))
     return {
-        at: several[0] if len(several) == 1 else lpa_jax.chain(*several)
-        for at, several in chosen.items()
+        at: parts[0] if len(parts) == 1 else lpa_jax.chain(*parts) for at, parts in chosen.items()
     }
 
 

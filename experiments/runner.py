@@ -81,6 +81,9 @@ def make_program(
 
     stages = tuple((first, step_with(loss)) for first, loss in _loss_stages(settings, counts))
 
+    # Where the layer is drawn anew in every step there is no one effect to measure.
+    fixed = {layer: p for layer, p in perturbations.items() if isinstance(layer, str)}
+
     @jax.jit
     def effect(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
@@ -89,7 +92,7 @@ def make_program(
             state.variables,
             state.perturbation_state,
             {**batch, "image": normalize(batch["image"])},
-            perturbations=perturbations,
+            perturbations=fixed,
             loss=losses.cross_entropy,
             rng=rng,
         )
@@ -103,7 +106,7 @@ def make_program(
         ),
         stages=stages,
         evaluate=parallel.map_step(evaluate),
-        effect=effect if perturbations else None,
+        effect=effect if fixed else None,
     )
 
 

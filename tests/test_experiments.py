@@ -11,7 +11,7 @@ import shutil
 import pytest
 from absl import flags
 
-from experiments import balanced, comparison, long_tail, run_flags, tune
+from experiments import balanced, comparison, long_tail, methods, run_flags, tune
 from experiments.methods import RUN_OPTIONS
 
 FLAGS = flags.FLAGS
@@ -159,12 +159,23 @@ def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(
     assert config["options"]["lpa.assignment"] == "confidence"
 
 
+def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
+    method = "manifold_mixup@input|hidden1"
+    message, *_ = run("long_tail", *TINY, f"--methods={method}", "--seeds=1",
+                      f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    assert message is None
+    assert (tmp_path / "job" / "runs" / method / "seed_0" / "result.json").exists()
+    built = methods.build(method, {}, layers=("input", "hidden1", "logits"), layer=None, counts=[2])
+    assert list(built) == [("input", "hidden1")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--methods=ermm"], "--methods: unknown method 'ermm'"),
         (["--methods=erm,erm"], "--methods must name different methods"),
         (["--methods=lpa@hidden9"], "unknown layer 'hidden9'; the injection points are: input, "),
+        (["--methods=lpa@hidden1|nowhere"], "unknown layer 'nowhere'"),
         (["--layer=stage1"], "unknown layer 'stage1'"),
         (["--seeds=-1"], "--seeds must be whole numbers >= 0"),
         (["--seeds=1,1"], "--seeds must name different seeds"),
