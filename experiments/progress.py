@@ -9,7 +9,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -33,10 +32,9 @@ class RunProgress:
         if self._live:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                # Everything has to fit into 80 columns.
+                BarColumn(bar_width=8),
                 MofNCompleteColumn(),
-                TextColumn("epochs"),
-                TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[status]}"),
                 console=self._console,
@@ -67,9 +65,9 @@ class RunProgress:
         """An epoch of the current run is over."""
         if self._live:
             status = (
-                f"step {record.step}  loss {record.train['loss']:.3f}  "
-                f"accuracy {100 * record.train['accuracy']:.1f} %  "
-                f"{record.examples_per_second:,.0f} images/s"
+                f"step {record.step} loss {record.train['loss']:.3f} "
+                f"acc {100 * record.train['accuracy']:.0f}% "
+                f"{record.examples_per_second:,.0f} img/s"
             )
             done = self._done * self._epochs + record.epoch
             self._bar.update(self._task, completed=done, status=status)
