@@ -292,6 +292,19 @@ def test_contract_09_statistics_are_updated_once_by_the_tapped_pass(name):
         below = np.asarray(walk(name).seen[cut(name).paths[0]])
 
 
+@every_cut
+def test_taps_at_both_ends_replace_the_input_and_the_logits(name):
+    network, variables = cut(name).network, variables_of(name)
+    taps = {"input": lambda x, decode: -x, "logits": lambda z, decode: 2.0 * z}
+
+    @jax.jit
+    def forward(variables, images):
+        return injection.forward(network, variables, images, taps, train=False, rng=None)[0]
+
+    plain, _ = cut(name).plain(variables, -IMAGES, False, None)
+    np.testing.assert_allclose(forward(variables, IMAGES), 2.0 * plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["setup", "nnx"])
 def test_gradient_reaches_the_parameters_below_through_the_tap_alone(name):
     network, variables = cut(name).network, variables_of(name)

@@ -84,6 +84,21 @@ def test_path_that_is_no_injection_point_is_refused_when_the_state_is_made(kind,
     assert "\n" not in str(error.value)
 
 
+def test_path_that_a_training_pass_leaves_out_is_refused():
+    class Fickle(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = images.reshape(images.shape[0], -1)
+            body = nn.Dense(INPUTS, name="body")
+            return nn.Dense(CLASSES)(x if train else body(x))
+
+    network = lpa_jax.inject(Fickle(), "body")
+    variables = network.init(jax.random.key(0), IMAGES)
+    taps = {"body": lambda h, decode: h}
+    with pytest.raises(ValueError, match=r"submodule 'body' was not called in the pass"):
+        injection.forward(network, variables, IMAGES, taps, train=True, rng=None)
+
+
 @pytest.mark.parametrize(
     ("kind", "paths", "options", "message"),
     [
