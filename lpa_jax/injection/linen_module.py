@@ -2,23 +2,13 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from lpa_jax.injection.base import (
-    INPUT,
-    LOGITS,
-    Array,
-    SubmoduleOutputs,
-    Variables,
-    check_layer,
-    last_pinned,
-    model_state,
-    untapped,
-)
+from lpa_jax.injection.base import Array, Variables, model_state
+from lpa_jax.injection.submodules import InjectedModule
 
 # How modules in the wild name the switch between training and evaluation, and its value in
 # training.
@@ -32,7 +22,7 @@ TRAIN_ARGUMENTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class InjectedLinen:
+class InjectedLinen(InjectedModule):
     """A Linen module cut at the outputs of some of its submodules.
 
     The training pass runs the module once, taps being called in the middle of it. Decoding runs
@@ -53,11 +43,6 @@ class InjectedLinen:
     train_argument: str | None
     arguments: tuple[tuple[str, Any], ...] = ()
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """`input`, the paths, `logits`."""
-        return (INPUT, *self.paths, LOGITS)
-
     def _keywords(self, train: bool) -> dict[str, Any]:
         keywords = dict(self.arguments)
         if self.train_argument is not None:
@@ -69,49 +54,6 @@ class InjectedLinen:
         params_rng, dropout_rng = jax.random.split(rng)
         rngs = {"params": params_rng, "dropout": dropout_rng}
         return self.module.init(rngs, inputs, **self._keywords(train=False))
-
-    def advance(
-        self,
-        variables: Variables,
-        inputs: Array,
-        pinned: Mapping[str, Array],
-        stop: str,
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Runs the module with pinned outputs exchanged; see `Network.advance`."""
-        check_layer(self.layers, stop)
-        state = model_state(variables)
-        if last_pinned(self.layers, pinned, stop) == stop:
-            return pinned[stop], state
-        inputs = pinned.get(INPUT, inputs)
-        if stop == INPUT:
-            return inputs, state
-        taps = {path: lambda _, value=value: value for path, value in pinned.items()}
-        outputs = SubmoduleOutputs(self.paths, taps)
-        logits, updated = self._pass(variables, inputs, outputs, train, rng)
-        if stop == LOGITS:
-            outputs.check_seen(set(pinned) - {INPUT, LOGITS})
-            return logits, updated
-        outputs.check_seen({stop})
-        return outputs.seen[stop], state
-
-    def walk(
-        self,
-        variables: Variables,
-        inputs: Array,
-        taps: Mapping[str, Callable[[Array], Array]],
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Runs the module once, taps in the middle of it; see `Network.walk`."""
-        outputs = SubmoduleOutputs(self.paths, taps)
-        inputs = taps.get(INPUT, untapped)(inputs)
-        logits, state = self._pass(variables, inputs, outputs, train, rng)
-        outputs.check_seen(set(taps) - {INPUT, LOGITS})
-        return taps.get(LOGITS, untapped)(logits), state
 
     def _pass(self, variables, inputs, outputs, train, rng) -> tuple[Array, Variables]:
         """Runs the module with `outputs` listening: logits and new model state."""

@@ -9,21 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lpa_jax.injection.base import (
-    INPUT,
-    LOGITS,
-    Array,
-    SubmoduleOutputs,
-    Variables,
-    check_layer,
-    last_pinned,
-    model_state,
-    untapped,
-)
+from lpa_jax.injection.base import Array, Variables, model_state
+from lpa_jax.injection.submodules import InjectedModule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class InjectedNNX:
+class InjectedNNX(InjectedModule):
     """An NNX module cut at the outputs of some of its submodules; see `InjectedLinen`.
 
     The module given is left as it is: every pass works on a copy merged from its graph. Random
@@ -41,56 +32,11 @@ class InjectedNNX:
     random_state: nnx.State
     paths: tuple[str, ...]
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """`input`, the paths, `logits`."""
-        return (INPUT, *self.paths, LOGITS)
-
     def init(self, rng: Array, inputs: Array) -> Variables:
         """The variables that the module held when it was cut: NNX modules initialise themselves."""
         del rng, inputs
         # Copies, because a step that donates its state would take the module's own arrays with it.
         return jax.tree.map(jnp.copy, dict(self.variables))
-
-    def advance(
-        self,
-        variables: Variables,
-        inputs: Array,
-        pinned: Mapping[str, Array],
-        stop: str,
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Runs a copy of the module with pinned outputs exchanged; see `Network.advance`."""
-        check_layer(self.layers, stop)
-        state = model_state(variables)
-        if last_pinned(self.layers, pinned, stop) == stop:
-            return pinned[stop], state
-        inputs = pinned.get(INPUT, inputs)
-        if stop == INPUT:
-            return inputs, state
-        taps = {path: lambda _, value=value: value for path, value in pinned.items()}
-        outputs = SubmoduleOutputs(self.paths, taps)
-        logits, updated = self._pass(variables, inputs, outputs, train, rng)
-        outputs.check_seen(set(pinned) - {INPUT, LOGITS} if stop == LOGITS else {stop})
-        return (logits, updated) if stop == LOGITS else (outputs.seen[stop], state)
-
-    def walk(
-        self,
-        variables: Variables,
-        inputs: Array,
-        taps: Mapping[str, Callable[[Array], Array]],
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Runs a copy of the module once, taps in the middle of it; see `Network.walk`."""
-        outputs = SubmoduleOutputs(self.paths, taps)
-        inputs = taps.get(INPUT, untapped)(inputs)
-        logits, state = self._pass(variables, inputs, outputs, train, rng)
-        outputs.check_seen(set(taps) - {INPUT, LOGITS})
-        return taps.get(LOGITS, untapped)(logits), state
 
     def _pass(self, variables, inputs, outputs, train, rng) -> tuple[Array, Variables]:
         """Runs a copy of the module with `outputs` listening: logits and new model state."""
