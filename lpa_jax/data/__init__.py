@@ -9,6 +9,8 @@ from lpa_jax.data.batching import (
     grain_batches,
 )
 from lpa_jax.data.dataset import Dataset
+from lpa_jax.data.domain_batching import DomainBatches, domain_batches
+from lpa_jax.data.domains import Domains, holdout_split, load_domains
 from lpa_jax.data.long_tail import (
     class_sizes,
     load_indices,
@@ -24,15 +26,20 @@ __all__ = [
     "EMBEDDED",
     "Batches",
     "Dataset",
+    "DomainBatches",
+    "Domains",
     "EvaluationBatches",
     "ImageSource",
     "Normalization",
     "augment",
     "batches",
     "class_sizes",
+    "domain_batches",
     "evaluation_batches",
     "grain_batches",
+    "holdout_split",
     "load",
+    "load_domains",
     "load_indices",
     "long_tail_indices",
     "open_source",

@@ -11,79 +11,46 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lpa_jax.data import checks, random_order
+from lpa_jax.data import checks
 from lpa_jax.data.dataset import Dataset
+from lpa_jax.data.example_stream import ExampleStream
 
 if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
+# len(source) examples, source[i] = {"image": [H, W, ch], "label": integer}
+Examples = Dataset | Sequence[Mapping[str, Any]]
 
 # grain wants a length: positions of the endless stream, far beyond any run
 _ENDLESS = 2**62
 
 
-class _ExampleStream:
-    """The endless stream of example indices: a pure function of position, caching recent epochs."""
+def take(source: Examples, indices: np.ndarray) -> Batch:
+    """Returns the examples at `indices` as {"image": [M, H, W, ch], "label": int32 [M]}.
 
-    def __init__(self, size: int, seed: int, shuffle: bool, balanced_labels: np.ndarray | None):
-        self._size = checks.integer("number of examples", size, minimum=1)
-        self._seed = checks.integer("seed", seed, minimum=0)
-        self._shuffle = shuffle
-        self._labels = balanced_labels
-        if balanced_labels is not None and not shuffle:
-            raise ValueError("shuffle=False: must be True with class_balanced=True")
-        # two epochs, because a batch may straddle them; replaced whole, never changed, so that
-        # threads of a prefetcher may share the stream
-        self._recent: Mapping[int, np.ndarray] = {}
+    Args:
+      source: a data set in memory, or one that reads an example when it is asked for it.
+      indices: integers [M].
 
-    def indices(self, start: int, count: int) -> np.ndarray:
-        """Example indices at positions start .. start + count - 1, int64 [count]."""
-        parts = []
-        stop = start + count
-        while start < stop:
-            epoch, offset = divmod(start, self._size)
-            part = self._epoch(epoch)[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts)
+    Raises:
+      ValueError: an example that cannot be read, or images of several shapes.
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        order = self._recent.get(epoch)
-        if order is None:
-            order = self._compute_epoch(epoch)
-            kept = list(self._recent.items())[-1:]
-            self._recent = dict([*kept, (epoch, order)])
-        return order
-
-    def _compute_epoch(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(self._size)
-        if self._labels is not None:
-            return _balanced_epoch(self._labels, self._seed, epoch)
-        return random_order.permutation(self._size, self._seed, random_order.EPOCH, epoch)
-
-
-def _balanced_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """N draws in which classes occur equally often, and so do the members of a class (within 1)."""
-    size = len(labels)
-
-    def permutation(length, purpose):
-        return random_order.permutation(length, seed, purpose, epoch)
-
-    classes, counts = np.unique(labels, return_counts=True)
-    share, left_over = divmod(size, len(classes))
-    quotas = np.full(len(classes), share)
-    quotas[permutation(len(classes), random_order.BALANCED_CLASSES)[:left_over]] += 1
-    # all examples grouped by class, in random order within each
-    members = permutation(size, random_order.BALANCED_MEMBERS)
-    members = members[np.argsort(labels[members], kind="stable")]
-    first_member = np.cumsum(counts) - counts
-    first_draw = np.cumsum(quotas) - quotas
-    of_class = np.repeat(np.arange(len(classes)), quotas)
-    turn = np.arange(size) - first_draw[of_class]
-    draws = members[first_member[of_class] + turn % counts[of_class]]
-    return draws[permutation(size, random_order.BALANCED_ORDER)]
+    Example:
+      >>> data = Dataset("toy", np.zeros((5, 2, 2, 1), np.uint8), np.arange(5), num_classes=5)
+      >>> take(data, np.array([3, 1]))["label"]
+      array([3, 1], dtype=int32)
+    """
+    if isinstance(source, Dataset):
+        return {"image": source.images[indices], "label": source.labels[indices]}
+    examples = [source[int(index)] for index in indices]
+    shapes = sorted({np.shape(example["image"]) for example in examples})
+    if len(shapes) > 1:
+        raise ValueError(f"images of shapes {shapes[0]} and {shapes[1]}: must have one shape")
+    return {
+        "image": np.stack([example["image"] for example in examples]),
+        "label": np.array([example["label"] for example in examples], np.int32),
+    }
 
 
 class Batches:
@@ -91,8 +58,8 @@ class Batches:
 
     def __init__(
         self,
-        dataset: Dataset,
-        stream: _ExampleStream,
+        dataset: Examples,
+        stream: ExampleStream,
         batch_size: int,
         host_slice: tuple[int, int],
     ):
@@ -116,12 +83,7 @@ class Batches:
         return self._stream.indices(start + int(self._positions[0]), len(self._positions))
 
     def __getitem__(self, step: int) -> Batch:
-        indices = self.indices(step)
-        return {
-            "image": self._dataset.images[indices],
-            "label": self._dataset.labels[indices],
-            "position": self._positions.copy(),
-        }
+        return take(self._dataset, self.indices(step)) | {"position": self._positions.copy()}
 
 
 def _host_positions(batch_size: int, host_slice: tuple[int, int]) -> np.ndarray:
@@ -131,7 +93,7 @@ def _host_positions(batch_size: int, host_slice: tuple[int, int]) -> np.ndarray:
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Examples,
     seed: int,
     batch_size: int,
     *,
@@ -139,7 +101,7 @@ def batches(
     class_balanced: bool = False,
     host_slice: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Returns the training batches of a data set in memory: `batches(...)[step]`, step = 0, 1, ...
+    """Returns the training batches of a data set: `batches(...)[step]`, step = 0, 1, ...
 
     Formal guarantees: the same (data set, seed, batch_size, step) gives the same batch in any order
     of asking, on any machine; every example occurs exactly once in each epoch of N positions; the
@@ -150,11 +112,12 @@ def batches(
     epoch, and the examples of a small class repeat equally often (differing by at most 1).
 
     Args:
-      dataset: N labelled images.
+      dataset: N labelled images, in memory or read as they are asked for (`read_ahead` hides the
+        time that this takes).
       seed: a non-negative integer.
       batch_size: B, the size of the global batch; it may exceed N.
       shuffle: False walks through the set in its own order.
-      class_balanced: whether to resample the classes equally.
+      class_balanced: whether to resample the classes equally; needs `dataset.labels`.
       host_slice: (process_index, process_count); this host gets its contiguous part of each batch.
 
     Returns:
@@ -179,14 +142,14 @@ def batches(
     """
     batch_size = checks.integer("batch_size", batch_size, minimum=1)
     labels = dataset.labels if class_balanced else None
-    stream = _ExampleStream(len(dataset), seed, shuffle, labels)
+    stream = ExampleStream(len(dataset), seed, shuffle=shuffle, balanced_labels=labels)
     return Batches(dataset, stream, batch_size, host_slice)
 
 
 class EvaluationBatches(Sequence):
     """Evaluation batches by number; made by `evaluation_batches`."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, host_slice: tuple[int, int]):
+    def __init__(self, dataset: Examples, batch_size: int, host_slice: tuple[int, int]):
         self._dataset = dataset
         self._batch_size = batch_size
         self._positions = _host_positions(batch_size, host_slice)
@@ -202,22 +165,18 @@ class EvaluationBatches(Sequence):
         real = indices < len(self._dataset)
         # padding repeats a real example: always a valid label and finite activations
         indices = np.where(real, indices, 0)
-        return {
-            "image": self._dataset.images[indices],
-            "label": self._dataset.labels[indices],
-            "mask": real.astype(np.float32),
-        }
+        return take(self._dataset, indices) | {"mask": real.astype(np.float32)}
 
 
 def evaluation_batches(
-    dataset: Dataset, batch_size: int, *, host_slice: tuple[int, int] = (0, 1)
+    dataset: Examples, batch_size: int, *, host_slice: tuple[int, int] = (0, 1)
 ) -> EvaluationBatches:
     """Returns the batches that show each example exactly once, the last padded to the full size.
 
     The mask sums to N over all batches (and hosts): multiply by it whatever is summed.
 
     Args:
-      dataset: N labelled images.
+      dataset: N labelled images, in memory or read as they are asked for.
       batch_size: B, the size of the global batch.
       host_slice: (process_index, process_count); this host gets its contiguous part of each batch.
 
@@ -277,7 +236,7 @@ def grain_batches(
 
     batch_size = checks.integer("batch_size", batch_size, minimum=1)
     positions = _host_positions(batch_size, host_slice)
-    stream = _ExampleStream(len(source), seed, shuffle, balanced_labels=None)
+    stream = ExampleStream(len(source), seed, shuffle=shuffle)
 
     def read(local_position: int) -> dict[str, np.ndarray]:
         step, offset = divmod(local_position, len(positions))

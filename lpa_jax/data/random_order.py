@@ -1,8 +1,8 @@
-"""Seeded permutations that are the same on every machine and with every NumPy version.
+"""Seeded orders and coin tosses that are the same on every machine and with every NumPy version.
 
 NumPy keeps the raw output of its bit generators fixed but may change what `Generator.permutation`
-makes of it, so the orders here are the argsort of raw 64-bit outputs. Splits, long tails and
-batches all come from this one function: the same seed gives the same experiment anywhere.
+makes of it, so the orders here are the argsort of raw 64-bit outputs. Splits, long tails, domains
+and batches all come from here: the same seed gives the same experiment anywhere.
 """
 
 import numpy as np
@@ -12,6 +12,7 @@ from lpa_jax.data import checks
 # The purposes that draw from one seed, apart from each other: the epoch orders of a seed say
 # nothing about its long tail. The numbers are part of the meaning of a seed: never renumber them.
 EPOCH, LONG_TAIL, SPLIT, REDUCED, BALANCED_CLASSES, BALANCED_MEMBERS, BALANCED_ORDER = range(7)
+DOMAIN_DEAL, DOMAIN_HOLDOUT, LABEL_NOISE, COLOUR = range(7, 11)
 
 
 def permutation(size: int, seed: int, *stream: int) -> np.ndarray:
@@ -41,7 +42,37 @@ def permutation(size: int, seed: int, *stream: int) -> np.ndarray:
     References:
       Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox).
     """
+    return np.argsort(_raw(size, seed, stream), kind="stable")
+
+
+def bernoulli(probability: float, size: int, seed: int, *stream: int) -> np.ndarray:
+    """Returns independent coin tosses, a pure function of the arguments.
+
+    Toss i is (the upper 53 bits of the i-th raw output) / 2^53 < probability.
+
+    Args:
+      probability: of True, in [0, 1].
+      size: the number of tosses, N.
+      seed: a non-negative integer.
+      *stream: as in `permutation`.
+
+    Returns:
+      bool [N].
+
+    Raises:
+      ValueError: size or seed is not a non-negative integer, or a probability outside [0, 1].
+
+    Example:
+      >>> bernoulli(0.5, 5, 0, COLOUR)
+      array([False,  True, False,  True,  True])
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability={probability}: must lie in [0, 1]")
+    return (_raw(size, seed, stream) >> np.uint64(11)) * 2.0**-53 < probability
+
+
+def _raw(size: int, seed: int, stream: tuple[int, ...]) -> np.ndarray:
+    """uint64 [N]."""
     size = checks.integer("size", size, minimum=0)
     seed = checks.integer("seed", seed, minimum=0)
-    raw = np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)).random_raw(size)
-    return np.argsort(raw, kind="stable")
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)).random_raw(size)

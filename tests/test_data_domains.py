@@ -1,0 +1,241 @@
+"""Domains: rotation, colouring, dealing, holdout, folders, and batches of several domains."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lpa_jax import data
+from lpa_jax.data import domains
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="module")
+def rotated(data_dir):
+    return data.load_domains("RotatedMNIST", data_dir, seed=1)
+
+
+@pytest.fixture(scope="module")
+def colored(data_dir):
+    return data.load_domains("ColoredMNIST", data_dir, seed=1)
+
+
+def _pool(data_dir):
+    parts = [data.load("mnist5k", split, data_dir) for split in ("train", "test")]
+    return np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
+
+
+def _slow_rotation(image, degrees):
+    """Pixel centres turned back about the image's centre, then bilinear; edge pixels extend."""
+    height, width = image.shape
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    result = np.zeros((height, width))
+    for row in range(height):
+        for column in range(width):
+            x, y = column + 0.5 - width / 2, row + 0.5 - height / 2
+            # visually clockwise with y pointing down: where this pixel came from
+            source_x = x * cos - y * sin + width / 2
+            source_y = x * sin + y * cos + height / 2
+            if not (0 <= source_x < width and 0 <= source_y < height):
+                continue
+            left, top = math.floor(source_x - 0.5), math.floor(source_y - 0.5)
+            a, b = source_x - 0.5 - left, source_y - 0.5 - top
+
+            def at(r, c):
+                return float(image[min(max(r, 0), height - 1), min(max(c, 0), width - 1)])
+
+            upper = (1 - a) * at(top, left) + a * at(top, left + 1)
+            lower = (1 - a) * at(top + 1, left) + a * at(top + 1, left + 1)
+            result[row, column] = (1 - b) * upper + b * lower
+    return result
+
+
+@pytest.mark.parametrize("degrees", [15, 75])
+def test_rotation_equals_slow_bilinear_interpolation(degrees):
+    image = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    rotated = domains.rotate(image[None, :, :, None], degrees)[0, :, :, 0]
+    # Pillow computes in fixed point
+    assert np.abs(rotated - _slow_rotation(image, degrees)).max() <= 1.0
+
+
+def test_rotated_mnist_deals_every_image_to_exactly_one_domain(rotated, data_dir):
+    assert rotated.domain_names == ("0", "15", "30", "45", "60", "75")
+    assert sorted(map(len, rotated.datasets)) == [833] * 4 + [834] * 2
+    images, labels = _pool(data_dir)
+    rows = {
+        (angle, image.tobytes(), int(label))
+        for angle, part in zip((0, 15, 30, 45, 60, 75), rotated.datasets, strict=True)
+        for image, label in zip(part.images, part.labels, strict=True)
+    }
+    assert len(rows) == 5000  # mnist5k repeats no image
+    home = np.zeros(5000, int)
+    for angle in (0, 15, 30, 45, 60, 75):
+        turned = domains.rotate(images, angle)
+        home += [
+            (angle, image.tobytes(), int(label)) in rows
+            for image, label in zip(turned, labels, strict=True)
+        ]
+    np.testing.assert_array_equal(home, 1)
+
+
+def test_domains_depend_on_the_seed_alone(rotated, data_dir):
+    again = data.load_domains("RotatedMNIST", data_dir, seed=1)
+    other = data.load_domains("RotatedMNIST", data_dir, seed=2)
+    for old, same, new in zip(rotated.datasets, again.datasets, other.datasets, strict=True):
+        np.testing.assert_array_equal(old.images, same.images)
+        assert not np.array_equal(old.labels, new.labels)
+
+
+def test_colour_agrees_with_the_label_as_often_as_the_domain_says(colored):
+    assert colored.domain_names == ("+90%", "+80%", "-90%")
+    assert colored.num_classes == 2
+    for part, agreement in zip(colored.datasets, (0.9, 0.8, 0.1), strict=True):
+        assert part.image_shape == (28, 28, 2)
+        ink = part.images.sum((1, 2), dtype=np.int64)
+        assert ((ink > 0).sum(axis=1) == 1).all()  # the other channel is empty
+        colours = ink.argmax(axis=1)
+        # 1667 tosses: four standard errors are at most 0.04
+        assert np.mean(colours == part.labels) == pytest.approx(agreement, abs=0.04)
+
+
+def test_a_quarter_of_the_coloured_labels_are_flipped_independently_of_the_colour(
+    colored, data_dir
+):
+    images, digits = _pool(data_dir)
+    digit_of = {image.tobytes(): digit for image, digit in zip(images, digits, strict=True)}
+    for part, agreement in zip(colored.datasets, (0.9, 0.8, 0.1), strict=True):
+        grey = part.images.max(axis=-1, keepdims=True)
+        small = np.array([digit_of[image.tobytes()] for image in grey]) < 5
+        flipped = part.labels != small
+        assert np.mean(flipped) == pytest.approx(0.25, abs=0.045)
+        agrees = part.images.sum((1, 2), dtype=np.int64).argmax(axis=1) == part.labels
+        assert np.mean(agrees[flipped]) == pytest.approx(agreement, abs=0.08)
+
+
+def test_colored_mnist_at_14_pixels_keeps_every_other_pixel(colored, data_dir):
+    small = data.load_domains("ColoredMNIST", data_dir, seed=1, image_size=14)
+    for part, full in zip(small.datasets, colored.datasets, strict=True):
+        np.testing.assert_array_equal(part.images, full.images[:, ::2, ::2])
+        np.testing.assert_array_equal(part.labels, full.labels)
+
+
+def test_holdout_splits_partition_by_seed_and_domain():
+    splits = {(s, d): data.holdout_split(103, 0.2, s, d) for s in (0, 1) for d in (0, 1)}
+    for inside, outside in splits.values():
+        assert len(outside) == 20  # floor(20.6)
+        np.testing.assert_array_equal(np.sort(np.concatenate([inside, outside])), np.arange(103))
+    assert len({outside.tobytes() for _, outside in splits.values()}) == 4
+    np.testing.assert_array_equal(data.holdout_split(103, 0.2, 1, 1)[1], splits[1, 1][1])
+
+
+def _toys(sizes=(5, 8, 3)):
+    toys = []
+    for d, size in enumerate(sizes):
+        images = np.zeros((size, 2, 2, 1), np.uint8)
+        images[:, 0, 0, 0] = np.arange(size) + 50 * d  # pixel 0 tells domain and example
+        toys.append(data.Dataset(f"toy{d}", images, np.arange(size) % 3, 3))
+    return toys
+
+
+def _rows(dataset):
+    """The data set as a source that is read example by example."""
+    return [
+        {"image": image, "label": int(label)}
+        for image, label in zip(dataset.images, dataset.labels, strict=True)
+    ]
+
+
+def _assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+
+
+def test_a_domain_batch_has_equally_many_of_each_domain_wherever_it_is_cut():
+    batch = data.domain_batches(_toys(), 0, 4)[7]
+    pixels = batch["image"][:, 0, 0, 0]
+    np.testing.assert_array_equal(batch["domain"], pixels // 50)
+    np.testing.assert_array_equal(batch["label"], (pixels % 50) % 3)
+    np.testing.assert_array_equal(batch["position"], np.arange(12))
+    for shards in (1, 2, 4):
+        for shard in np.split(batch["domain"], shards):
+            np.testing.assert_array_equal(np.bincount(shard), [4 // shards] * 3)
+
+
+def test_every_example_occurs_once_in_each_epoch_of_its_domain():
+    train = data.domain_batches(_toys(), 0, 2)
+    seen = np.concatenate([train[step]["image"][:, 0, 0, 0] for step in range(60)])
+    orders = set()
+    for d, size in enumerate((5, 8, 3)):
+        stream = seen[seen // 50 == d] - 50 * d
+        assert len(stream) == 120
+        epochs = stream.reshape(-1, size)
+        expected = np.tile(np.arange(size), (len(epochs), 1))
+        np.testing.assert_array_equal(np.sort(epochs), expected)
+        orders.add(tuple(stream[stream < 3][:9]))
+    assert len(orders) == 3  # the streams are independent
+    assert train.steps_per_epoch == 2  # three examples, two at a time
+
+
+def test_domain_batches_depend_on_seed_and_step_only():
+    train = data.domain_batches(_toys(), 3, 4)
+    forwards = [train[step] for step in range(9)]
+    for step in (8, 0, 5, 5):
+        _assert_same(data.domain_batches(_toys(), 3, 4)[step], forwards[step])
+    other = data.domain_batches(_toys(), 4, 4)
+    assert any((other[s]["image"] != forwards[s]["image"]).any() for s in range(9))
+
+
+def test_host_slices_of_domain_batches_concatenate_to_the_global_batch():
+    whole = data.domain_batches(_toys(), 1, 4)
+    parts = [data.domain_batches(_toys(), 1, 4, host_slice=(host, 2)) for host in range(2)]
+    for step in (0, 5):
+        joined = {key: np.concatenate([part[step][key] for part in parts]) for key in whole[step]}
+        _assert_same(joined, whole[step])
+
+
+def test_sources_that_are_read_by_example_give_the_same_domain_batches():
+    streamed = data.domain_batches([_rows(toy) for toy in _toys()], 1, 4)
+    for step in (0, 5):
+        _assert_same(streamed[step], data.domain_batches(_toys(), 1, 4)[step])
+
+
+_TOY = _toys()[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: data.load_domains("rotated"), "dataset='rotated': must be one of RotatedMNIST"),
+        (
+            lambda: data.load_domains("RotatedMNIST", image_size=14),
+            "image_size=14: RotatedMNIST has 28 pixels",
+        ),
+        (
+            lambda: data.load_domains("ColoredMNIST", image_size=32),
+            "image_size=32: ColoredMNIST has 28 or 14 pixels",
+        ),
+        (lambda: data.Domains("one", ("a",), (_TOY,), 3), "'one': has 1 domain, must have at le"),
+        (lambda: data.Domains("x", ("a", "b"), (_TOY,), 3), "1 data sets for 2 domain names"),
+        (lambda: data.Domains("x", ("a", "b"), (_TOY,) * 2, 4), "domain 'a' has 3 classes, must"),
+        (lambda: data.holdout_split(0, 0.2, 0), "num_examples=0: must be an integer of at least 1"),
+        (lambda: data.holdout_split(10, 1.0, 0), r"fraction=1\.0: must lie between 0 and 1"),
+        (lambda: data.holdout_split(4, 0.2, 0), r"fraction=0\.2: leaves no held-out part of 4"),
+        (lambda: data.domain_batches([], 0, 4), "datasets is empty: must hold at least one"),
+        (lambda: data.domain_batches(_toys(), 0, 0), "batch_size_per_domain=0: must be an int"),
+        (
+            lambda: data.domain_batches(_toys(), 0, 3, host_slice=(0, 2)),
+            "batch_size=3: must be a multiple of the 2 hosts",
+        ),
+        (lambda: data.domain_batches(_toys(), 0, 4)[-1], "step=-1: must be an integer"),
+    ],
+)
+def test_bad_arguments_get_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
