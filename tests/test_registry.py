@@ -59,6 +59,7 @@ METHODS = {
         [{"alpha": 0.0}, {"probability": 0.0}],
         random=True,
     ),
+    "rsc": Method({"": {}}, [{"drop_f": 0.0}, {"drop_b": 0.0}], random=False),
     "spatial_dropout": Method(
         {"channels": {"rate": 0.5}, "blocks": {"rate": 0.5, "block_size": 2}},
         [{"rate": 0.0}],

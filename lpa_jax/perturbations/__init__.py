@@ -20,6 +20,7 @@ from lpa_jax.perturbations.lpl import lpl
 from lpa_jax.perturbations.manifold_mixup import manifold_mixup
 from lpa_jax.perturbations.mixstyle import mixstyle
 from lpa_jax.perturbations.noise import gaussian_noise
+from lpa_jax.perturbations.rsc import rsc
 from lpa_jax.perturbations.spatial_dropout import spatial_dropout
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "names",
     "options",
     "register",
+    "rsc",
     "spatial_dropout",
     "stateless",
 ]
