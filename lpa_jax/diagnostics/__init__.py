@@ -1,5 +1,19 @@
 """Measurements of what perturbations do."""
 
-from lpa_jax.diagnostics.effect import perturbation_effect
+from lpa_jax.diagnostics.geometry import (
+    Agreement,
+    Observation,
+    agreement,
+    class_geometry,
+    observe,
+    perturbation_effect,
+)
 
-__all__ = ["perturbation_effect"]
+__all__ = [
+    "Agreement",
+    "Observation",
+    "agreement",
+    "class_geometry",
+    "observe",
+    "perturbation_effect",
+]

@@ -1,0 +1,332 @@
+"""What a perturbation does to one batch, by sign group and by class: loss, norm and direction.
+
+The paper's conjecture in numbers: an expansive perturbation (norm up) augments positively (loss
+up), a contractive one (norm down) negatively (loss down). Everything is a (sum, count) pair of
+`lpa_jax.metrics`, so that any number of batches adds up.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax import injection, metrics, pgd
+from lpa_jax.losses import cross_entropy
+from lpa_jax.perturbations import Perturbation, Site
+
+Array = jax.Array
+Loss = Callable[[Array, Array], Array]
+GROUPS = {"positive": 1.0, "negative": -1.0, "neutral": 0.0}
+
+
+class Observation(NamedTuple):
+    """One layer in one perturbed pass.
+
+    Attributes:
+      before, after: h_i and h~_i, [B, *S], in at least float32.
+      loss_before: loss(decode(h_i), t_i), [B], with the targets that this layer received.
+      loss_after: loss(decode(h~_i), t~_i), [B].
+      sign, radius: s_c and eps_c, [C], or None where the method states none.
+    """
+
+    before: Array
+    after: Array
+    loss_before: Array
+    loss_after: Array
+    sign: Array | None
+    radius: Array | None
+
+    @property
+    def delta(self) -> Array:
+        """h~_i - h_i, [B, *S]."""
+        return self.after - self.before
+
+
+def observe(
+    network: injection.Network,
+    variables: injection.Variables,
+    batch: Mapping[str, Array],
+    perturbations: Mapping[str, Perturbation],
+    *,
+    rng: Array,
+    states: Mapping[str, Any] | None = None,
+    loss: Loss = cross_entropy,
+    train: bool = False,
+) -> dict[str, Observation]:
+    """Runs one perturbed pass and keeps what happened at every perturbed layer.
+
+    A perturbation sees those below it applied and those above it not, as in training. Works for
+    every method and mode, on networks that were trained with it and on networks that were not.
+
+    Args:
+      network: a cut network.
+      variables: its parameters and model state, which are left alone.
+      batch: `{"image": [B, ...], "label": [B]}`.
+      perturbations: layer -> perturbation, one layer each.
+      rng: key for dropout and random perturbations.
+      states: layer -> perturbation state, as in `TrainState.perturbation_state`; None starts afresh
+        (a carried delta is then zero: use `mode="cold"` to measure LPA on a network without one).
+      loss: (logits [B, C], targets [B, C]) -> [B].
+      train: training mode (dropout, batch statistics) instead of evaluation mode.
+
+    Returns:
+      layer -> observation.
+
+    Raises:
+      ValueError: unknown layer.
+
+    >>> network = injection.CutFunctions(lambda p, x: x, lambda p, h: h @ p)
+    >>> batch = {"image": jnp.ones((2, 3)), "label": jnp.array([0, 1])}
+    >>> from lpa_jax.perturbations import stateless
+    >>> double = stateless("double", lambda site: (2 * site.activation, site.targets))
+    >>> seen = observe(network, {"params": jnp.eye(3)}, batch, {"hidden": double},
+    ...                rng=jax.random.key(0))
+    >>> seen["hidden"].delta.tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    labels, inputs = batch["label"], batch["image"]
+    shapes = injection.activation_shapes(
+        network, variables, inputs, (*perturbations, injection.LOGITS)
+    )
+    num_classes = shapes[injection.LOGITS].shape[-1]
+    if states is None:
+        states = {layer: p.init(shapes[layer], num_classes) for layer, p in perturbations.items()}
+    dropout_rng, site_rng = jax.random.split(rng)
+    targets = {"now": jax.nn.one_hot(labels, num_classes)}
+    seen: dict[str, Observation] = {}
+
+    def tap_at(layer, perturbation, depth):
+        def tap(activation, decode):
+            rng = jax.random.fold_in(site_rng, depth)
+            site = Site(activation, targets["now"], labels, decode, loss, rng)
+            applied = perturbation.apply(states[layer], site)
+            wide = pgd.perturbation_dtype(activation)
+            seen[layer] = Observation(
+                before=activation.astype(wide),
+                after=applied.activation.astype(wide),
+                loss_before=site.losses_and_logits(activation)[0],
+                loss_after=loss(decode(applied.activation), applied.targets),
+                sign=_stated(applied.aux, "sign"),
+                radius=_stated(applied.aux, "radius"),
+            )
+            targets["now"] = applied.targets
+            return applied.activation
+
+        return tap
+
+    taps = {
+        layer: tap_at(layer, perturbation, depth)
+        for depth, (layer, perturbation) in enumerate(perturbations.items())
+    }
+    injection.forward(network, variables, inputs, taps, train=train, rng=dropout_rng)
+    return seen
+
+
+def perturbation_effect(
+    network: injection.Network,
+    variables: injection.Variables,
+    states: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    *,
+    perturbations: Mapping[str, Perturbation],
+    loss: Loss,
+    rng: Array,
+) -> dict[str, metrics.Pair]:
+    r"""Loss change and norm ratio that each perturbation causes, by sign of the class.
+
+        loss_change = loss(decode(h~_i), t~_i) - loss(decode(h_i), t_i)
+        norm_ratio  = ||h~_i|| / ||h_i||
+
+    A radius means different things at different layers, models and augmentations; the loss change
+    that it causes compares between them. Costs two forward passes above each perturbed layer and
+    works for every method and mode. Classes are grouped by the sign that an assignment gave them:
+    `positive`, `negative`, or `neutral` (no sign, or a method that has none). Measured in training
+    mode, as the perturbation acts.
+
+    Args:
+      network: a cut network.
+      variables: its parameters and model state, which are left alone.
+      states: layer -> perturbation state, as in `TrainState.perturbation_state`.
+      batch: `{"image": [B, ...], "label": [B]}`.
+      perturbations: layer -> perturbation, one layer each.
+      loss: (logits, targets) -> [B].
+      rng: key for dropout and random perturbations.
+
+    Returns:
+      (sum, count) pairs named `layer/loss_change/group` and `layer/norm_ratio/group`.
+    """
+    seen = observe(
+        network, variables, batch, perturbations, rng=rng, states=states, loss=loss, train=True
+    )
+    labels = batch["label"]
+    pairs: dict[str, metrics.Pair] = {}
+    for layer, observation in seen.items():
+        values = {
+            "loss_change": observation.loss_after - observation.loss_before,
+            "norm_ratio": _norm_ratio(observation),
+        }
+        sign = jnp.zeros(labels.shape)
+        if observation.sign is not None:
+            sign = observation.sign[labels]
+        for name, value in values.items():
+            for group, wanted in GROUPS.items():
+                pairs[f"{layer}/{name}/{group}"] = metrics.mean(value, sign == wanted)
+    return pairs
+
+
+def class_geometry(
+    observation: Observation, labels: Array, num_classes: int, mask: Array | None = None
+) -> dict[str, metrics.Pair]:
+    r"""What a perturbation does to every class at one layer.
+
+        norm_ratio  = mean_{i in B_c} ||h~_i|| / ||h_i||
+        cosine      = mean_{i in B_c} <delta_i, hbar_c> / (||delta_i|| ||hbar_c||),
+        delta_norm  = mean_{i in B_c} ||delta_i||,    delta_i = h~_i - h_i
+        loss_change = mean_{i in B_c} loss(h~_i) - loss(h_i)
+        sign, radius = s_c and eps_c as the method used them
+
+    with hbar_c the mean of h_i over the class's members in this batch.
+
+    Args:
+      observation: from `observe`, or made by hand from activations and losses before and after.
+      labels: y_i, [B].
+      num_classes: C.
+      mask: 0 for padding, [B]; None counts every example.
+
+    Returns:
+      (sum, count) pairs of vectors [C]. The count is 0 for absent classes, for `sign` and `radius`
+      of a method that states none, and (`cosine`) where delta_i or hbar_c is zero:
+      `metrics.compute` turns these into nan.
+
+    Raises:
+      ValueError: activations, losses, labels and mask that do not fit together.
+
+    >>> h = jnp.array([[3.0, 4.0], [1.0, 0.0]])
+    >>> grown = Observation(h, 2 * h, jnp.zeros(2), jnp.ones(2), None, None)
+    >>> values = metrics.compute(class_geometry(grown, jnp.array([0, 1]), num_classes=3))
+    >>> print(values["norm_ratio"], values["delta_norm"], values["cosine"].round(3))
+    [ 2.  2. nan] [ 5.  1. nan] [ 1.  1. nan]
+    """
+    labels = jnp.asarray(labels)
+    pgd.check_labels(labels, num_classes)
+    _check_rows(observation, labels, mask)
+    mask = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask)
+    weight = (mask != 0).astype(observation.before.dtype)
+    counts = pgd.class_sums(weight, labels, num_classes)
+    member_sums = pgd.class_sums(
+        observation.before * pgd.over_classes(weight, observation.before), labels, num_classes
+    )
+    # Directions only: the sum of the members points where their mean does.
+    mean_direction = pgd.unit_rows(member_sums)[labels]
+    direction = pgd.unit_rows(observation.delta)
+    moved = weight * (pgd.row_norms(observation.delta) > 0) * (pgd.row_norms(mean_direction) > 0)
+
+    def pair(values, weight=weight):
+        total = pgd.class_sums(jnp.where(weight != 0, values, 0.0), labels, num_classes)
+        return total, pgd.class_sums(weight, labels, num_classes)
+
+    def stated(values):
+        if values is None:
+            return jnp.zeros(num_classes), jnp.zeros(num_classes)
+        return values * counts, counts
+
+    return {
+        "norm_ratio": pair(_norm_ratio(observation)),
+        "cosine": pair(pgd.inner_products(direction, mean_direction), moved),
+        "delta_norm": pair(pgd.row_norms(observation.delta)),
+        "loss_change": pair(observation.loss_after - observation.loss_before),
+        "sign": stated(observation.sign),
+        "radius": stated(observation.radius),
+    }
+
+
+class Agreement(NamedTuple):
+    """How far expansive means positive and contractive means negative, over the moved classes.
+
+    Attributes:
+      classes: number of classes whose activation the perturbation moved.
+      loss_and_norm: share of them where loss and norm moved the same way.
+      sign_and_loss: share of the signed classes whose loss moved the way of their sign.
+      sign_and_norm: share of the signed classes whose norm moved the way of their sign.
+      correlation: Pearson correlation of loss change and norm ratio over the moved classes, nan
+        where one of them is constant.
+    """
+
+    classes: int
+    loss_and_norm: float
+    sign_and_loss: float
+    sign_and_norm: float
+    correlation: float
+
+
+def agreement(geometry: Mapping[str, np.ndarray]) -> Agreement:
+    """Compares the directions in which loss and norm moved, class by class, on the host.
+
+    Args:
+      geometry: `metrics.compute(class_geometry(...))`: vectors [C] with nan for absent classes.
+
+    Raises:
+      ValueError: fewer than two classes were moved, so that nothing can be compared.
+
+    >>> up_and_down = {"norm_ratio": np.array([1.1, 0.9, 0.8]), "sign": np.array([1.0, -1.0, 1.0]),
+    ...                "loss_change": np.array([0.2, -0.1, 0.3]), "delta_norm": np.ones(3)}
+    >>> agreement(up_and_down)[:4]
+    (3, 0.6666666666666666, 1.0, 0.6666666666666666)
+    """
+    moved = np.nan_to_num(geometry["delta_norm"]) > 0
+    if moved.sum() < 2:
+        raise ValueError(
+            f"agreement compares classes and needs at least 2 that are perturbed, got {moved.sum()}"
+        )
+    loss_change, sign = geometry["loss_change"][moved], geometry["sign"][moved]
+    growth = geometry["norm_ratio"][moved] - 1.0
+    signed = np.nan_to_num(sign) != 0
+
+    def share(a, b, among):
+        same = np.sign(a[among]) == np.sign(b[among])
+        return float(same.mean()) if same.size else float("nan")
+
+    varies = loss_change.std() > 0 and growth.std() > 0
+    return Agreement(
+        classes=int(moved.sum()),
+        loss_and_norm=share(loss_change, growth, np.ones_like(signed)),
+        sign_and_loss=share(sign, loss_change, signed),
+        sign_and_norm=share(sign, growth, signed),
+        correlation=float(np.corrcoef(loss_change, growth)[0, 1]) if varies else float("nan"),
+    )
+
+
+def _stated(aux: Mapping[str, Array], name: str) -> Array | None:
+    """What a perturbation says of itself; of several in a chain, the first that says it."""
+    return next((value for key, value in aux.items() if key.split("/")[-1] == name), None)
+
+
+def _norm_ratio(observation: Observation) -> Array:
+    norms = pgd.row_norms(observation.before)
+    return pgd.row_norms(observation.after) / jnp.where(norms > 0, norms, 1.0)
+
+
+def _check_rows(observation: Observation, labels: Array, mask: Array | None) -> None:
+    batch_size = labels.shape[0] if labels.ndim == 1 else None
+    if not batch_size:
+        raise ValueError(f"labels must be a non-empty vector [B], got shape {labels.shape}")
+    if observation.before.shape != observation.after.shape:
+        raise ValueError(
+            "activations before and after must have one shape, got "
+            f"{observation.before.shape} and {observation.after.shape}"
+        )
+    rows = {
+        "before": observation.before,
+        "loss_before": observation.loss_before,
+        "loss_after": observation.loss_after,
+    }
+    if mask is not None:
+        rows["mask"] = mask
+    for name, values in rows.items():
+        if jnp.shape(values)[:1] != (batch_size,):
+            raise ValueError(
+                f"{name} must have one row for each of {batch_size} labels, "
+                f"got shape {jnp.shape(values)}"
+            )
