@@ -47,14 +47,7 @@ def pmap_step(
     """
     devices = jax.devices() if devices is None else list(devices)
     local = [device for device in devices if device.process_index == jax.process_index()]
-    mapped = jax.pmap(
-        lambda state, batch: step(state, batch, axis_name=axis_name),
-        axis_name=axis_name,
-        in_axes=(None, 0),
-        out_axes=None,
-        devices=devices,
-        donate_argnums=(0,) if donate_state else (),
-    )
+    mapped = pmapped(step, devices, axis_name=axis_name, donate_state=donate_state)
 
     mesh = jax.sharding.Mesh(np.asarray(devices), (axis_name,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -70,6 +63,34 @@ def pmap_step(
         return mapped(state, batch)
 
     return call
+
+
+def pmapped(
+    step: Callable[..., Any],
+    devices: Sequence[jax.Device],
+    *,
+    axis_name: str = AXIS_NAME,
+    donate_state: bool = False,
+) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """The mapped step inside `pmap_step`, without its checks: what `.lower` compiles ahead of time.
+
+    Args:
+      step: as for `pmap_step`.
+      devices: the devices, which need not exist where nothing but `.lower(...).compile()` is asked.
+      axis_name: as for `pmap_step`.
+      donate_state: as for `pmap_step`.
+
+    Returns:
+      (state, batch) -> results, the arrays of the batch split as by `shard_batch`.
+    """
+    return jax.pmap(
+        lambda state, batch: step(state, batch, axis_name=axis_name),
+        axis_name=axis_name,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=(0,) if donate_state else (),
+    )
 
 
 def map_step(step: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
