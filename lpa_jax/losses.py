@@ -376,13 +376,28 @@ def names() -> tuple[str, ...]:
     return tuple(_FACTORIES)
 
 
-def create(name: str, counts: Sequence[float] | None = None, **options: Any) -> Loss:
+def options(name: str) -> tuple[str, ...]:
+    """Names of the options of a loss, the class counts left out.
+
+    Raises:
+      ValueError: unknown name.
+
+    Example:
+      >>> options("focal")
+      ('gamma',)
+    """
+    if name not in _FACTORIES:
+        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}")
+    return tuple(key for key in inspect.signature(_FACTORIES[name]).parameters if key != "counts")
+
+
+def create(name: str, counts: Sequence[float] | None = None, **arguments: Any) -> Loss:
     """The loss of that name.
 
     Args:
       name: One of `names`.
       counts: Training examples of each class [C]; left unused by the losses that need none.
-      **options: Keyword arguments of the factory, such as ``gamma`` for ``focal``.
+      **arguments: Keyword arguments of the factory, such as ``gamma`` for ``focal``.
 
     Returns:
       A loss.
@@ -399,20 +414,18 @@ def create(name: str, counts: Sequence[float] | None = None, **options: Any) -> 
         ...
       ValueError: counts must be given for the loss 'ldam'; got None
     """
-    if name not in _FACTORIES:
-        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}")
-    factory = _FACTORIES[name]
-    allowed = [key for key in inspect.signature(factory).parameters if key != "counts"]
-    for key, value in options.items():
+    allowed = options(name)
+    for key, value in arguments.items():
         if key not in allowed:
             raise ValueError(
-                f"options of the loss {name!r} must be among {allowed}; got {key}={value!r}"
+                f"options of the loss {name!r} must be among {list(allowed)}; got {key}={value!r}"
             )
+    factory = _FACTORIES[name]
     if "counts" not in inspect.signature(factory).parameters:
-        return factory(**options)
+        return factory(**arguments)
     if counts is None:
         raise ValueError(f"counts must be given for the loss {name!r}; got None")
-    return factory(counts, **options)
+    return factory(counts, **arguments)
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

@@ -133,6 +133,42 @@ def adamw(
     return optax.chain(*_clipping(clip_norm), adam)
 
 
+def sam(
+    optimizer: optax.GradientTransformation, rho: float = 0.05
+) -> optax.GradientTransformationExtraArgs:
+    """Sharpness-aware minimisation around an optimizer: its step is taken with another gradient.
+
+        g' = grad L(w + rho grad L(w) / ||grad L(w)||_2)
+
+    by `optax.contrib.sam`. `lpa_step` hands it the gradient function that it asks for: the same
+    batch, random keys and perturbation rules at the displaced parameters, averaged over devices.
+
+    Args:
+      optimizer: What is given g' in place of g.
+      rho: Distance to the displaced parameters, positive; published default 0.05.
+
+    Returns:
+      An optax transformation whose update needs the parameters and `grad_fn`.
+
+    Raises:
+      ValueError: If rho is not positive and finite.
+
+    Example:
+      >>> params, curve = jnp.array([2.0]), lambda w, _: w**3
+      >>> optimizer = sam(optax.sgd(1.0), rho=0.5)
+      >>> gradient, state = curve(params, 0), optimizer.init(params)
+      >>> float(optimizer.update(gradient, state, params, grad_fn=curve)[0][0])  # -(2 + 0.5)^3
+      -15.625
+
+    References:
+      Foret et al. 2021, Sharpness-Aware Minimization for Efficiently Improving Generalization,
+      arXiv 2010.01412, equation 3.
+    """
+    _require(0.0 < rho < math.inf, "rho", rho, "positive and finite")
+    ascend = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
+    return optax.contrib.sam(optimizer, ascend, sync_period=2, opaque_mode=True)
+
+
 def schedule(
     name: str,
     base_rate: float,

@@ -5,109 +5,33 @@
 Nothing here knows about devices: `axis_name` is an argument, and `lpa_jax.parallel` maps the step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 
 from lpa_jax import injection, metrics
-from lpa_jax.injection import Network
 from lpa_jax.losses import cross_entropy
-from lpa_jax.perturbations import Feedback, Perturbation, Site
+from lpa_jax.penalties import Observed
+from lpa_jax.perturbations import Feedback, Site
 from lpa_jax.pgd import check_labels
+from lpa_jax.plan import Penalties, Perturbations, check_penalties, plan_sites
+from lpa_jax.state import TrainState
+from lpa_jax.training_pass import (
+    TrainingPass,
+    check_states,
+    learn,
+    penalize,
+    probes_for,
+    step_keys,
+)
 
 Array = jax.Array
 Batch = Mapping[str, Array]
 Loss = Callable[[Array, Array], Array]
 Augment = Callable[[Array, Array, Array], Array]
-Perturbations = Mapping[str | tuple[str, ...], Perturbation]
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """Everything that training changes, and the static objects that change it.
-
-    Attributes:
-      step: number of steps taken.
-      params: trained parameters.
-      model_state: the network's other variables (running statistics).
-      opt_state: the optimizer's state.
-      perturbation_state: state of the perturbation at each layer.
-      rng: the run's key; every random choice is keyed by folding `step` into it.
-      network: the network, static.
-      optimizer: the optax transformation, static.
-      num_classes: C, static.
-    """
-
-    step: Array
-    params: Any
-    model_state: Mapping[str, Any]
-    opt_state: optax.OptState
-    perturbation_state: Mapping[str, Any]
-    rng: Array
-    network: Network = flax.struct.field(pytree_node=False)
-    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
-    num_classes: int = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def create(
-        cls,
-        model: Any,
-        optimizer: optax.GradientTransformation,
-        rng: Array,
-        example_batch: Batch,
-        perturbations: Perturbations | None = None,
-    ) -> "TrainState":
-        """The state before the first step.
-
-        Args:
-          model: a staged model, or a `Network` from `inject` or `CutFunctions`.
-          optimizer: an optax transformation.
-          rng: a key; parameters and all later randomness come from it.
-          example_batch: `{"image": [B, ...], ...}`, only its shapes matter.
-          perturbations: layer (or tuple of layers) -> perturbation, as for `lpa_step`.
-
-        Raises:
-          ValueError: unknown layer, a layer named twice, or a perturbation that does not fit.
-
-        >>> from lpa_jax.models import MLP
-        >>> batch = {"image": jnp.zeros((4, 2, 2, 1)), "label": jnp.zeros(4, jnp.int32)}
-        >>> TrainState.create(MLP(num_classes=3), optax.sgd(0.1), jax.random.key(0), batch).step
-        Array(0, dtype=int32)
-        """
-        network = injection.as_network(model)
-        plan = _plan(perturbations or {}, network.layers)
-        params_rng, run_rng = jax.random.split(rng)
-        inputs = example_batch["image"]
-        variables = dict(network.init(params_rng, inputs))
-        layers = [layer for site in plan for layer in site.layers]
-        shapes = injection.activation_shapes(
-            network, variables, inputs, (*layers, injection.LOGITS)
-        )
-        num_classes = shapes[injection.LOGITS].shape[-1]
-        params = variables.pop("params")
-        return cls(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            model_state=variables,
-            opt_state=optimizer.init(params),
-            perturbation_state={
-                layer: site.perturbation.init(shapes[layer], num_classes)
-                for site in plan
-                for layer in site.layers
-            },
-            rng=run_rng,
-            network=network,
-            optimizer=optimizer,
-            num_classes=num_classes,
-        )
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Parameters and model state as the network takes them."""
-        return {"params": self.params, **self.model_state}
 
 
 def lpa_step(
@@ -115,16 +39,19 @@ def lpa_step(
     batch: Batch,
     *,
     perturbations: Perturbations | None = None,
+    penalties: Penalties | None = None,
     loss: Loss = cross_entropy,
     augment: Augment | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, metrics.Pair]]:
-    r"""One optimizer step on the mean of loss(decode_l(h_i + delta_i), t~_i).
+    r"""One optimizer step on the mean of loss(decode_l(h_i + delta_i), t~_i), plus penalties.
 
     Encode runs once; each perturbation runs what it needs above its layer; the training pass goes
     on from the perturbed activation. Several layers may be perturbed in one pass, from `input` to
     `logits`: a perturbation sees those below it applied and those above it not. No gradient flows
     through a learned perturbation; running statistics are updated once, by the training pass.
+    An optimizer that asks for gradients elsewhere (`grad_fn`: `optax.contrib.sam`) is given them,
+    with the same batch, keys and perturbation rules.
 
     Args:
       state: from `TrainState.create` with the same perturbations.
@@ -132,66 +59,118 @@ def lpa_step(
         `"position"` [B], the examples' places in the global batch, is derived if missing.
       perturbations: layer -> perturbation. A tuple of layers as key means one of them, drawn
         uniformly in every step (as in Manifold Mixup): all are computed, one is used.
+      penalties: name -> penalty, scalars added to the objective; those over domains read
+        `batch["domain"]`, [B] integers.
       loss: (logits [B, C], targets [B, C]) -> [B].
       augment: (rng, images, positions in the global batch [B]) -> images, on device.
       axis_name: mapped axis over which the global batch is spread, in equal shares, or None.
 
     Returns:
-      The next state, and `loss`, `accuracy` (of the perturbed network) and `gradient_norm` as
-      (sum, count) pairs over the global batch.
+      The next state, and `loss`, `accuracy` (of the perturbed network), `gradient_norm` and the
+      value of each penalty, `penalty/name`, as (sum, count) pairs over the global batch.
 
     Raises:
       ValueError: outside jit, labels outside 0..C-1; always, unknown or repeated layers, or
         one that the state was not created with.
     """
-    plan = _plan(perturbations or {}, state.network.layers)
+    plan, penalties = plan_sites(perturbations or {}, state.network.layers), penalties or {}
+    check_penalties(penalties, state.network.layers)
     labels = batch["label"]
     check_labels(labels, state.num_classes)
-    _check_states(plan, state)
-    keys = _keys(state, axis_name)
+    check_states(plan, penalties, state)
+    keys = step_keys(state, axis_name)
     images = batch["image"]
     if augment is not None:
         images = augment(keys.augment, images, _positions(batch, axis_name))
-
-    def objective(params, probes):
-        training_pass = _TrainingPass(plan, state, labels, loss, keys, axis_name, probes)
-        variables = {"params": params, **state.model_state}
-        logits, model_state = injection.forward(
-            state.network, variables, images, training_pass.taps(), train=True, rng=keys.dropout
-        )
-        losses = loss(logits, training_pass.targets)
-        record = (losses, logits, model_state, training_pass.states, training_pass.seen)
-        return jnp.mean(losses), record
-
-    probes = _probes(plan, state, images)
-    (gradient, probe_gradients), record = jax.grad(objective, argnums=(0, 1), has_aux=True)(
-        state.params, probes
+    objective = _objective(
+        state, {**batch, "image": images}, plan, penalties, loss, keys, axis_name
     )
-    losses, logits, model_state, perturbation_state, seen = record
+    probes = probes_for(plan, state, images)
+
+    def gradient_at(params, *_):
+        (gradient, probe_gradients), record = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+            params, probes
+        )
+        if axis_name is not None:
+            gradient = jax.lax.pmean(gradient, axis_name)
+        return gradient, probe_gradients, record
+
+    gradient, probe_gradients, record = gradient_at(state.params)
+    losses, logits, model_state = record["losses"], record["logits"], record["model_state"]
     if axis_name is not None:
-        gradient = jax.lax.pmean(gradient, axis_name)
         model_state = _mean_over(axis_name, model_state)
     # Probes see the gradient of the mean over this device's examples; a site wants one an example.
-    perturbation_state = _learn(
+    perturbation_state = learn(
         plan,
-        perturbation_state,
-        seen,
+        record["perturbation_state"],
+        record["seen"],
         probe_gradients,
         feedback_of=lambda g: Feedback(g * labels.shape[0], jax.lax.stop_gradient(logits)),
         site_of=lambda s: Site(s.activation, s.targets, labels, None, loss, s.rng, axis_name),
     )
-    updates, opt_state = state.optimizer.update(gradient, state.opt_state, state.params)
+    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
+        gradient, state.opt_state, state.params, grad_fn=lambda *at: gradient_at(*at)[0]
+    )
     pairs = {"loss": metrics.mean(losses), "accuracy": metrics.accuracy(logits, labels)}
     pairs = metrics.reduce_over(pairs, axis_name)
     pairs["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
+    for name, value in record["penalties"].items():
+        pairs[f"penalty/{name}"] = (value, jnp.ones(()))
     new_state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         model_state=model_state,
         opt_state=opt_state,
         perturbation_state=perturbation_state,
+        penalty_state=record["penalty_state"],
     )
     return new_state, pairs
+
+
+def _objective(state, batch, plan, penalties, loss, keys, axis_name):
+    """(params, probes) -> mean loss plus penalties, and a record of what the pass saw."""
+    images, labels = batch["image"], batch["label"]
+    feature_layers = sorted({layer for p in penalties.values() for layer in p.layers})
+
+    def objective(params, probes):
+        walk = TrainingPass(plan, state, labels, loss, keys, axis_name, probes, feature_layers)
+        variables = {"params": params, **state.model_state}
+        logits, model_state = injection.forward(
+            state.network, variables, images, walk.taps(), train=True, rng=keys.dropout
+        )
+        losses = loss(logits, walk.targets)
+
+        def decode(layer, activation):
+            pinned = {layer: activation}
+            return state.network.advance(
+                variables, images, pinned, injection.LOGITS, train=False, rng=None
+            )[0]
+
+        observed = Observed(
+            losses=losses,
+            logits=logits,
+            targets=walk.targets,
+            labels=labels,
+            domain=batch.get("domain"),
+            features=walk.features,
+            decode=decode,
+            loss=loss,
+            step=state.step,
+            axis_name=axis_name,
+        )
+        added, penalty_state = penalize(penalties, state.penalty_state, observed)
+        record = {
+            "losses": losses,
+            "logits": logits,
+            "model_state": model_state,
+            "perturbation_state": walk.states,
+            "seen": walk.seen,
+            "penalties": added,
+            "penalty_state": penalty_state,
+        }
+        return jnp.mean(losses) + sum(added.values()), record
+
+    return objective
 
 
 def eval_step(
@@ -199,6 +178,7 @@ def eval_step(
     batch: Batch,
     *,
     loss: Loss = cross_entropy,
+    adjust_logits: Callable[[Array], Array] | None = None,
     axis_name: str | None = None,
 ) -> dict[str, metrics.Pair]:
     """Loss and accuracy of the unperturbed network in evaluation mode.
@@ -208,6 +188,8 @@ def eval_step(
       batch: `image`, `label` and, where the batch is padded, `mask` [B]; masked examples count
         nowhere.
       loss: as in `lpa_step`; usually plain cross entropy, so that methods compare.
+      adjust_logits: logits [B, C] -> [B, C] before anything is measured, such as post-hoc logit
+        adjustment; None leaves them.
       axis_name: mapped axis of the global batch or None.
 
     Returns:
@@ -221,6 +203,8 @@ def eval_step(
     logits, _ = state.network.advance(
         state.variables, batch["image"], {}, injection.LOGITS, train=False, rng=None
     )
+    if adjust_logits is not None:
+        logits = adjust_logits(logits)
     losses = loss(logits, jax.nn.one_hot(labels, state.num_classes))
     pairs = {
         "loss": metrics.mean(losses, mask),
@@ -228,61 +212,6 @@ def eval_step(
         "per_class_accuracy": metrics.per_class_accuracy(logits, labels, mask, state.num_classes),
     }
     return metrics.reduce_over(pairs, axis_name)
-
-
-class _PlannedSite(NamedTuple):
-    """A perturbation and its layer, or the layers of which each step draws one."""
-
-    layers: tuple[str, ...]
-    perturbation: Perturbation
-
-
-def _plan(perturbations: Perturbations, layers: Sequence[str]) -> tuple[_PlannedSite, ...]:
-    plan = []
-    taken: set[str] = set()
-    for key, perturbation in perturbations.items():
-        site_layers = (key,) if isinstance(key, str) else tuple(key)
-        if not isinstance(perturbation, Perturbation):
-            raise ValueError(
-                f"perturbations[{key!r}] must be a Perturbation, got {type(perturbation).__name__}"
-            )
-        for layer in site_layers:
-            injection.check_layer(layers, layer)
-            if layer in taken:
-                raise ValueError(
-                    f"layer {layer!r} is named twice in perturbations; "
-                    "use perturbations.chain for several at one layer"
-                )
-            taken.add(layer)
-        plan.append(_PlannedSite(site_layers, perturbation))
-    return tuple(plan)
-
-
-def _check_states(plan: Sequence[_PlannedSite], state: TrainState) -> None:
-    created = state.perturbation_state
-    for layer in (layer for site in plan for layer in site.layers):
-        if layer not in created:
-            raise ValueError(
-                f"perturbations name layer {layer!r}, but the state was created with those at "
-                f"[{', '.join(created)}]"
-            )
-
-
-class _Keys(NamedTuple):
-    """Keys of one step; `draw` is equal on all devices."""
-
-    augment: Array
-    dropout: Array
-    sites: Array
-    draw: Array
-
-
-def _keys(state: TrainState, axis_name: str | None) -> _Keys:
-    augment, dropout, sites, draw = jax.random.split(jax.random.fold_in(state.rng, state.step), 4)
-    if axis_name is not None:
-        device = jax.lax.axis_index(axis_name)
-        dropout, sites = jax.random.fold_in(dropout, device), jax.random.fold_in(sites, device)
-    return _Keys(augment, dropout, sites, draw)
 
 
 def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -301,88 +230,3 @@ def _positions(batch: Batch, axis_name: str | None) -> Array:
     if axis_name is None:
         return positions
     return positions + jax.lax.axis_index(axis_name) * positions.shape[0]
-
-
-class _Seen(NamedTuple):
-    """What a perturbation that learns from the training pass saw in it, and whether it was used."""
-
-    activation: Array
-    targets: Array
-    rng: Array
-    used: Array
-
-
-class _TrainingPass:
-    """What the taps of one training pass share while it walks up the network."""
-
-    def __init__(self, plan, state, labels, loss, keys, axis_name, probes):
-        self.targets = jax.nn.one_hot(labels, state.num_classes)
-        self.states = dict(state.perturbation_state)
-        self.seen: dict[str, _Seen] = {}
-        self._plan, self._labels, self._loss = plan, labels, loss
-        self._keys, self._axis_name, self._probes = keys, axis_name, probes
-        self._depth = {layer: i for i, layer in enumerate(state.network.layers)}
-
-    def taps(self) -> dict[str, injection.Tap]:
-        taps = {}
-        for position, site in enumerate(self._plan):
-            rng = jax.random.fold_in(self._keys.draw, position)
-            drawn = jax.random.randint(rng, (), 0, len(site.layers))
-            for i, layer in enumerate(site.layers):
-                used = None if len(site.layers) == 1 else drawn == i
-                taps[layer] = self._tap(layer, site.perturbation, used)
-        return taps
-
-    def _tap(self, layer: str, perturbation: Perturbation, used: Array | None) -> injection.Tap:
-        def tap(activation, decode):
-            if not jnp.issubdtype(activation.dtype, jnp.floating):
-                raise ValueError(
-                    f"only a floating activation can be perturbed, {layer!r} is {activation.dtype}"
-                )
-            rng = jax.random.fold_in(self._keys.sites, self._depth[layer])
-            site = Site(
-                activation, self.targets, self._labels, decode, self._loss, rng, self._axis_name
-            )
-            before = (activation, self.targets, self.states[layer])
-            applied = perturbation.apply(self.states[layer], site)
-            after = (applied.activation, applied.targets, applied.state)
-            if used is not None:
-                after = jax.tree.map(lambda new, old: jnp.where(used, new, old), after, before)
-            perturbed, self.targets, self.states[layer] = after
-            if perturbation.update is None:
-                return perturbed
-            self.seen[layer] = _Seen(
-                activation=jax.lax.stop_gradient(activation),
-                targets=before[1],
-                rng=rng,
-                used=jnp.ones((), bool) if used is None else used,
-            )
-            return perturbed + self._probes[layer]
-
-        return tap
-
-
-def _probes(plan: Sequence[_PlannedSite], state: TrainState, images: Array) -> dict[str, Array]:
-    """Zeros added at the layers whose perturbation wants the gradient there."""
-    layers = [
-        layer for site in plan if site.perturbation.update is not None for layer in site.layers
-    ]
-    shapes = injection.activation_shapes(state.network, state.variables, images, layers)
-    return {layer: jnp.zeros(shape.shape, shape.dtype) for layer, shape in shapes.items()}
-
-
-def _learn(plan, states, seen, probe_gradients, feedback_of, site_of):
-    """Hands the training pass's gradient to the perturbations that learn from it."""
-    learned = dict(states)
-    for site in plan:
-        for layer in site.layers:
-            if layer not in seen:
-                continue
-            used = seen[layer].used
-            after = site.perturbation.update(
-                states[layer], site_of(seen[layer]), feedback_of(probe_gradients[layer])
-            )
-            learned[layer] = jax.tree.map(
-                lambda new, old, used=used: jnp.where(used, new, old), after, states[layer]
-            )
-    return learned

@@ -1,0 +1,117 @@
+"""The penalty interface: a scalar added to the training objective, a value like a perturbation.
+
+    objective = mean_i loss_i + sum_p penalty_p
+
+Domain generalization (CORAL, IRM, V-REx, GroupDRO, ...) and implicit augmentation (ISDA) act on the
+objective, not on an activation; so they have an interface of their own, as small as the other one.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+State = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """What a penalty sees of the training pass, on this device's share of the batch.
+
+    Gradients reach the parameters through `losses`, `logits`, `features` and `decode`.
+
+    Attributes:
+      losses: loss_i, [B].
+      logits: z_i, [B, C].
+      targets: soft targets as the perturbations left them, [B, C].
+      labels: classes y_i, [B] integers.
+      domain: each example's domain, [B] integers in 0..D-1, or None if the batch names none.
+      features: activation at each layer that the penalty names, [B, *S], as the pass goes on from
+        it (perturbed, where a perturbation stands there).
+      decode: (layer, activation at that layer) -> logits of the network above it, in evaluation
+        mode.
+      loss: (logits, targets) -> [B], the training loss.
+      step: steps taken so far, a scalar integer.
+      axis_name: mapped axis over which the global batch is spread, or None.
+    """
+
+    losses: Array
+    logits: Array
+    targets: Array
+    labels: Array
+    domain: Array | None
+    features: Mapping[str, Array]
+    decode: Callable[[str, Array], Array]
+    loss: Callable[[Array, Array], Array]
+    step: Array
+    axis_name: str | None = None
+
+    def global_sum(self, values: Array) -> Array:
+        """Sum over the mapped axis of what was summed over this device's examples."""
+        return values if self.axis_name is None else jax.lax.psum(values, self.axis_name)
+
+
+class Penalty(NamedTuple):
+    """Pure functions that add a scalar to the objective.
+
+    The scalar is that of the global batch and equal on all devices: sums over examples go through
+    `Observed.global_sum` before anything non-linear. The step averages the devices' gradients,
+    which together with psum's own transpose gives the gradient of that scalar.
+
+    Attributes:
+      name: the penalty's name in the registry.
+      layers: the layers whose features it needs.
+      init: (shapes of the features by layer, num_classes) -> state, a pytree of arrays.
+      apply: (state, observed) -> (scalar, next state); the next state is equal on all devices.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    init: Callable[[Mapping[str, jax.ShapeDtypeStruct], int], State]
+    apply: Callable[[State, Observed], tuple[Array, State]]
+
+
+_REGISTRY: dict[str, Callable[..., Penalty]] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Penalty]], Callable[..., Penalty]]:
+    """Decorator that enters a factory into the registry under `name`."""
+
+    def add(factory):
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """Names of all registered penalties, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def options(name: str) -> tuple[str, ...]:
+    """Names of the options that the factory `name` takes.
+
+    Raises:
+      ValueError: unknown `name`.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown penalty {name!r}; known: {', '.join(names())}")
+    return tuple(inspect.signature(_REGISTRY[name]).parameters)
+
+
+def create(name: str, **arguments: Any) -> Penalty:
+    """Builds a registered penalty by name.
+
+    Raises:
+      ValueError: unknown `name` or an option that the penalty does not have.
+    """
+    unknown = sorted(set(arguments) - set(options(name)))
+    if unknown:
+        raise ValueError(
+            f"penalty {name!r} has no option {unknown[0]!r}; it has: {', '.join(options(name))}"
+        )
+    return _REGISTRY[name](**arguments)
