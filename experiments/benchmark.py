@@ -39,7 +39,7 @@ import optax
 from absl import app, flags
 
 import lpa_jax
-from experiments import files, methods
+from experiments import assembly, files, methods
 from lpa_jax import injection, models, perturbations
 from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.lpa import MODES
@@ -358,7 +358,7 @@ def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
     for layer in layers:
         injection.check_layer(model.layers, layer)
     # Equal class counts: there is no training set, and the rule's cost does not depend on them.
-    rule = methods.assignment(
+    rule = assembly.assignment(
         assignment=FLAGS.assignment, counts=[FLAGS.batch_size] * FLAGS.num_classes
     )
     steps = [int(text) for text in FLAGS.steps]

@@ -1,39 +1,56 @@
-"""Methods by name: `erm`, any registered perturbation, and sums of them such as `lpa+lpl`.
+"""Methods by name: `erm`, a part such as `lpa` or `focal`, and sums such as `logit_adjusted+lpa`.
 
-A part may name its layer, `dropout@hidden2`, or several of which each step draws one,
+A part is a registered perturbation, a loss (at most one), a penalty, or one of four of another
+kind: `mixup` (Manifold Mixup at the input), `ldam_drw` (LDAM, re-weighted late), `sam` (an
+optimiser around the optimiser), `posthoc_logit_adjustment` (of the trained network's logits). A
+perturbation may name its layer, `dropout@hidden2`, or several of which each step draws one,
 `manifold_mixup@input|hidden1`; otherwise it stands at `--layer` (or the tuned one), and LPL always
-at the logits. Options come from three places, later ones win: the method's own
-defaults, the tuned hyperparameters, explicit flags.
+at the logits. Options come from three places, later ones win: the method's own defaults, the tuned
+hyperparameters, explicit flags. What a name stands for is put together in `assembly`.
 """
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import lpa_jax
+from lpa_jax import losses, penalties
 from lpa_jax import perturbations as perturbation_room
-from lpa_jax.injection import LOGITS, check_layer
-from lpa_jax.perturbations import Perturbation
 
 ERM = "erm"
+MIXUP = "mixup"
+SAM = "sam"
+LDAM_DRW = "ldam_drw"
+POSTHOC = "posthoc_logit_adjustment"
 ASSIGNMENTS = ("frequency", "confidence", "all_positive", "all_negative")
 RUN_OPTIONS = ("learning_rate", "weight_decay")
-_ASSIGNMENT_OPTIONS = ("assignment", "kappa", "split", "ema")
+ASSIGNMENT_OPTIONS = ("assignment", "kappa", "split", "ema")
+# What the task decides, not the user.
+_GIVEN_BY_THE_TASK = ("num_domains", "total_steps")
 
 
 class Part(NamedTuple):
-    """One perturbation of a method and the layer named for it, if any."""
+    """One part of a method and the layer named for it, if any."""
 
     name: str
     layer: str | None
+
+
+def loss_names() -> tuple[str, ...]:
+    """Parts that replace `--loss`."""
+    return (*(name for name in losses.names() if name != "cross_entropy"), LDAM_DRW)
+
+
+def part_names() -> tuple[str, ...]:
+    """All parts that a method may be a sum of."""
+    return (*perturbation_room.names(), MIXUP, *loss_names(), *penalties.names(), SAM, POSTHOC)
 
 
 def parse(method: str) -> tuple[Part, ...]:
     """The parts of a method's name.
 
     Raises:
-      ValueError: unknown perturbation.
+      ValueError: an unknown part, a part named twice, a layer for what takes none, or two losses.
 
     >>> parse("lpa@hidden1+lpl")
     (Part(name='lpa', layer='hidden1'), Part(name='lpl', layer=None))
@@ -43,20 +60,34 @@ def parse(method: str) -> tuple[Part, ...]:
     parts = []
     for text in method.split("+"):
         name, _, layer = text.partition("@")
-        if name not in perturbation_room.names():
-            known = ", ".join((ERM, *perturbation_room.names()))
+        if name not in part_names():
+            known = ", ".join((ERM, *part_names()))
             raise ValueError(
                 f"--methods: unknown method {name!r} in {method!r}; known: {known}, "
                 "sums such as lpa+lpl, and name@layer"
             )
+        if layer and name not in perturbation_room.names() and name not in penalties.names():
+            raise ValueError(f"--methods: {name} in {method!r} stands at no layer")
         parts.append(Part(name, layer or None))
+    chosen = [part.name for part in parts if part.name in loss_names()]
+    if len(chosen) > 1:
+        raise ValueError(f"--methods: {method!r} names several losses, {' and '.join(chosen)}")
     return tuple(parts)
 
 
 def part_options(name: str) -> tuple[str, ...]:
     """Options that a part of this name takes, assignment and layer included."""
-    own = perturbation_room.options(name)
-    return (*own, *_ASSIGNMENT_OPTIONS, "layer") if "assignment" in own else (*own, "layer")
+    if name in perturbation_room.names():
+        own = perturbation_room.options(name)
+        return (*own, *(ASSIGNMENT_OPTIONS if "assignment" in own else ()), "layer")
+    if name in penalties.names():
+        return tuple(o for o in penalties.options(name) if o not in _GIVEN_BY_THE_TASK)
+    return {
+        MIXUP: ("alpha",),
+        SAM: ("rho",),
+        POSTHOC: ("tau",),
+        LDAM_DRW: ("max_margin", "scale", "beta", "switch"),
+    }.get(name) or losses.options(name)
 
 
 def options_for(
@@ -76,8 +107,8 @@ def options_for(
     options = dict(tuned)
     for key, value in explicit.items():
         name, _, option = key.rpartition(".")
-        if name and name not in perturbation_room.names():
-            raise ValueError(f"--option: unknown perturbation {name!r} in {key!r}")
+        if name and name not in part_names():
+            raise ValueError(f"--option: unknown part {name!r} in {key!r}")
         if name and option not in part_options(name):
             raise ValueError(
                 f"--option: {name} has no option {option!r}; it has: "
@@ -89,75 +120,6 @@ def options_for(
             if part.name == name or (shared and option in part_options(part.name)):
                 options[f"{part.name}.{option}"] = value
     return options
-
-
-def build(
-    method: str,
-    options: Mapping[str, Any],
-    *,
-    layers: Sequence[str],
-    layer: str | None,
-    counts: Sequence[int],
-) -> dict[str | tuple[str, ...], Perturbation]:
-    """The perturbations of a method, by layer, or by the layers of which each step draws one.
-
-    Args:
-      method: its name.
-      options: from `options_for`.
-      layers: injection points of the model.
-      layer: where parts without a layer of their own stand; the first hidden layer if None.
-      counts: training examples of each class, for the frequency rule.
-
-    Raises:
-      ValueError: unknown layer or an option out of range.
-    """
-    chosen: dict[str | tuple[str, ...], list[Perturbation]] = {}
-    for part in parse(method):
-        own = {
-            key.partition(".")[2]: value
-            for key, value in options.items()
-            if key.startswith(f"{part.name}.")
-        }
-        at = part.layer or own.pop("layer", None) or (LOGITS if part.name == "lpl" else layer)
-        at = at or layers[1]
-        own.pop("layer", None)
-        several = tuple(at.split("|"))
-        for name in several:
-            check_layer(layers, name)
-        at = several if len(several) > 1 else at
-        if "assignment" in perturbation_room.options(part.name):
-            rule = {key: own.pop(key) for key in _ASSIGNMENT_OPTIONS if key in own}
-            own["assignment"] = assignment(counts=counts, **rule)
-        chosen.setdefault(at, []).append(perturbation_room.create(part.name, **own))
-    return {
-        at: parts[0] if len(parts) == 1 else lpa_jax.chain(*parts) for at, parts in chosen.items()
-    }
-
-
-def assignment(
-    *,
-    counts: Sequence[int],
-    assignment: str = "frequency",
-    kappa: float = 0.0,
-    split: float = 0.4,
-    ema: float = 0.0,
-) -> lpa_jax.Assignment:
-    """An assignment rule by name.
-
-    Raises:
-      ValueError: unknown name or an option out of range.
-    """
-    rules = {
-        "frequency": lambda: lpa_jax.by_frequency(counts, split=split, kappa=kappa),
-        "confidence": lambda: lpa_jax.by_confidence(kappa=kappa, ema=ema),
-        "all_positive": lpa_jax.all_positive,
-        "all_negative": lpa_jax.all_negative,
-    }
-    if assignment not in rules:
-        raise ValueError(
-            f"--assignment must be one of {', '.join(ASSIGNMENTS)}, got {assignment!r}"
-        )
-    return rules[assignment]()
 
 
 def load_tuned(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:

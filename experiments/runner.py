@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import files, methods
+from experiments import files
+from experiments.assembly import assemble
 from experiments.recording import RunLog
 from experiments.settings import Settings, Task, shot_groups
 from lpa_jax import data, losses, metrics, models, optimizers, parallel, trainer
@@ -58,13 +59,21 @@ def make_program(
     """
     counts = task.counts
     model = models.create(settings.model, task.train.num_classes, dtype=settings.dtype)
-    network = as_network(model)
-    perturbations = methods.build(
-        method, options, layers=network.layers, layer=layer, counts=counts
+    total_steps = settings.epochs * -(-len(task.train) // settings.batch_size)
+    assembled = assemble(
+        method,
+        options,
+        layers=as_network(model).layers,
+        layer=layer,
+        counts=counts,
+        epochs=settings.epochs,
+        total_steps=total_steps,
     )
     batch_shape = (settings.batch_size, *task.train.images.shape[1:])
     example = {"image": np.zeros(batch_shape, np.float32)}
     optimizer = _optimizer(settings, len(task.train), options)
+    if assembled.sam_rho is not None:
+        optimizer = optimizers.sam(optimizer, assembled.sam_rho)
     normalize = task.normalization.apply
     transform = augment.create(settings.augmentation, padding=settings.crop_padding)
 
@@ -72,17 +81,25 @@ def make_program(
         return normalize(transform(rng, images, positions))
 
     def evaluate(state, batch, axis_name=None):
-        return eval_step(state, {**batch, "image": normalize(batch["image"])}, axis_name=axis_name)
+        batch = {**batch, "image": normalize(batch["image"])}
+        return eval_step(state, batch, adjust_logits=assembled.adjust_logits, axis_name=axis_name)
 
     def step_with(loss):
         return parallel.map_step(
-            functools.partial(lpa_step, perturbations=perturbations, loss=loss, augment=preprocess)
+            functools.partial(
+                lpa_step,
+                perturbations=assembled.perturbations,
+                penalties=assembled.penalties,
+                loss=loss,
+                augment=preprocess,
+            )
         )
 
-    stages = tuple((first, step_with(loss)) for first, loss in _loss_stages(settings, counts))
+    loss_stages = assembled.loss_stages or _loss_stages(settings, counts)
+    stages = tuple((first, step_with(loss)) for first, loss in loss_stages)
 
     # Where the layer is drawn anew in every step there is no one effect to measure.
-    fixed = {layer: p for layer, p in perturbations.items() if isinstance(layer, str)}
+    fixed = {layer: p for layer, p in assembled.perturbations.items() if isinstance(layer, str)}
 
     @jax.jit
     def effect(state, batch):
@@ -102,7 +119,12 @@ def make_program(
         options=dict(options),
         settings=settings,
         init=lambda seed: TrainState.create(
-            model, optimizer, jax.random.key(seed), example, perturbations
+            model,
+            optimizer,
+            jax.random.key(seed),
+            example,
+            assembled.perturbations,
+            assembled.penalties,
         ),
         stages=stages,
         evaluate=parallel.map_step(evaluate),

@@ -66,8 +66,34 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, LogUniform 
             "probability": Choice((0.25, 0.5, 0.75, 1.0)),
             **layer,
         },
+        "mixup": {"alpha": LogUniform(0.05, 2.0)},
+        "rsc": {
+            "drop_f": Choice((0.1, 0.2, 0.33, 0.5)),
+            "drop_b": Choice((0.2, 0.33, 0.5, 1.0)),
+            **layer,
+        },
+        "sam": {"rho": LogUniform(0.01, 0.5)},
+        "label_smoothing": {"smoothing": LogUniform(0.01, 0.4)},
+        "logit_adjusted": {"tau": LogUniform(0.3, 3.0)},
+        "posthoc_logit_adjustment": {"tau": LogUniform(0.3, 3.0)},
+        "balanced_softmax": {},
+        "focal": {"gamma": LogUniform(0.3, 5.0)},
+        "class_balanced": {"beta": Choice((0.9, 0.99, 0.999, 0.9999))},
+        "ldam": {"max_margin": LogUniform(0.1, 5.0), "scale": LogUniform(0.5, 10.0)},
+        "ldam_drw": {
+            "max_margin": LogUniform(0.1, 5.0),
+            "scale": LogUniform(0.5, 10.0),
+            "beta": Choice((0.9, 0.99, 0.999, 0.9999)),
+            "switch": Choice((0.6, 0.7, 0.8, 0.9)),
+        },
+        "isda": {"strength": LogUniform(0.05, 5.0)},
+        "group_dro": {"eta": LogUniform(1e-3, 1e-1)},
+        "coral": {"weight": LogUniform(0.03, 10.0)},
+        "irm": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
+        "vrex": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
+        "spectral_decoupling": {"weight": LogUniform(1e-3, 1.0)},
     }
-    return spaces.get(name, layer)
+    return spaces[name]
 
 
 def draw(method: str, trial: int, hidden_layers: Sequence[str], seed: int = 0) -> dict[str, Any]:

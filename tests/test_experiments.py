@@ -11,7 +11,7 @@ import shutil
 import pytest
 from absl import flags
 
-from experiments import balanced, comparison, long_tail, methods, run_flags, tune
+from experiments import assembly, balanced, comparison, long_tail, run_flags, tune
 from experiments.methods import RUN_OPTIONS
 
 FLAGS = flags.FLAGS
@@ -165,8 +165,10 @@ def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
                       f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None
     assert (tmp_path / "job" / "runs" / method / "seed_0" / "result.json").exists()
-    built = methods.build(method, {}, layers=("input", "hidden1", "logits"), layer=None, counts=[2])
-    assert list(built) == [("input", "hidden1")]
+    built = assembly.assemble(
+        method, {}, layers=("input", "hidden1", "logits"), layer=None, counts=[2]
+    )
+    assert list(built.perturbations) == [("input", "hidden1")]
 
 
 @pytest.mark.parametrize(

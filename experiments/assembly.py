@@ -1,0 +1,161 @@
+"""From a method's name and options to what a run is made of: perturbations, penalties, losses."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+import lpa_jax
+from experiments.methods import (
+    ASSIGNMENT_OPTIONS,
+    ASSIGNMENTS,
+    LDAM_DRW,
+    MIXUP,
+    POSTHOC,
+    SAM,
+    Part,
+    loss_names,
+    parse,
+)
+from lpa_jax import losses, penalties, perturbations
+from lpa_jax.injection import INPUT, LOGITS, check_layer
+from lpa_jax.perturbations import Perturbation
+
+# Share of the epochs after which LDAM-DRW re-weights: 160 of 200 in the paper.
+DRW_SWITCH = 0.8
+SAM_RHO = 0.05
+
+
+class Assembled(NamedTuple):
+    """What a method's name stands for.
+
+    Attributes:
+      perturbations: by layer, or by the layers of which each step draws one.
+      penalties: by name.
+      loss_stages: (first epoch, loss) pairs, or None where the method leaves the loss alone.
+      sam_rho: radius of sharpness-aware minimisation, or None.
+      adjust_logits: what evaluation does to the logits, or None.
+    """
+
+    perturbations: Mapping[str | tuple[str, ...], Perturbation]
+    penalties: Mapping[str, penalties.Penalty]
+    loss_stages: tuple[tuple[int, losses.Loss], ...] | None
+    sam_rho: float | None
+    adjust_logits: Callable[[jax.Array], jax.Array] | None
+
+
+def assemble(
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    layers: Sequence[str],
+    layer: str | None,
+    counts: Sequence[int],
+    epochs: int = 1,
+    total_steps: int = 1,
+    num_domains: int = 1,
+) -> Assembled:
+    """Builds every part of a method.
+
+    Args:
+      method: its name.
+      options: from `methods.options_for`.
+      layers: injection points of the model.
+      layer: where perturbations without a layer of their own stand; the first hidden one if None.
+        Penalties on features take the last hidden layer.
+      counts: training examples of each class, for the frequency rule and long-tail losses.
+      epochs: length of the run, of which LDAM-DRW re-weights the last part.
+      total_steps: length of the run, for penalties that grow during it.
+      num_domains: training domains, for penalties over domains.
+
+    Raises:
+      ValueError: unknown layer or an option out of range.
+    """
+    perturbing: dict[str | tuple[str, ...], list[Perturbation]] = {}
+    penalizing, stages, sam_rho, adjust = {}, None, None, None
+    given = {"num_domains": num_domains, "total_steps": total_steps}
+    for part in parse(method):
+        own = _own_options(part, options)
+        if part.name == SAM:
+            sam_rho = own.get("rho", SAM_RHO)
+        elif part.name == POSTHOC:
+            adjust = _posthoc(counts, **own)
+        elif part.name in loss_names():
+            stages = _loss_stages(part.name, own, counts, epochs)
+        elif part.name in penalties.names():
+            penalizing[part.name] = _penalty(part, own, given, layers)
+        else:
+            at, perturbation = _perturbation(part, own, layers, layer, counts)
+            perturbing.setdefault(at, []).append(perturbation)
+    chained = {at: p[0] if len(p) == 1 else lpa_jax.chain(*p) for at, p in perturbing.items()}
+    return Assembled(chained, penalizing, stages, sam_rho, adjust)
+
+
+def assignment(
+    *,
+    counts: Sequence[int],
+    assignment: str = "frequency",
+    kappa: float = 0.0,
+    split: float = 0.4,
+    ema: float = 0.0,
+) -> lpa_jax.Assignment:
+    """An assignment rule by name.
+
+    Raises:
+      ValueError: unknown name or an option out of range.
+    """
+    rules = {
+        "frequency": lambda: lpa_jax.by_frequency(counts, split=split, kappa=kappa),
+        "confidence": lambda: lpa_jax.by_confidence(kappa=kappa, ema=ema),
+        "all_positive": lpa_jax.all_positive,
+        "all_negative": lpa_jax.all_negative,
+    }
+    if assignment not in rules:
+        raise ValueError(
+            f"--assignment must be one of {', '.join(ASSIGNMENTS)}, got {assignment!r}"
+        )
+    return rules[assignment]()
+
+
+def _own_options(part: Part, options: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{part.name}."
+    return {key.removeprefix(prefix): v for key, v in options.items() if key.startswith(prefix)}
+
+
+def _perturbation(part, own, layers, layer, counts) -> tuple[str | tuple[str, ...], Perturbation]:
+    if part.name == MIXUP:
+        return INPUT, perturbations.create("manifold_mixup", **own)
+    at = part.layer or own.pop("layer", None) or (LOGITS if part.name == "lpl" else layer)
+    at = at or layers[1]
+    own.pop("layer", None)
+    several = tuple(at.split("|"))
+    for name in several:
+        check_layer(layers, name)
+    if "assignment" in perturbations.options(part.name):
+        rule = {key: own.pop(key) for key in ASSIGNMENT_OPTIONS if key in own}
+        own["assignment"] = assignment(counts=counts, **rule)
+    return several if len(several) > 1 else at, perturbations.create(part.name, **own)
+
+
+def _penalty(part, own, given, layers) -> penalties.Penalty:
+    takes = penalties.options(part.name)
+    own |= {name: value for name, value in given.items() if name in takes}
+    if "layer" in takes:
+        own["layer"] = part.layer or own.get("layer") or layers[-2]
+        check_layer(layers, own["layer"])
+    return penalties.create(part.name, **own)
+
+
+def _loss_stages(name, own, counts, epochs) -> tuple[tuple[int, losses.Loss], ...]:
+    if name != LDAM_DRW:
+        return ((0, losses.create(name, counts, **own)),)
+    # Our heads are linear, their logits not in [-1, 1]: the published scale of 30 is not for them.
+    own = {"scale": 1.0, **own}
+    switch = own.pop("switch", DRW_SWITCH)
+    if not 0 < switch < 1:
+        raise ValueError(f"ldam_drw.switch must lie in (0, 1), got {switch!r}")
+    return losses.drw_stages(counts, max(1, round(switch * epochs)), **own)
+
+
+def _posthoc(counts, tau: float = 1.0) -> Callable[[jax.Array], jax.Array]:
+    return lambda logits: losses.adjust_logits(logits, counts, tau)

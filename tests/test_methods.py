@@ -1,0 +1,92 @@
+"""The grammar of methods and what a name stands for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import methods, search
+from experiments.assembly import assemble
+from lpa_jax import losses
+
+LAYERS = ("input", "hidden1", "hidden2", "logits")
+COUNTS = (100, 10, 1)
+
+
+def built(method, options=None, **kwargs):
+    return assemble(method, options or {}, layers=LAYERS, layer=None, counts=COUNTS, **kwargs)
+
+
+def loss_of(stage):
+    logits = jnp.array([[1.0, 0.5, -0.5]])
+    return float(stage[1](logits, jnp.array([[0.0, 0.0, 1.0]]))[0]), logits
+
+
+def test_erm_changes_nothing():
+    assert built("erm") == ({}, {}, None, None, None)
+
+
+def test_a_sum_joins_a_loss_perturbations_and_an_optimiser():
+    options = {"logit_adjusted.tau": 2.0, "lpa.radius": 0.1, "sam.rho": 0.2}
+    recipe = built("logit_adjusted+lpa+lpl+sam", options)
+    assert list(recipe.perturbations) == ["hidden1", "logits"]
+    assert recipe.sam_rho == 0.2
+    ((first, _),) = recipe.loss_stages
+    value, logits = loss_of(recipe.loss_stages[0])
+    expected = losses.logit_adjusted(COUNTS, 2.0)(logits, jnp.array([[0.0, 0.0, 1.0]]))[0]
+    assert first == 0 and value == pytest.approx(float(expected))
+
+
+def test_ldam_is_re_weighted_after_its_share_of_the_epochs():
+    stages = built("ldam_drw", {"ldam_drw.switch": 0.75}, epochs=20).loss_stages
+    assert [first for first, _ in stages] == [0, 15]
+    plain, weighted = (loss_of(stage)[0] for stage in stages)
+    assert weighted == pytest.approx(plain * losses.effective_number_weights(COUNTS)[2], rel=1e-5)
+
+
+def test_posthoc_adjustment_subtracts_the_log_prior():
+    adjusted = built("posthoc_logit_adjustment", {"posthoc_logit_adjustment.tau": 0.5})
+    shift = adjusted.adjust_logits(jnp.zeros((1, 3)))[0]
+    np.testing.assert_allclose(shift, -0.5 * np.log(np.array(COUNTS) / 111), rtol=1e-6)
+
+
+def test_mixup_is_manifold_mixup_at_the_input():
+    recipe = built("mixup", {"mixup.alpha": 0.3})
+    assert recipe.perturbations["input"].name == "manifold_mixup"
+
+
+def test_a_penalty_takes_the_last_hidden_layer_and_what_the_task_gives():
+    recipe = built("coral+irm", num_domains=3)
+    assert recipe.penalties["coral"].layers == ("hidden2",)
+    assert built("coral@hidden1", num_domains=3).penalties["coral"].layers == ("hidden1",)
+    assert recipe.penalties["irm"].layers == ()
+
+
+@pytest.mark.parametrize("name", methods.part_names())
+def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(name):
+    built(name, num_domains=2, total_steps=10, epochs=10)
+    for trial in range(5):
+        options = search.draw(name, trial, LAYERS[1:-1])
+        known = (*methods.RUN_OPTIONS, *(f"{name}.{o}" for o in methods.part_options(name)))
+        assert set(options) <= set(known)
+        built(name, options, num_domains=2, total_steps=10, epochs=10)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("nonsense", "--methods: unknown method 'nonsense'"),
+        ("focal+ldam", "names several losses, focal and ldam"),
+        ("sam@hidden1", "sam in 'sam@hidden1' stands at no layer"),
+        ("lpa@hidden9", "unknown layer 'hidden9'; the injection points are"),
+    ],
+)
+def test_bad_names_are_refused_in_one_line(method, message):
+    with pytest.raises(ValueError, match=message):
+        built(method)
+
+
+def test_an_option_reaches_its_part_only():
+    options = methods.options_for("focal+sam", {}, {"focal.gamma": 3.0})
+    assert options == {"focal.gamma": 3.0}
+    with pytest.raises(ValueError, match="--option: focal has no option 'tau'; it has: gamma"):
+        methods.options_for("focal", {}, {"focal.tau": 1})
