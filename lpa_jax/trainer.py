@@ -1,18 +1,17 @@
 """The training loop: step, watch, evaluate, report, stop. It neither prints nor writes files."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax import metrics
 from lpa_jax.step import TrainState
 
 Batch = Mapping[str, np.ndarray]
+Totals = Mapping[str, metrics.Pair]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, metrics.Pair]]]
 
 
@@ -45,7 +44,7 @@ class EpochRecord(NamedTuple):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The training loss became NaN or infinite; the message names the step."""
+    """The loss, its gradient or the parameters became NaN or infinite; names the step."""
 
 
 def train(
@@ -54,96 +53,136 @@ def train(
     batches: TrainBatches,
     epochs: int,
     *,
-    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, Any] | None] | None = None,
     evaluate_every: int = 1,
+    totals: Totals | None = None,
+    save: Callable[[TrainState, Totals], None] = lambda state, totals: None,
+    should_save: Callable[[int], bool] = lambda step: False,
     should_stop: Callable[[], bool] = lambda: False,
     block_every_step: bool = False,
 ) -> Iterator[tuple[TrainState, EpochRecord]]:
     """Trains epoch by epoch, yielding the state and a record after each.
 
-    The host never waits for a step within an epoch: metrics stay on the device until the epoch
-    ends, and only then is the loss of every step checked.
+    The host never waits for a step within an epoch, unless it saves: metrics stay on the device
+    until then, and only then is the loss of every step checked.
+
+    Formal guarantee: with the (state, totals) of any call of `save`, `train` yields what it would
+    have yielded from there, bit for bit (times aside). What is saved after the last step of an
+    epoch comes before that epoch's evaluation and record, which then come first.
 
     Args:
-      state: where to start; `state.step` says which batch comes next, so resuming needs no more.
+      state: where to start; `state.step` says which batch comes next.
       stages: (first epoch, step) pairs in ascending order, the first at 0: with two, the loss or
         the perturbations change during training (deferred re-weighting).
       batches: training batches by step.
       epochs: total number of epochs, those before `state.step` included.
-      evaluate: state -> metrics, called every `evaluate_every` epochs and after the last.
+      evaluate: state -> metrics, called every `evaluate_every` epochs and after the last; None
+        instead of metrics says that it was asked to stop.
       evaluate_every: epochs between evaluations, >= 1.
-      should_stop: asked after every epoch; True ends the iteration there.
+      totals: sums of the training metrics since the epoch began, as given to `save`.
+      save: called with a state whose steps were all finite, and the totals that belong to it.
+      should_save: asked after every step, with the number of steps completed.
+      should_stop: asked after every step; True saves and ends the iteration there.
       block_every_step: wait for each step, which several CPU devices of one process need.
 
     Raises:
       ValueError: stages that do not start at epoch 0 or do not ascend.
-      NonFiniteLossError: naming the first step whose loss is NaN or infinite.
+      NonFiniteLossError: naming the first step whose loss or gradient is NaN or infinite.
     """
     firsts = [first for first, _ in stages]
     if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
         raise ValueError(f"stages must start at epoch 0 and ascend, got {firsts}")
     steps_per_epoch = batches.steps_per_epoch
-    first_epoch = int(state.step) // steps_per_epoch
+    done = int(state.step)
+    first_epoch = (done if totals is None else done - 1) // steps_per_epoch
     for epoch in range(first_epoch, epochs):
         step_fn = next(fn for first, fn in reversed(stages) if first <= epoch)
         started = time.perf_counter()
-        total, losses, examples = None, [], 0
-        first_step = int(state.step)
-        for step in range(first_step, (epoch + 1) * steps_per_epoch):
-            batch = batches[step]
+        unchecked, examples = [], 0
+        while done < (epoch + 1) * steps_per_epoch:
+            batch = batches[done]
             state, pairs = step_fn(state, batch)
+            done += 1
             if block_every_step:
                 jax.block_until_ready(pairs)
-            losses.append(pairs["loss"])
-            total = pairs if total is None else metrics.add(total, pairs)
+            unchecked.append({name: pairs[name] for name in _WATCHED if name in pairs})
+            totals = pairs if totals is None else metrics.add(totals, pairs)
             examples += len(batch["label"])
-        check_finite(losses, first_step)
+            stop = should_stop()
+            if stop or should_save(done):
+                check_finite(unchecked, done - len(unchecked), state.params)
+                unchecked = []
+                save(state, totals)
+            if stop:
+                return
+        check_finite(unchecked, done - len(unchecked))
         seconds = time.perf_counter() - started
-        last = epoch + 1 == epochs
         evaluation = None
-        if evaluate is not None and (last or (epoch + 1) % evaluate_every == 0):
+        if evaluate is not None and (epoch + 1 == epochs or (epoch + 1) % evaluate_every == 0):
             evaluation = evaluate(state)
+            if evaluation is None:
+                save(state, totals)
+                return
         yield (
             state,
             EpochRecord(
                 epoch=epoch + 1,
-                step=(epoch + 1) * steps_per_epoch,
-                train=metrics.compute(total),
+                step=done,
+                train=metrics.compute(totals),
                 evaluation=evaluation,
                 seconds=seconds,
                 examples_per_second=examples / seconds,
             ),
         )
-        if should_stop():
-            return
+        totals = None
 
 
-def check_finite(losses: Sequence[metrics.Pair], first_step: int) -> None:
-    """Raises NonFiniteLossError, naming the step, unless every loss is finite.
+# What becomes NaN or infinite first when training breaks.
+_WATCHED = {"loss": "training loss", "gradient_norm": "gradient's norm"}
 
-    >>> check_finite([(1.0, 2.0), (float("nan"), 2.0)], first_step=7)
+
+def check_finite(
+    history: Sequence[Mapping[str, metrics.Pair]], first_step: int, params: Any = ()
+) -> None:
+    """Raises NonFiniteLossError, naming the step, unless every loss and gradient is finite.
+
+    Args:
+      history: metrics of consecutive steps, of which `loss` and `gradient_norm` are read.
+      first_step: the step of the first of them.
+      params: parameters after the last of them, which must be finite, too.
+
+    >>> check_finite([{"loss": (1.0, 2.0)}, {"loss": (float("nan"), 2.0)}], first_step=7)
     Traceback (most recent call last):
         ...
     lpa_jax.trainer.NonFiniteLossError: the training loss is nan at step 8
     """
-    sums = np.asarray(jax.device_get(jnp.stack([jnp.asarray(total) for total, _ in losses])))
-    for offset in np.flatnonzero(~np.isfinite(sums)):
-        value = "nan" if math.isnan(sums[offset]) else "infinite"
-        raise NonFiniteLossError(f"the training loss is {value} at step {first_step + offset}")
+    for offset, pairs in enumerate(jax.device_get(list(history))):
+        for name, (total, _) in pairs.items():
+            if not np.isfinite(total):
+                value = "nan" if np.isnan(total) else "infinite"
+                where = f"{value} at step {first_step + offset}"
+                raise NonFiniteLossError(f"the {_WATCHED[name]} is {where}")
+    if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.device_get(params))):
+        last = first_step + len(history) - 1
+        raise NonFiniteLossError(f"the parameters are not finite after step {last}")
 
 
 def evaluate_batches(
     eval_fn: Callable[[TrainState, Batch], Mapping[str, metrics.Pair]],
     state: TrainState,
     batches: Sequence[Batch],
-) -> dict[str, Any]:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Averages an evaluation step over all batches, each example counted once.
 
     Returns:
-      Metrics by name: floats, and arrays for per-class metrics.
+      Metrics by name: floats, and arrays for per-class metrics. None if `should_stop`, which is
+      asked before every batch, said so.
     """
     total = None
     for number in range(len(batches)):
+        if should_stop():
+            return None
         pairs = eval_fn(state, batches[number])
         total = pairs if total is None else metrics.add(total, pairs)
     return metrics.compute(total)

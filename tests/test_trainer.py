@@ -36,6 +36,11 @@ def fit(state, toy, epochs, **options):
     return list(trainer.train(state, ((0, STEP),), batches, epochs, **options))
 
 
+def assert_same_state(one, other):
+    one, other = (state.replace(rng=jax.random.key_data(state.rng)) for state in (one, other))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_training_two_epochs_equals_one_and_one_more(toy):
     whole = fit(fresh_state(toy), toy, 2)[-1][0]
     half = fit(fresh_state(toy), toy, 1)[-1][0]
@@ -66,8 +71,74 @@ def test_padded_evaluation_counts_each_example_once(toy):
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
 
 
-def test_a_stop_ends_after_the_epoch(toy):
-    assert len(fit(fresh_state(toy), toy, 5, should_stop=lambda: True)) == 1
+def test_a_stop_saves_and_ends_after_the_step(toy):
+    answers, saved = iter([False, False, False, False, True]), []
+    records = fit(
+        fresh_state(toy), toy, 5,
+        should_stop=answers.__next__,
+        save=lambda state, totals: saved.append(int(state.step)),
+    )  # fmt: skip
+    assert [record.step for _, record in records] == [3]
+    assert saved == [5]
+
+
+def test_whatever_is_saved_goes_on_bit_for_bit(toy):
+    batches = data.evaluation_batches(toy, 4)
+    evaluate = functools.partial(trainer.evaluate_batches, EVALUATE, batches=batches)
+    saved = {}
+
+    def save(state, totals):
+        saved[int(state.step)] = state, totals
+
+    whole = fit(fresh_state(toy), toy, 3, evaluate=evaluate, evaluate_every=2, save=save,
+                should_save=lambda step: True)  # fmt: skip
+    assert sorted(saved) == list(range(1, 10))
+    for step, (state, totals) in saved.items():
+        resumed = fit(state, toy, 3, evaluate=evaluate, evaluate_every=2, totals=totals)
+        epochs_to_go = 3 - (step - 1) // 3
+        assert len(resumed) == epochs_to_go
+        for (ours, record), (wanted, expected) in zip(resumed, whole[-epochs_to_go:], strict=True):
+            assert_same_state(ours, wanted)
+            for name in ("epoch", "step", "train"):
+                assert getattr(record, name) == getattr(expected, name)
+            jax.tree.map(np.testing.assert_array_equal, record.evaluation, expected.evaluation)
+
+
+def test_an_evaluation_that_was_stopped_is_made_when_training_goes_on(toy):
+    batches = data.evaluation_batches(toy, 4)
+    saved = []
+    answers = iter([False, True])
+    stopped = fit(
+        fresh_state(toy), toy, 1,
+        evaluate=lambda s: trainer.evaluate_batches(EVALUATE, s, batches, answers.__next__),
+        save=lambda state, totals: saved.append((state, totals)),
+    )  # fmt: skip
+    assert stopped == [] and int(saved[0][0].step) == 3
+    evaluate = functools.partial(trainer.evaluate_batches, EVALUATE, batches=batches)
+    ((_, record),) = fit(saved[0][0], toy, 1, evaluate=evaluate, totals=saved[0][1])
+    assert record.evaluation is not None and record.step == 3
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "gradient_norm", "parameters"])
+def test_a_state_that_is_not_finite_is_never_saved(toy, poisoned):
+    def step(state, batch):
+        new_state, pairs = STEP(state, batch)
+        if int(state.step) == 1 and poisoned == "parameters":
+            new_state = new_state.replace(params=jax.tree.map(lambda p: p * jnp.inf, state.params))
+        elif int(state.step) == 1:
+            pairs = {**pairs, poisoned: (jnp.inf * jnp.ones(()), jnp.ones(()))}
+        return new_state, pairs
+
+    saved = []
+    with pytest.raises(trainer.NonFiniteLossError, match="step 1"):
+        list(
+            trainer.train(
+                fresh_state(toy), ((0, step),), data.batches(toy, 0, 4), 2,
+                save=lambda state, totals: saved.append(int(state.step)),
+                should_save=lambda step: True,
+            )
+        )  # fmt: skip
+    assert saved == [1]
 
 
 def test_the_second_stage_takes_over_at_its_epoch(toy):

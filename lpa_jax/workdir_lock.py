@@ -1,0 +1,65 @@
+"""One run at a time in a working folder."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+
+NAME = "lock"
+
+
+class LockedError(RuntimeError):
+    """Another process works in the folder; the message names it."""
+
+
+@contextlib.contextmanager
+def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
+    """Keeps every other process out of a folder until the block ends.
+
+    The kernel drops the lock with the process that holds it, however that died, so there are no
+    stale locks; the file `lock` stays and says who came last.
+
+    Args:
+      folder: made if it is not there.
+      patience: seconds to wait for a holder that is just dying.
+
+    Raises:
+      LockedError: another process holds the folder.
+      OSError: the folder cannot be written to, or its `lock` is a symbolic link.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, hold(folder), hold(folder, patience=0):
+    ...     pass  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    lpa_jax.workdir_lock.LockedError: ... is in use by process ... on ..., since ...
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Never through a link: what it points to would be written over.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(folder / NAME, flags, 0o644)
+    try:
+        _lock(descriptor, folder, time.monotonic() + patience)
+        os.ftruncate(descriptor, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
+        os.pwrite(descriptor, line.encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: pathlib.Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise LockedError(f"{folder} is in use by {holder or 'a process'}") from None
+        time.sleep(0.05)
