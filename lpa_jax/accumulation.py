@@ -1,0 +1,130 @@
+"""Gradient accumulation: a large batch in the memory of a small one, with exact class statistics.
+
+`accumulate` turns a network into one that runs its training passes micro-batch by micro-batch. The
+step around it does not change and sees the whole batch at every injection point: class means, class
+gradients, radii and confidences are those of the whole accumulated batch, and so are the pairs of
+Manifold Mixup and the penalties. Only what happens inside the network is confined to a micro-batch.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lpa_jax.injection import Network, as_network
+from lpa_jax.injection.base import Array, Variables, model_state, walk_by_segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulated:
+    """A network whose training passes run micro-batch by micro-batch; made by `accumulate`.
+
+    Attributes:
+      network: the network that runs.
+      micro_batches: k, the number of parts that a device's share of the batch is cut into.
+    """
+
+    network: Network
+    micro_batches: int
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Injection points of the network."""
+        return self.network.layers
+
+    def init(self, rng: Array, inputs: Array) -> Variables:
+        """Initial variables; see `Network.init`."""
+        return self.network.init(rng, inputs)
+
+    def advance(
+        self,
+        variables: Variables,
+        inputs: Array,
+        pinned: Mapping[str, Array],
+        stop: str,
+        *,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, Variables]:
+        """Runs the network part by part in training, all at once in evaluation.
+
+        See `Network.advance`. The key of part j is `fold_in(rng, j)`, as that of device j is.
+
+        Raises:
+          ValueError: the batch does not divide into `micro_batches` equal parts.
+        """
+        if not train or stop in pinned:
+            return self.network.advance(variables, inputs, pinned, stop, train=train, rng=rng)
+
+        def advance_part(_, part):
+            number, inputs, pinned = part
+            key = None if rng is None else jax.random.fold_in(rng, number)
+            return None, self.network.advance(variables, inputs, pinned, stop, train=train, rng=key)
+
+        # Nothing of a part outlives it but its result: its gradient runs the part once more.
+        _, (activations, states) = jax.lax.scan(
+            jax.checkpoint(advance_part, prevent_cse=False),
+            None,
+            (jnp.arange(self.micro_batches), self._cut(inputs), self._cut(dict(pinned))),
+        )
+        whole = jnp.reshape(activations, (-1, *activations.shape[2:]))
+        return whole, jax.tree.map(_mean_update, model_state(variables), states)
+
+    walk = walk_by_segments
+
+    def _cut(self, batch: Any) -> Any:
+        def cut(values):
+            size, parts = values.shape[0], self.micro_batches
+            if size % parts:
+                raise ValueError(
+                    f"micro_batches={parts} must divide the {size} examples of a device's batch"
+                )
+            return jnp.reshape(values, (parts, size // parts, *values.shape[1:]))
+
+        return jax.tree.map(cut, batch)
+
+
+def accumulate(model: Any, micro_batches: int) -> Network:
+    r"""The same network, with the activations of one micro-batch in memory at a time.
+
+    The batch is cut into k = `micro_batches` equal parts. Between two injection points (and the
+    ends of the network) one part after the other passes, and its activations are forgotten; the
+    backward pass computes them once more, part by part, and adds the parameters' gradients up.
+
+    Formal guarantees, for a network without batch normalisation and dropout: `lpa_step` gives the
+    result of the whole batch at once, up to the order of summation, for every perturbation and
+    penalty: the statistics of a class are those of all its examples in the global batch. Otherwise
+    k parts on one device give what k devices with local statistics give: batch normalisation
+    normalises by part, running statistics are the mean over the parts' updates of the same old
+    ones, once a step; dropout draws a mask a part.
+
+    Cost: one forward pass more for every backward pass, so about 4/3 of an ERM step's arithmetic.
+    Memory: activations of one part, and for the whole batch those at the input, at the perturbed
+    layers and at the logits.
+
+    Args:
+      model: a staged model or a cut network, as for `TrainState.create`, which takes the result.
+      micro_batches: k >= 1; 1 changes nothing.
+
+    Raises:
+      ValueError: `micro_batches` is not a whole number >= 1; when traced, the share of a device
+        is not a multiple of it.
+
+    >>> from lpa_jax.models import MLP
+    >>> accumulate(MLP(num_classes=3), 4).layers
+    ('input', 'hidden1', 'hidden2', 'hidden3', 'logits')
+    """
+    if not isinstance(micro_batches, numbers.Integral) or micro_batches < 1:
+        raise ValueError(f"micro_batches must be a whole number >= 1, got {micro_batches!r}")
+    network = as_network(model)
+    return network if micro_batches == 1 else Accumulated(network, int(micro_batches))
+
+
+def _mean_update(old: Array, new: Array) -> Array:
+    """Mean over the parts [k, ...] of what they made of `old`; counters are equal in all parts."""
+    if not jnp.issubdtype(new.dtype, jnp.floating):
+        return new[0]
+    return old + jnp.mean(new - old[None], axis=0)
