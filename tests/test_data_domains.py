@@ -1,8 +1,10 @@
 """Domains: rotation, colouring, dealing, holdout, folders, and batches of several domains."""
 
 import math
+import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from lpa_jax import data
@@ -205,6 +207,109 @@ def test_sources_that_are_read_by_example_give_the_same_domain_batches():
         _assert_same(streamed[step], data.domain_batches(_toys(), 1, 4)[step])
 
 
+# DomainBed's folders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """PACS in small: one image a class, two of the first class; pixel values tell them apart."""
+    for d, domain in enumerate(("art_painting", "cartoon", "photo", "sketch")):
+        for label, name in enumerate(_PACS_CLASSES):
+            place = tmp_path / "PACS" / domain / name
+            place.mkdir(parents=True)
+            for i in range(2 if label == 0 else 1):
+                value = 60 * d + 5 * label + i
+                path = place / f"{i}{'.JPG' if label % 2 else '.png'}"
+                PIL.Image.new("RGB", (6 + label, 9), (value,) * 3).save(path)
+    (tmp_path / "PACS" / "readme.txt").write_text("beside the domains")
+    (tmp_path / "PACS" / "photo" / "dog" / ".DS_Store").write_text("a file manager's")
+    return tmp_path
+
+
+_PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+
+
+def test_folders_become_domains_with_classes_in_alphabetical_order(folders):
+    pacs = data.load_domains("PACS", folders, image_size=4)
+    assert pacs.domain_names == ("art_painting", "cartoon", "photo", "sketch")
+    assert pacs.num_classes == 7
+    for d, domain in enumerate(pacs.datasets):
+        assert domain.name == f"PACS/{pacs.domain_names[d]}"
+        assert domain.class_names == _PACS_CLASSES
+        np.testing.assert_array_equal(domain.counts, [2, 1, 1, 1, 1, 1, 1])
+        toy = data.in_memory(domain)
+        assert toy.image_shape == (4, 4, 3)
+        expected = 60 * d + 5 * toy.labels + np.array([0, 1, 0, 0, 0, 0, 0, 0])
+        # JPEG is not exact
+        assert np.abs(toy.images.astype(int) - expected[:, None, None, None]).max() <= 2
+
+
+def test_domain_batches_of_folders_equal_those_in_memory_ahead_or_not(folders):
+    files = data.load_domains("PACS", folders, image_size=4).datasets
+    split = [data.holdout_split(len(part), 0.25, 0, d)[0] for d, part in enumerate(files)]
+    files = [part.subset(kept) for part, kept in zip(files, split, strict=True)]
+    in_memory = data.domain_batches([data.in_memory(part) for part in files], 0, 2)
+    read = data.domain_batches(files, 0, 2)
+    ahead = data.read_ahead(read)
+    for step in (3, 4, 0):
+        _assert_same(read[step], in_memory[step])
+        _assert_same(ahead[step], in_memory[step])
+    assert ahead.steps_per_epoch == 3
+
+
+def _remove(place):
+    shutil.rmtree(place)
+
+
+def _empty(place):
+    for file in place.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: _remove(root), "no folder '.*/PACS'"),
+        (lambda root: _remove(root / "cartoon"), "no domain folder '.*/PACS/cartoon'"),
+        (lambda root: (root / "extra").mkdir(), "'.*/PACS/extra' is none of its domains art_pai"),
+        (
+            lambda root: _remove(root / "photo/horse"),
+            "domain '.*/PACS/photo' lacks class 'horse', which other domains have",
+        ),
+        (lambda root: _empty(root / "photo/horse"), "class folder '.*/photo/horse' is empty"),
+        (
+            lambda root: [_remove(domain / "house") for domain in root.glob("*/")],
+            "'.*/PACS' has 6 classes, must have 7",
+        ),
+        (
+            lambda root: (root / "photo/horse/notes.txt").write_text(""),
+            r"'.*/photo/horse/notes\.txt' is no image file",
+        ),
+        (lambda root: (root / "photo/horse/more").mkdir(), "'.*/horse/more' is no image file"),
+        (
+            lambda root: (root / "photo/stray.png").write_bytes(b""),
+            r"'.*/photo/stray\.png' stands beside the class folders",
+        ),
+        (
+            lambda root: (root / "photo/horse/a.png").symlink_to("/etc/passwd"),
+            r"image 'photo/horse/a\.png': leads through a link out of",
+        ),
+    ],
+)
+def test_folders_that_are_not_as_they_should_be_get_one_line(folders, spoil, message):
+    spoil(folders / "PACS")
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load_domains("PACS", folders, image_size=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_image_of_a_domain_is_named_when_it_is_read(folders):
+    (folders / "PACS/sketch/house/0.JPG").write_bytes(b"cut")
+    sketch = data.load_domains("PACS", folders, image_size=4).datasets[3]
+    with pytest.raises(ValueError, match=r"sketch/house/0\.JPG': cannot be decoded"):
+        data.in_memory(sketch)
+
+
 _TOY = _toys()[0]
 
 
@@ -212,6 +317,10 @@ _TOY = _toys()[0]
     ("call", "message"),
     [
         (lambda: data.load_domains("rotated"), "dataset='rotated': must be one of RotatedMNIST"),
+        (
+            lambda: data.load_domains("PACS"),
+            "data_dir=None: PACS needs the folder that holds PACS/",
+        ),
         (
             lambda: data.load_domains("RotatedMNIST", image_size=14),
             "image_size=14: RotatedMNIST has 28 pixels",

@@ -10,7 +10,9 @@ from lpa_jax.data.batching import (
 )
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.domain_batching import DomainBatches, domain_batches
-from lpa_jax.data.domains import Domains, holdout_split, load_domains
+from lpa_jax.data.domains import DOMAIN_SETS, Domains, holdout_split, load_domains
+from lpa_jax.data.image_files import ImageFiles, open_image_files
+from lpa_jax.data.list_files import PUBLISHED, open_published, read_list
 from lpa_jax.data.long_tail import (
     class_sizes,
     load_indices,
@@ -18,19 +20,25 @@ from lpa_jax.data.long_tail import (
     profile_fractions,
     save_indices,
 )
-from lpa_jax.data.normalize import Normalization
-from lpa_jax.data.sources import EMBEDDED, ImageSource, load, open_source, prepare
+from lpa_jax.data.normalize import IMAGENET_NORMALIZATION, Normalization
+from lpa_jax.data.reading_ahead import ReadAhead, read_ahead
+from lpa_jax.data.sources import EMBEDDED, ImageSource, in_memory, load, open_source, prepare
 from lpa_jax.data.splits import reduced_indices, validation_split
 
 __all__ = [
+    "DOMAIN_SETS",
     "EMBEDDED",
+    "IMAGENET_NORMALIZATION",
+    "PUBLISHED",
     "Batches",
     "Dataset",
     "DomainBatches",
     "Domains",
     "EvaluationBatches",
+    "ImageFiles",
     "ImageSource",
     "Normalization",
+    "ReadAhead",
     "augment",
     "batches",
     "class_sizes",
@@ -38,13 +46,18 @@ __all__ = [
     "evaluation_batches",
     "grain_batches",
     "holdout_split",
+    "in_memory",
     "load",
     "load_domains",
     "load_indices",
     "long_tail_indices",
+    "open_image_files",
+    "open_published",
     "open_source",
     "prepare",
     "profile_fractions",
+    "read_ahead",
+    "read_list",
     "reduced_indices",
     "save_indices",
     "validation_split",

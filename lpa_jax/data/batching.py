@@ -43,7 +43,10 @@ def take(source: Examples, indices: np.ndarray) -> Batch:
     """
     if isinstance(source, Dataset):
         return {"image": source.images[indices], "label": source.labels[indices]}
-    examples = [source[int(index)] for index in indices]
+    if hasattr(source, "__getitems__"):  # several at once are read faster
+        examples = source.__getitems__(indices.tolist())
+    else:
+        examples = [source[index] for index in indices.tolist()]
     shapes = sorted({np.shape(example["image"]) for example in examples})
     if len(shapes) > 1:
         raise ValueError(f"images of shapes {shapes[0]} and {shapes[1]}: must have one shape")

@@ -1,4 +1,4 @@
-"""Domain generalisation: sets of several domains, in memory, and their holdout split.
+"""Domain generalisation: sets of several domains, and their holdout split.
 
 RotatedMNIST and ColoredMNIST follow DomainBed, on the 5000 MNIST images of `mnist5k`. DomainBed
 joins MNIST's training and test images before it deals them to the domains, and so do we: the test
@@ -13,8 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 
-from lpa_jax.data import checks, random_order, sources
+from lpa_jax.data import checks, domain_folders, random_order, sources
 from lpa_jax.data.dataset import Dataset
+from lpa_jax.data.image_files import ImageFiles
 
 _ANGLES = (0, 15, 30, 45, 60, 75)
 # domain -> probability that the colour differs from the label
@@ -29,7 +30,7 @@ class Domains:
     Attributes:
       name: what errors and tables call it.
       domain_names: D names.
-      datasets: D data sets, each with len, [i] or images and labels, `subset`, `num_classes`.
+      datasets: D data sets, in memory or as image files (`in_memory` reads those that fit).
       num_classes: C.
 
     Raises:
@@ -43,7 +44,7 @@ class Domains:
 
     name: str
     domain_names: tuple[str, ...]
-    datasets: tuple[Dataset, ...] = dataclasses.field(repr=False)
+    datasets: tuple[Dataset | ImageFiles, ...] = dataclasses.field(repr=False)
     num_classes: int
 
     def __post_init__(self):
@@ -169,6 +170,7 @@ _EMBEDDED: dict[str, Callable[..., Domains]] = {
     "RotatedMNIST": _rotated_mnist,
     "ColoredMNIST": _colored_mnist,
 }
+DOMAIN_SETS = (*_EMBEDDED, *domain_folders.FOLDER_SETS)
 
 
 def load_domains(
@@ -183,15 +185,18 @@ def load_domains(
     RotatedMNIST: domains 0, 15, 30, 45, 60 and 75 degrees, 10 classes, 28x28x1.
     ColoredMNIST: domains +90%, +80% and -90% (how colour and label agree), 2 classes with 25% label
       noise, 28x28x2 as in DomainBed; image_size=14 keeps every other pixel as in the IRM paper.
+    VLCS, PACS, OfficeHome, TerraIncognita, DomainNet, SVIRO: image files in DomainBed's layout
+      `data_dir/SET/DOMAIN/CLASS/IMAGE`, stretched to 224x224x3 unless image_size says otherwise.
 
     Args:
       name: of the data set, as DomainBed spells it.
-      data_dir: as in `load`.
+      data_dir: the folder that holds the set's folder; for the MNIST sets as in `load`.
       seed: which image falls to which domain, and the noise of ColoredMNIST.
       image_size: pixels a side; None for DomainBed's.
 
     Raises:
-      ValueError: an unknown name, or a size that the set does not have.
+      ValueError: an unknown name, a size that the set does not have, or folders that are not as
+        they should be, naming the folder.
 
     Example:
       >>> load_domains("RotatedMnist")  # doctest: +ELLIPSIS
@@ -201,9 +206,15 @@ def load_domains(
     References:
       Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021 (DomainBed).
     """
-    if name not in _EMBEDDED:
-        raise ValueError(f"dataset={name!r}: must be one of {', '.join(_EMBEDDED)}")
-    return _EMBEDDED[name](data_dir, seed, image_size)
+    if name not in DOMAIN_SETS:
+        raise ValueError(f"dataset={name!r}: must be one of {', '.join(DOMAIN_SETS)}")
+    if name in _EMBEDDED:
+        return _EMBEDDED[name](data_dir, seed, image_size)
+    files = domain_folders.open_folder_set(
+        name, data_dir, 224 if image_size is None else image_size
+    )
+    layout = domain_folders.FOLDER_SETS[name]
+    return Domains(name, layout.domains, files, layout.num_classes)
 
 
 def holdout_split(

@@ -94,3 +94,8 @@ class Normalization:
             np.asarray(value, np.float32).reshape(channels) for value in (self.mean, self.std)
         )
         return (images.astype(np.float32) - mean) / std
+
+
+# Of ImageNet's training images at 224 pixels, in units of uint8: what pretrained networks and
+# DomainBed take for every photographic set.
+IMAGENET_NORMALIZATION = Normalization(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpa_jax.data.dataset import Dataset
+from lpa_jax.data.image_files import ImageFiles
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -86,12 +87,21 @@ def load(name: str, split: str, data_dir: PathLike | None = None) -> Dataset:
       Traceback (most recent call last):
       ValueError: dataset='digit': must be digits, mnist5k or a TFDS image-classification set ...
     """
-    source = open_source(name, split, data_dir)
+    return in_memory(open_source(name, split, data_dir))
+
+
+def in_memory(source: ImageSource | ImageFiles) -> Dataset:
+    """Reads every image of a source into memory, in its order.
+
+    Raises:
+      ValueError: images of several shapes or that cannot be decoded, or more than 8 GiB of them
+        (batches can be read from the source itself).
+    """
     size = len(source)
     shape = source.image_shape if None not in source.image_shape else source[0]["image"].shape
     if size * np.prod(shape) > _IN_MEMORY_LIMIT:
         raise ValueError(
-            f"dataset={name!r}: {size} images of shape {shape} exceed "
+            f"dataset={source.name!r}: {size} images of shape {shape} exceed "
             f"{_IN_MEMORY_LIMIT // 2**30} GiB of memory, use open_source and grain_batches"
         )
     images, labels = None, np.empty(size, np.int32)
@@ -102,14 +112,14 @@ def load(name: str, split: str, data_dir: PathLike | None = None) -> Dataset:
             image = example["image"]
             if image.shape != shape:
                 raise ValueError(
-                    f"dataset={name!r}: has images of shapes {shape} and {image.shape}, "
+                    f"dataset={source.name!r}: has images of shapes {shape} and {image.shape}, "
                     "use open_source and grain_batches with a transform to one shape"
                 )
             if images is None:
                 images = np.empty((size, *shape), image.dtype)
             images[i] = image
             labels[i] = example["label"]
-    return Dataset(name, images, labels, source.num_classes, source.class_names)
+    return Dataset(source.name, images, labels, source.num_classes, source.class_names)
 
 
 def open_source(name: str, split: str, data_dir: PathLike | None = None) -> ImageSource:

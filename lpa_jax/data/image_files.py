@@ -1,0 +1,299 @@
+"""Labelled image files on disk: checked when opened, decoded when asked for.
+
+Nothing is skipped: a file that is missing, leads out of its root or cannot be decoded is a
+`ValueError` that names it.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+from numpy.typing import ArrayLike
+
+from lpa_jax.data import checks
+
+# Extensions of torchvision's ImageFolder, which DomainBed reads with.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# What Pillow may take a file for, whatever its extension: no EPS, which starts Ghostscript.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
+# Of more than 8 bits a channel, which Pillow would clip rather than scale.
+_DEEP_MODES = ("I", "F")
+# Below the size at which Pillow itself warns; ImageNet's largest image has 2^24.
+_MAX_PIXELS = 2**26
+
+FITS = ("crop", "stretch")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageFiles(Sequence):
+    """Random access to labelled image files; made by `open_image_files`.
+
+    Attributes:
+      name: what errors and tables call it.
+      root: the folder that holds all images.
+      paths: of the files within root.
+      labels: int32 [N], values in 0..C-1.
+      num_classes: C.
+      class_names: C names, or None.
+      image_size: S; every image becomes [S, S, 3].
+      fit: how it becomes that, see `decode`.
+      list_file: the list that names the files, or None.
+      lines: int64 [N], where in the list, or None.
+    """
+
+    name: str
+    root: str
+    paths: tuple[str, ...] = dataclasses.field(repr=False)
+    labels: np.ndarray = dataclasses.field(repr=False)
+    num_classes: int
+    class_names: tuple[str, ...] | None = dataclasses.field(default=None, repr=False)
+    image_size: int = 224
+    fit: str = "crop"
+    list_file: str | None = None
+    lines: np.ndarray | None = dataclasses.field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(S, S, 3)."""
+        return (self.image_size, self.image_size, 3)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images once decoded."""
+        return len(self) * math.prod(self.image_shape)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Examples of each class, N_c, int64 [C]."""
+        return np.bincount(self.labels, minlength=self.num_classes)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns {"image": uint8 [S, S, 3], "label": int32} of one example.
+
+        Raises:
+          ValueError: the file cannot be decoded.
+        """
+        path = os.path.join(self.root, self.paths[index])
+        try:
+            image = decode(path, self.image_size, self.fit)
+        except ValueError as error:
+            if self.lines is None:
+                raise
+            raise ValueError(f"{self.list_file}, line {self.lines[index]}: {error}") from None
+        return {"image": image, "label": self.labels[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Returns several examples, decoded in threads."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.__getitem__, indices))
+
+    def subset(self, indices: ArrayLike) -> "ImageFiles":
+        """Returns the examples at `indices`, in that order.
+
+        Args:
+          indices: integers [M] in 0..N-1.
+
+        Raises:
+          ValueError: not a non-empty vector of integers in 0..N-1.
+        """
+        indices = checks.index_array(indices, len(self))
+        return dataclasses.replace(
+            self,
+            paths=tuple(self.paths[index] for index in indices.tolist()),
+            labels=self.labels[indices],
+            lines=None if self.lines is None else self.lines[indices],
+        )
+
+
+def decode(path: str, image_size: int, fit: str = "crop") -> np.ndarray:
+    """Reads an image file as 8-bit RGB of one size.
+
+    crop: the central square of 7/8 of the shorter side, that is 224 of 256 pixels.
+    stretch: the whole image, whatever its proportions, as in DomainBed.
+
+    Interpolation is bilinear with antialiasing. Grey, palette and CMYK images are converted,
+    transparency and the EXIF orientation ignored, as torchvision's ImageFolder does.
+
+    Args:
+      path: of the file; its content, not its name, decides on the format.
+      image_size: S, pixels.
+      fit: "crop" or "stretch".
+
+    Returns:
+      uint8 [S, S, 3].
+
+    Raises:
+      ValueError: naming the file: it is missing, broken or cut short, has more than 2^26 pixels, or
+        more than 8 bits a channel.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+      ...     PIL.Image.new("L", (10, 20), 7).save(file.name)
+      ...     decode(file.name, image_size=2).tolist()
+      [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
+    """
+    try:
+        with PIL.Image.open(path, formats=_FORMATS) as image:
+            return np.asarray(_fitted(_rgb(image), image_size, fit))
+    except MemoryError:
+        raise
+    # Pillow's readers meet broken files with nearly any exception.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise ValueError(
+            f"image {path!r}: cannot be decoded ({reason or type(error).__name__})"
+        ) from None
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    width, height = image.size
+    if width * height > _MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, must be at most {_MAX_PIXELS}")
+    if image.mode.startswith(_DEEP_MODES):
+        raise ValueError(f"mode {image.mode}, must have 8 bits a channel")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _fitted(image: PIL.Image.Image, image_size: int, fit: str) -> PIL.Image.Image:
+    bilinear = PIL.Image.Resampling.BILINEAR
+    if fit == "stretch":
+        return image.resize((image_size, image_size), bilinear)
+    width, height = image.size
+    side = min(width, height) * 7 / 8
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((image_size, image_size), bilinear, box=box)
+
+
+def open_image_files(
+    name: str,
+    root: str | os.PathLike,
+    paths: Sequence[str],
+    labels: ArrayLike,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int = 224,
+    fit: str = "crop",
+    list_file: str | os.PathLike | None = None,
+    lines: ArrayLike | None = None,
+) -> ImageFiles:
+    """Opens labelled image files for random access: all are looked up, none is decoded.
+
+    Args:
+      name: what errors and tables call the set.
+      root: the folder that holds all images.
+      paths: of the files within root [N], with / between folders.
+      labels: integers in 0..C-1 [N].
+      num_classes: C.
+      class_names: C names.
+      image_size: S, pixels; every image becomes [S, S, 3].
+      fit: how it becomes that, see `decode`.
+      list_file: for errors, the list that names the files.
+      lines: for errors, where in the list each file stands [N].
+
+    Raises:
+      ValueError: no file, a root that is no folder, a path that leads out of it (absolute, with
+        "..", or through a link), files that are missing (the first one and how many), labels that
+        do not fit, or a size or fit out of range.
+    """
+    root = os.fspath(root)
+    if fit not in FITS:
+        raise ValueError(f"fit={fit!r}: must be one of {', '.join(FITS)}")
+    image_size = checks.integer("image_size", image_size, minimum=1)
+    num_classes = checks.integer("num_classes", num_classes, minimum=1)
+    labels = checks.label_array(labels, num_classes)
+    if len(labels) != len(paths):
+        raise ValueError(f"labels of length {len(labels)}: must match the {len(paths)} paths")
+    files = ImageFiles(
+        name=name,
+        root=root,
+        paths=tuple(paths),
+        labels=labels,
+        num_classes=num_classes,
+        class_names=None if class_names is None else tuple(class_names),
+        image_size=image_size,
+        fit=fit,
+        list_file=None if list_file is None else os.fspath(list_file),
+        lines=None if lines is None else np.asarray(lines, np.int64),
+    )
+    _check_files(files)
+    return files
+
+
+def _check_files(files: ImageFiles) -> None:
+    """Refuses files that are missing or lie outside the root.
+
+    Each folder is listed once: half a million single look-ups take minutes on a network disk.
+    """
+    root = os.path.realpath(files.root)
+    if not os.path.isdir(root):
+        raise ValueError(f"root={files.root!r}: no such folder")
+    listings: dict[str, dict[str, bool]] = {}
+    missing = []
+    for index, path in enumerate(files.paths):
+        if not _is_inner(path):
+            raise ValueError(f"{_named(files, index)}: must be a path within {files.root!r}")
+        folder, _, file = path.rpartition("/")
+        if folder not in listings:
+            listings[folder] = _listing(files, index, root, folder)
+        is_link = listings[folder].get(file)
+        if is_link is None:
+            missing.append(index)
+        elif is_link:
+            target = os.path.join(root, path)
+            _check_within(files, index, root, target)
+            if not os.path.isfile(target):
+                missing.append(index)
+    if missing:
+        raise ValueError(
+            f"{_named(files, missing[0])}: no such file in {files.root!r} "
+            f"({len(missing)} of {len(files)} files are missing)"
+        )
+
+
+def _is_inner(path: str) -> bool:
+    """Whether a path, as it is written, stays within the folder that it starts from."""
+    parts = path.split("/")
+    return not (os.path.isabs(path) or "\0" in path or {"", ".", ".."} & set(parts))
+
+
+def _listing(files: ImageFiles, index: int, root: str, folder: str) -> dict[str, bool]:
+    """The files of a folder: {name: whether it is a link}; none if there is no such folder."""
+    place = os.path.join(root, folder)
+    _check_within(files, index, root, place)
+    try:
+        with os.scandir(place) as entries:
+            return {
+                entry.name: entry.is_symlink()
+                for entry in entries
+                if entry.is_symlink() or entry.is_file()
+            }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ValueError(f"folder {place!r}: cannot be read ({error.strerror})") from None
+
+
+def _check_within(files: ImageFiles, index: int, root: str, place: str) -> None:
+    target = os.path.realpath(place)
+    if os.path.commonpath([root, target]) != root:
+        raise ValueError(
+            f"{_named(files, index)}: leads through a link out of {files.root!r} to {target!r}"
+        )
+
+
+def _named(files: ImageFiles, index: int) -> str:
+    """The file as an error names it."""
+    prefix = "" if files.lines is None else f"{files.list_file}, line {files.lines[index]}: "
+    return f"{prefix}image {files.paths[index]!r}"

@@ -1,0 +1,186 @@
+"""Image sets given by list files, as the long-tail literature publishes them: `path label` lines.
+
+ImageNet-LT and Places-LT (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR
+2019) and iNaturalist 2018 (Van Horn et al., "The iNaturalist Species Classification and Detection
+Dataset", CVPR 2018).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lpa_jax.data import checks
+from lpa_jax.data.image_files import ImageFiles, open_image_files
+
+
+class PublishedLists(NamedTuple):
+    """A published set.
+
+    Attributes:
+      num_classes: C.
+      lists: split -> name of its list file.
+    """
+
+    num_classes: int
+    lists: Mapping[str, str]
+
+
+def _lists(name: str, **splits: str) -> dict[str, str]:
+    return {split: f"{name}_{suffix}.txt" for split, suffix in splits.items()}
+
+
+# iNaturalist 2018 has no public test labels: results are reported on its validation list.
+PUBLISHED = {
+    "ImageNet_LT": PublishedLists(
+        1000, _lists("ImageNet_LT", train="train", validation="val", test="test")
+    ),
+    "Places_LT": PublishedLists(
+        365, _lists("Places_LT", train="train", validation="val", test="test")
+    ),
+    "iNaturalist18": PublishedLists(8142, _lists("iNaturalist18", train="train", test="val")),
+}
+
+
+def read_list(
+    list_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    num_classes: int | None = None,
+    all_classes: bool = False,
+    name: str | None = None,
+    image_size: int = 224,
+    fit: str = "crop",
+) -> ImageFiles:
+    """Opens the images that a list file names.
+
+    Each line is `path label`: a path within image_root, which may hold spaces, and the number of
+    the class. Blank lines are passed over.
+
+    Args:
+      list_file: a text file in UTF-8.
+      image_root: the folder that the paths start from.
+      num_classes: C; None for the largest label of the list plus 1.
+      all_classes: whether every class must have an image, as in a training list.
+      name: what errors and tables call the set; None for the name of the list file.
+      image_size: S, pixels; every image becomes [S, S, 3].
+      fit: how it becomes that, see `decode`.
+
+    Returns:
+      `ImageFiles` in the order of the list.
+
+    Raises:
+      ValueError: naming the list file, and the line where it is one: a list that cannot be read or
+        is empty, a line that is not `path label`, a label outside 0..C-1, a file named twice, a
+        path that leads out of image_root, images that are missing, or a class without an image.
+
+    Example:
+      >>> import pathlib, tempfile, PIL.Image
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     PIL.Image.new("RGB", (8, 8)).save(folder + "/a cat.png")
+      ...     _ = pathlib.Path(folder, "train.txt").write_text("a cat.png 1")
+      ...     train = read_list(folder + "/train.txt", folder, image_size=8)
+      ...     train[0]["image"].shape, train.counts
+      ((8, 8, 3), array([0, 1]))
+    """
+    list_file = os.fspath(list_file)
+    if num_classes is not None:
+        num_classes = checks.integer("num_classes", num_classes, minimum=1)
+    paths, labels, lines = _parse(list_file, num_classes)
+    num_classes = max(labels) + 1 if num_classes is None else num_classes
+    counts = np.bincount(labels, minlength=num_classes)
+    if all_classes and counts.min() == 0:
+        empty = np.flatnonzero(counts == 0)
+        raise ValueError(
+            f"{list_file}: class {empty[0]} has no image ({len(empty)} of {num_classes} classes "
+            "have none)"
+        )
+    return open_image_files(
+        name or os.path.splitext(os.path.basename(list_file))[0],
+        image_root,
+        paths,
+        labels,
+        num_classes,
+        image_size=image_size,
+        fit=fit,
+        list_file=list_file,
+        lines=lines,
+    )
+
+
+def _parse(list_file: str, num_classes: int | None) -> tuple[list[str], list[int], list[int]]:
+    """Paths, labels and line numbers."""
+    try:
+        with open(list_file, encoding="utf-8") as file:
+            rows = file.read().split("\n")
+    except OSError as error:
+        raise ValueError(f"list file {list_file!r}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"list file {list_file!r}: must be text in UTF-8") from None
+    allowed = "a whole number" if num_classes is None else f"in 0..{num_classes - 1}"
+    limit = np.iinfo(np.int32).max if num_classes is None else num_classes
+    line_of: dict[str, int] = {}
+    labels = []
+    for line, row in enumerate(rows, start=1):
+        if not row.strip():
+            continue
+        place = f"{list_file}, line {line}"
+        parts = row.strip().rsplit(maxsplit=1)
+        if len(parts) < 2:
+            raise ValueError(f"{place}: must be `path label`, got {row[:80]!r}")
+        path, label = parts
+        # isdecimal alone would let other scripts' digits through
+        if not (label.isascii() and label.isdecimal() and int(label[:10]) < limit):
+            raise ValueError(f"{place}: label {label[:20]!r} must be {allowed}")
+        if path in line_of:
+            raise ValueError(f"{place}: image {path!r} stands in line {line_of[path]} already")
+        line_of[path] = line
+        labels.append(int(label))
+    if not labels:
+        raise ValueError(f"{list_file}: names no image")
+    return list(line_of), labels, list(line_of.values())
+
+
+def open_published(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike | None,
+    *,
+    image_root: str | os.PathLike | None = None,
+    image_size: int = 224,
+) -> ImageFiles:
+    """Opens a split of ImageNet-LT, Places-LT or iNaturalist 2018.
+
+    Args:
+      name: "ImageNet_LT", "Places_LT" or "iNaturalist18".
+      split: "train", "validation" (not of iNaturalist18) or "test" (its validation list).
+      data_dir: the folder of the list files, which keep their published names.
+      image_root: the folder that the lists' paths start from; None for data_dir.
+      image_size: S, pixels.
+
+    Raises:
+      ValueError: an unknown name or split, no data_dir, or as `read_list`.
+
+    Example:
+      >>> open_published("iNaturalist18", "validation", "lists")
+      Traceback (most recent call last):
+      ValueError: split='validation': iNaturalist18 has train, test
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"dataset={name!r}: must be one of {', '.join(PUBLISHED)}")
+    published = PUBLISHED[name]
+    if split not in published.lists:
+        raise ValueError(f"split={split!r}: {name} has {', '.join(published.lists)}")
+    if data_dir is None:
+        raise ValueError(
+            f"data_dir=None: {name} needs the folder that holds {published.lists['train']}"
+        )
+    return read_list(
+        os.path.join(data_dir, published.lists[split]),
+        data_dir if image_root is None else image_root,
+        num_classes=published.num_classes,
+        all_classes=split == "train",
+        name=name,
+        image_size=image_size,
+    )
