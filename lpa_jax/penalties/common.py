@@ -1,0 +1,130 @@
+"""What several penalties share: statistics by domain or class, annealing and checks."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax import pgd
+from lpa_jax.penalties.base import Observed, Penalty
+
+Array = jax.Array
+
+
+def stateless(
+    name: str, value: Callable[[Observed], Array], layers: tuple[str, ...] = ()
+) -> Penalty:
+    """A penalty without state from a function observed -> scalar.
+
+    >>> stateless("energy", lambda observed: jnp.sum(observed.logits**2)).init({}, 10)
+    ()
+    """
+    return Penalty(
+        name,
+        layers,
+        init=lambda shapes, num_classes: (),
+        apply=lambda state, observed: (value(observed), state),
+    )
+
+
+def zero(name: str) -> Penalty:
+    """The penalty that adds exactly zero: what a method of zero strength returns.
+
+    >>> zero("coral").layers
+    ()
+    """
+    return stateless(name, lambda observed: jnp.zeros((), jnp.float32))
+
+
+def annealed(weight: float, anneal_steps: int, step: Array) -> Array:
+    """1 in the first `anneal_steps` steps, `weight` from then on, as DomainBed has it.
+
+    >>> [float(annealed(100.0, 2, jnp.asarray(step))) for step in range(3)]
+    [1.0, 1.0, 100.0]
+    """
+    return jnp.where(step >= anneal_steps, weight, 1.0)
+
+
+def batch_mean(observed: Observed, values: Array) -> Array:
+    """Mean of all entries of `values` [B, ...] over the global batch."""
+    size = jnp.asarray(values.size, values.dtype)
+    return observed.global_sum(jnp.sum(values)) / observed.global_sum(size)
+
+
+class Risks(NamedTuple):
+    """Mean loss of every domain in the global batch, 0 for absent ones, and who is present, [D]."""
+
+    means: Array
+    present: Array
+
+
+def domain_risks(observed: Observed, num_domains: int, name: str) -> Risks:
+    """The risks l_d that penalty `name` asks for; raises as `domains` does."""
+    domain = domains(observed, num_domains, name)
+    counts = pgd.class_counts(domain, num_domains, observed.axis_name)
+    means = pgd.class_means(observed.losses, domain, counts, observed.axis_name)
+    return Risks(means, counts > 0)
+
+
+def mean_where(condition: Array, values: Array) -> Array:
+    """Mean of the `values` [D] for which the condition holds, 0 if it holds for none."""
+    chosen = jnp.sum(jnp.where(condition, values, 0.0))
+    return chosen / jnp.maximum(jnp.sum(condition), 1).astype(chosen.dtype)
+
+
+def scatter_matrices(
+    centred: Array, groups: Array, num_groups: int, axis_name: str | None = None
+) -> Array:
+    """Sums of outer products of rows [B, F] by group over the global batch -> [G, F, F].
+
+    One matrix product with the rows spread over their groups: the B outer products themselves
+    would be larger than the result. In full precision, since accelerators round its factors.
+    """
+    members = jax.nn.one_hot(groups, num_groups, dtype=centred.dtype)
+    spread = members[:, :, None] * centred[:, None, :]
+    sums = jnp.einsum("bgf,bh->gfh", spread, centred, precision=jax.lax.Precision.HIGHEST)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def domains(observed: Observed, num_domains: int, name: str) -> Array:
+    """Each example's domain, [B].
+
+    Raises:
+      ValueError: the batch has no `domain`, or (outside jit) one outside 0..num_domains-1.
+    """
+    domain, allowed = observed.domain, f"0..{num_domains - 1}"
+    if domain is None:
+        raise ValueError(
+            f"penalty {name!r} needs batch['domain'], each example's domain in {allowed}, "
+            "and the batch has none"
+        )
+    if isinstance(domain, jax.core.Tracer):
+        return domain
+    values = np.asarray(domain)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"batch['domain'] must hold integers, got dtype {values.dtype}")
+    bad = np.flatnonzero((values < 0) | (values >= num_domains))
+    if bad.size:
+        raise ValueError(
+            f"batch['domain'] must lie in {allowed} (num_domains={num_domains}), "
+            f"got {values[bad[0]]} at position {bad[0]}"
+        )
+    return domain
+
+
+def check_vectors(name: str, layer: str, shape: jax.ShapeDtypeStruct) -> None:
+    """Raises ValueError unless the activations at `layer` are vectors, [B, F]."""
+    if len(shape.shape) != 2:
+        raise ValueError(
+            f"penalty {name!r} needs vectors [B, F] at its layer, "
+            f"layer={layer!r} has shape {tuple(shape.shape)}"
+        )
+
+
+def check_whole(name: str, value: int, low: int) -> None:
+    """Raises ValueError unless `value` is a whole number of at least `low`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < low:
+        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")

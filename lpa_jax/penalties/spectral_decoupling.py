@@ -1,0 +1,38 @@
+"""Spectral decoupling: small logits, so that one easy feature cannot starve the others."""
+
+from lpa_jax import pgd
+from lpa_jax.penalties.base import Penalty, register
+from lpa_jax.penalties.common import batch_mean, stateless, zero
+from lpa_jax.perturbations.base import check_range
+
+
+@register("spectral_decoupling")
+def spectral_decoupling(weight: float = 0.1) -> Penalty:
+    r"""Mean square of the logits (SD).
+
+        penalty = weight mean_{i, c} z_ic^2
+
+    over the examples of the global batch and the classes.
+
+    Args:
+      weight: DomainBed's sd_reg, >= 0. 0 is no penalty. The paper writes lambda / 2 times the
+        squared norm of an example's logits: weight = lambda C / 2.
+
+    Raises:
+      ValueError: `weight` out of range.
+
+    Source: Pezeshki et al., NeurIPS 2021 (arXiv 2011.09468), with the mean over classes and the
+    weight of DomainBed.
+
+    >>> spectral_decoupling().name
+    'spectral_decoupling'
+    """
+    check_range("weight", weight, 0.0)
+    if weight == 0:
+        return zero("spectral_decoupling")
+
+    def value(observed):
+        logits = observed.logits.astype(pgd.perturbation_dtype(observed.logits))
+        return weight * batch_mean(observed, logits**2)
+
+    return stateless("spectral_decoupling", value)

@@ -1,0 +1,53 @@
+"""V-REx: the variance of the domains' risks, so that no domain is bought at another's cost."""
+
+from lpa_jax.penalties.base import Penalty, register
+from lpa_jax.penalties.common import (
+    annealed,
+    check_whole,
+    domain_risks,
+    mean_where,
+    stateless,
+    zero,
+)
+from lpa_jax.perturbations.base import check_range
+
+
+@register("vrex")
+def vrex(num_domains: int, weight: float = 10.0, anneal_steps: int = 500) -> Penalty:
+    r"""Variance of the risks over the domains that are present in the batch.
+
+        penalty = beta mean_d (l_d - mean_e l_e)^2,    beta = weight from step `anneal_steps` on,
+                                                       1 before,
+
+    with l_d the mean loss of domain d over the global batch. With fewer than two domains present it
+    is zero.
+
+    Args:
+      num_domains: D, at least 2. The batch names each example's domain under `domain`.
+      weight: beta after annealing, >= 0. 0 is no penalty, before annealing either.
+      anneal_steps: steps with beta = 1, >= 0. DomainBed also resets Adam's moments at the end of
+        them; the step does not. Who wants that calls
+        `state.replace(opt_state=state.optimizer.init(state.params))` before step `anneal_steps`.
+
+    Raises:
+      ValueError: an option out of range; from `apply`, no `domain` in the batch or (outside jit)
+        one outside 0..D-1.
+
+    Source: Krueger et al., ICML 2021 (arXiv 2003.00688), equation of V-REx; weight, annealing and
+    the variance over D, not D - 1, as in DomainBed.
+
+    >>> vrex(num_domains=3).name
+    'vrex'
+    """
+    check_whole("num_domains", num_domains, 2)
+    check_range("weight", weight, 0.0)
+    check_whole("anneal_steps", anneal_steps, 0)
+    if weight == 0:
+        return zero("vrex")
+
+    def value(observed):
+        risks, present = domain_risks(observed, num_domains, "vrex")
+        variance = mean_where(present, (risks - mean_where(present, risks)) ** 2)
+        return annealed(weight, anneal_steps, observed.step) * variance
+
+    return stateless("vrex", value)
