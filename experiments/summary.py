@@ -1,110 +1,284 @@
-"""From the results of runs to one table: mean, standard error, paired difference to ERM."""
+"""From the results of runs to one table: numbers first, then text, Markdown, CSV and LaTeX."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from experiments import statistics
 from experiments.methods import ERM
+from experiments.statistics import Comparison, Estimate, estimate
 
+# Results of the runs of every method, one a seed; each has at least "seed" and "accuracy", and
+# "group_accuracy" where classes (many, medium, few) or domains are told apart.
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
-
-class Estimate(NamedTuple):
-    """A mean over seeds and its standard error (NaN with one seed)."""
-
-    mean: float
-    error: float
-
-    def percent(self, signed: bool = False) -> str:
-        """For example `78.70 +- 0.32`, in per cent."""
-        sign = "+" if signed else ""
-        text = f"{100 * self.mean:{sign}.2f}"
-        return text if np.isnan(self.error) else f"{text} +- {100 * self.error:.2f}"
+UNKNOWN = Estimate(float("nan"), float("nan"))
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of the mean, s / sqrt(n) with the sample standard deviation.
+class Row(NamedTuple):
+    """One method.
 
-    >>> estimate([0.5, 0.7]).percent()
-    '60.00 +- 10.00'
+    Attributes:
+      method: its name.
+      seeds: those that count.
+      accuracy: over seeds, a fraction.
+      comparison: to the baseline; None for the baseline itself or without common seeds.
+      p_holm: the comparison's p-value, corrected for all comparisons of the table.
+      groups: accuracy of each group, for those that every run of the method reports.
+      seconds: mean wall time of a run; NaN if unknown.
     """
-    values = np.asarray(values, np.float64)
-    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return Estimate(float(values.mean()), error)
+
+    method: str
+    seeds: tuple[int, ...]
+    accuracy: Estimate
+    comparison: Comparison | None
+    p_holm: float
+    groups: Mapping[str, Estimate]
+    seconds: float
+
+
+class Summary(NamedTuple):
+    """All methods of one setting.
+
+    Attributes:
+      rows: one a method.
+      baseline: the method that the others are compared to.
+      groups: names of the groups that appear in any row.
+    """
+
+    rows: tuple[Row, ...]
+    baseline: str
+    groups: tuple[str, ...]
+
+
+def summarize(results: Results, baseline: str = ERM) -> Summary:
+    """Every statistic of a table; differences to the baseline are paired by seed."""
+    comparisons = {
+        method: None if method == baseline else compare(results, method, baseline)
+        for method in results
+    }
+    tested = [method for method, comparison in comparisons.items() if comparison is not None]
+    corrected = statistics.holm([comparisons[method].p_value for method in tested])
+    p_holm = dict(zip(tested, corrected, strict=True))
+    rows = tuple(
+        Row(
+            method=method,
+            seeds=tuple(sorted(run["seed"] for run in runs)),
+            accuracy=estimate([run["accuracy"] for run in runs]),
+            comparison=comparisons[method],
+            p_holm=p_holm.get(method, float("nan")),
+            groups=_group_estimates(runs),
+            seconds=float(np.mean([run.get("seconds", float("nan")) for run in runs])),
+        )
+        for method, runs in results.items()
+    )
+    groups = tuple(dict.fromkeys(name for row in rows for name in row.groups))
+    return Summary(rows, baseline, groups)
+
+
+def compare(results: Results, method: str, other: str) -> Comparison | None:
+    """Accuracy(method) - accuracy(other) over common seeds; None without any."""
+    return statistics.compare(
+        *(
+            {run["seed"]: run["accuracy"] for run in results.get(name, ())}
+            for name in (method, other)
+        )
+    )
 
 
 def paired_difference(results: Results, method: str, other: str) -> Estimate | None:
-    """Mean over common seeds of accuracy(method) - accuracy(other); None without common seeds."""
-    first, second = (
-        {result["seed"]: result["accuracy"] for result in results.get(name, ())}
-        for name in (method, other)
-    )
-    seeds = sorted(set(first) & set(second))
-    return estimate([first[seed] - second[seed] for seed in seeds]) if seeds else None
+    """Mean and standard error of the paired difference; None without common seeds."""
+    comparison = compare(results, method, other)
+    return None if comparison is None else comparison.difference
 
 
-def group_estimate(runs: Sequence[Mapping[str, Any]], group: str) -> Estimate | None:
-    """Accuracy of many-, medium- or few-shot classes; None where classes are equally large."""
-    values = [run["group_accuracy"].get(group) for run in runs]
-    return None if None in values else estimate(values)
+def _group_estimates(runs: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
+    """Accuracy by group; a group that some run lacks (or holds null for) is left out."""
+    values = [run.get("group_accuracy", {}) for run in runs]
+    return {
+        name: estimate([run[name] for run in values])
+        for name in values[0]
+        if all(run.get(name) is not None for run in values)
+    }
 
 
-GROUPS = ("many", "medium", "few")
-COLUMNS = ("method", "accuracy %", "vs erm", "many %", "medium %", "few %", "seconds")
+def title_of(settings: Mapping[str, Any]) -> str:
+    """What a reader has to know of the settings to understand a table.
+
+    >>> title_of({"dataset": "digits", "profile": "step", "imbalance": 10.0, "model": "mlp"})
+    'digits, step 10:1, mlp, test accuracy'
+    """
+    parts = [str(settings.get("dataset", "unknown data"))]
+    if settings.get("profile", "none") != "none":
+        parts.append(f"{settings['profile']} {settings['imbalance']:g}:1")
+    if settings.get("per_class"):
+        parts.append(f"{settings['per_class']} training images a class")
+    if settings.get("model"):
+        parts.append(str(settings["model"]))
+    return ", ".join([*parts, f"{settings.get('evaluate_on', 'test')} accuracy"])
+
+
+# The short table of a terminal: at most 120 columns wide.
+_TERMINAL_GROUPS = ("many", "medium", "few")
+COLUMNS = ("method", "accuracy %", f"vs {ERM}", *(f"{g} %" for g in _TERMINAL_GROUPS), "seconds")
 
 
 def rows(results: Results) -> list[tuple[str, ...]]:
-    """The table's rows as text, one a method."""
-    table = []
-    for method, runs in results.items():
-        difference = None if method == ERM else paired_difference(results, method, ERM)
-        groups = [group_estimate(runs, group) for group in GROUPS]
-        table.append(
-            (
-                method,
-                estimate([run["accuracy"] for run in runs]).percent(),
-                "" if difference is None else difference.percent(signed=True),
-                *("" if group is None else group.percent() for group in groups),
-                f"{np.mean([run['seconds'] for run in runs]):.1f}",
-            )
+    """The short table's rows as text, one a method."""
+    return [
+        (
+            row.method,
+            row.accuracy.percent(),
+            row.comparison.difference.percent(signed=True) if row.comparison else "",
+            *(row.groups[g].percent() if g in row.groups else "" for g in _TERMINAL_GROUPS),
+            f"{row.seconds:.1f}",
         )
-    return table
+        for row in summarize(results).rows
+    ]
 
 
-def as_csv(results: Results) -> str:
-    """The table with one number a cell: means and standard errors as fractions."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    names = ["accuracy", "difference_to_erm", *GROUPS]
-    unknown = Estimate(float("nan"), float("nan"))
-    writer.writerow(
-        ["method", "seeds", *(f"{n}_{k}" for n in names for k in ("mean", "se")), "seconds_mean"]
-    )
-    for method, runs in results.items():
-        estimates = [
-            estimate([run["accuracy"] for run in runs]),
-            paired_difference(results, method, ERM) or unknown,
-            *(group_estimate(runs, group) or unknown for group in GROUPS),
+def text_table(summary: Summary, published: Mapping[str, str] | None = None) -> list[list[str]]:
+    """The whole table as text, header first; accuracies in per cent.
+
+    Args:
+      summary: the numbers.
+      published: figures of others by method, for a last column.
+    """
+    header = ["method", "seeds", "accuracy %"]
+    compared = any(row.comparison for row in summary.rows)
+    if compared:
+        header += [f"vs {summary.baseline}", "95% interval", "p", "p (Holm)"]
+    header += [f"{group} %" for group in summary.groups]
+    timed = any(np.isfinite(row.seconds) for row in summary.rows)
+    header += ["seconds"] if timed else []
+    header += ["published"] if published else []
+    lines = [header]
+    for row in summary.rows:
+        line = [row.method, str(len(row.seeds)), row.accuracy.percent()]
+        if compared:
+            line += _comparison_cells(row)
+        line += [row.groups[g].percent() if g in row.groups else "" for g in summary.groups]
+        line += [_number(row.seconds, "{:.1f}")] if timed else []
+        line += [published.get(row.method, "")] if published else []
+        lines.append(line)
+    return lines
+
+
+def _comparison_cells(row: Row) -> list[str]:
+    if row.comparison is None:
+        return ["", "", "", ""]
+    comparison = row.comparison
+    return [
+        comparison.difference.percent(signed=True),
+        comparison.interval(),
+        _number(comparison.p_value, "{:.3g}"),
+        _number(row.p_holm, "{:.3g}"),
+    ]
+
+
+def _number(value: float, pattern: str) -> str:
+    return "" if np.isnan(value) else pattern.format(value)
+
+
+def frame(summary: Summary) -> pd.DataFrame:
+    """The table with one number a cell: accuracies as fractions, NaN where there is none."""
+    records = []
+    for row in summary.rows:
+        difference, low, high, p_value, pairs = row.comparison or (UNKNOWN, *[float("nan")] * 3, 0)
+        record = {"method": row.method, "seeds": len(row.seeds)}
+        record |= _numbers("accuracy", row.accuracy)
+        record |= {"baseline": summary.baseline, "pairs": pairs}
+        record |= _numbers("difference", difference)
+        record |= {"difference_low": low, "difference_high": high}
+        record |= {"p_value": p_value, "p_holm": row.p_holm}
+        for group in summary.groups:
+            record |= _numbers(group, row.groups.get(group, UNKNOWN))
+        records.append(record | {"seconds_mean": row.seconds})
+    return pd.DataFrame.from_records(records)
+
+
+def _numbers(name: str, value: Estimate) -> dict[str, float]:
+    return {f"{name}_mean": value.mean, f"{name}_se": value.error}
+
+
+def as_csv(results: Results, baseline: str = ERM) -> str:
+    """The table of numbers as CSV."""
+    return csv_text(frame(summarize(results, baseline)))
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """CSV with six significant digits and empty cells for NaN."""
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def as_markdown(results: Results, title: str, baseline: str = ERM) -> str:
+    """The table in Markdown under a title, with what its numbers mean."""
+    table = markdown_table(text_table(summarize(results, baseline)))
+    return f"## {title}\n\n{table}\n{LEGEND}\n"
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Text cells, header first, as a Markdown table."""
+    # A bar in a method's name (manifold_mixup@input|hidden1) would open a new cell.
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    text = [f"| {' | '.join(line)} |" for line in cells]
+    text.insert(1, "|---" + "|---:" * (len(lines[0]) - 1) + "|")
+    return "\n".join(text) + "\n"
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "|": r"\textbar{}",
+    }
+    | {c: f"\\{c}" for c in "&%$#_{}"}
+)
+
+
+def latex_table(lines: Sequence[Sequence[str]], caption: str) -> str:
+    r"""Text cells, header first, as a LaTeX table for the package booktabs.
+
+    >>> print(latex_table([["method", "accuracy %"], ["a_b", "1.00 +- 0.10"]], "A"), end="")
+    \begin{table}
+      \caption{A}
+      \begin{tabular}{lr}
+        \toprule
+        method & accuracy \% \\
+        \midrule
+        a\_b & 1.00 $\pm$ 0.10 \\
+        \bottomrule
+      \end{tabular}
+    \end{table}
+    """
+    escaped = [[cell.translate(_LATEX).replace("+-", r"$\pm$") for cell in line] for line in lines]
+    header, *body = [f"    {' & '.join(line)} \\\\" for line in escaped]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            f"  \\caption{{{caption.translate(_LATEX)}}}",
+            f"  \\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}",
+            r"    \toprule",
+            header,
+            r"    \midrule",
+            *body,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
         ]
-        numbers = [f"{number:.6g}" for pair in estimates for number in pair]
-        seconds = np.mean([run["seconds"] for run in runs])
-        writer.writerow([method, len(runs), *numbers, f"{seconds:.3f}"])
-    return out.getvalue()
-
-
-def as_markdown(results: Results, title: str) -> str:
-    """The table in Markdown under a title."""
-    lines = [f"## {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
-    return "\n".join(lines) + "\n\n" + LEGEND + "\n"
+    )
 
 
 LEGEND = (
-    "Accuracy: mean +- standard error over seeds. vs erm: mean and standard error of the paired "
-    "difference (same seed, same data). many/medium/few: mean accuracy of the classes with > 100, "
-    "20-100, < 20 training images (by thirds where a group would be empty). seconds: mean wall "
-    "time of a run, compilation included in a method's first."
+    "Accuracy: mean +- standard error over seeds. vs: mean and standard error of the paired "
+    "difference to the baseline (same seed, same data), in percentage points, with its 95% "
+    f"bootstrap interval (BCa, {statistics.RESAMPLES} resamples; too narrow with very few seeds) "
+    "and the p-value of Wilcoxon's signed-rank test, as it is and Holm-corrected for the "
+    "comparisons of the table; n pairs cannot give less than 2^(1-n). many/medium/few: mean "
+    "accuracy of the classes with > 100, 20-100, < 20 training images (by thirds where a group "
+    "would be empty). seconds: mean wall time of a run, compilation included in a method's first."
 )

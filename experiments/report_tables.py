@@ -1,0 +1,197 @@
+"""A report's sections, and its text: Markdown, CSV, LaTeX."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from experiments import files, plots, report_data, statistics, summary
+from experiments.report_data import Problem, Run, Setting
+from experiments.summary import Results, Summary
+
+
+class Section(NamedTuple):
+    """One table and its figures: a setting, for domain generalization with one model selection.
+
+    Attributes:
+      title: heading.
+      slug: the same for file names.
+      setting: the runs.
+      results: what the table summarizes, by method.
+      summary: its numbers.
+      published: figures of others by method; empty if none can be compared.
+      notes: what a reader must know beyond the numbers.
+      figures: (caption, file) of the figures that there are.
+    """
+
+    title: str
+    slug: str
+    setting: Setting
+    results: Results
+    summary: Summary
+    published: dict[str, str]
+    notes: tuple[str, ...]
+    figures: tuple[tuple[str, pathlib.Path], ...]
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Text cells, header first."""
+        return summary.text_table(self.summary, self.published)
+
+
+def sections(settings: Sequence[Setting], baseline: str, output: pathlib.Path) -> list[Section]:
+    """All tables; draws their figures into the folder."""
+    made = []
+    for setting in settings:
+        if not setting.domains:
+            results = report_data.results_of(setting)
+            made.append(_section(setting, setting.title, results, (), baseline, output))
+            continue
+        for selection in report_data.selections(setting) or (None,):
+            results, left_out = report_data.domain_results(setting, selection)
+            title = f"{setting.title}, {selection or report_data.SELECTION}".replace("_", " ")
+            if results:
+                made.append(_section(setting, title, results, left_out, baseline, output))
+    return made
+
+
+def _section(
+    setting: Setting,
+    title: str,
+    results: Results,
+    left_out: Sequence[str],
+    baseline: str,
+    output: pathlib.Path,
+) -> Section:
+    # The baseline first; the sort is stable.
+    results = dict(sorted(results.items(), key=lambda item: item[0] != baseline))
+    numbers = summary.summarize(results, baseline)
+    slug = report_data.slug(title)
+    config = setting.config.get("settings", setting.config)
+    drawn = (
+        ("accuracy, mean and standard error", "accuracy",
+         lambda path: plots.accuracy_bars(numbers, path)),
+        (f"paired differences to {baseline}", "differences",
+         lambda path: plots.differences(numbers, path)),
+        ("accuracy by class", "per_class",
+         lambda path: plots.per_class_accuracy(results, path)),
+        ("training", "curves",
+         lambda path: plots.training_curves(results, path, config.get("evaluate_on", "test"))),
+        ("effect of the perturbations", "effects",
+         lambda path: plots.effect_curves(results, path)),
+    )  # fmt: skip
+    figures = tuple(
+        (caption, path)
+        for caption, name, draw in drawn
+        if draw(path := output / "figures" / f"{slug}_{name}.png")
+    )
+    return Section(
+        title, slug, setting, results, numbers, {}, (*notes(numbers), *left_out), figures
+    )
+
+
+def notes(table: Summary) -> list[str]:
+    """What limits the comparisons of a table."""
+    everyone = sorted(set().union(*(row.seeds for row in table.rows)))
+    compared = [row for row in table.rows if row.comparison is not None]
+    lines = []
+    if all(row.method != table.baseline for row in table.rows):
+        lines.append(f"No run of the baseline {table.baseline}: no differences.")
+    for row in table.rows:
+        lacking = [seed for seed in everyone if seed not in row.seeds]
+        if lacking:
+            lines.append(f"{row.method} lacks seeds that others have: {ranges(lacking)}.")
+    single = [row.method for row in compared if row.comparison.pairs == 1]
+    if single:
+        lines.append(f"One common seed, so no interval and no test: {', '.join(single)}.")
+    tested = [row for row in compared if row.comparison.pairs > 1]
+    hopeless = [
+        f"{row.method} ({row.comparison.pairs})"
+        for row in tested
+        if len(tested) * statistics.smallest_p(row.comparison.pairs) > 1 - statistics.CONFIDENCE
+    ]
+    if hopeless:
+        lines.append(
+            "Too few common seeds for a Holm-corrected p-value below 0.05, however large the "
+            f"difference (n seeds give at least 2^(1-n), the smallest of {len(tested)} p-values is "
+            f"multiplied by {len(tested)}): {', '.join(hopeless)}."
+        )
+    equal = [row.method for row in compared if row.comparison.low == row.comparison.high]
+    if equal:
+        lines.append(f"The same difference in every seed, so an interval of no width: "
+                     f"{', '.join(equal)}.")  # fmt: skip
+    return lines
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers in order, runs of three or more shortened.
+
+    >>> ranges([0, 1, 2, 3, 7, 9, 10])
+    '0-3, 7, 9, 10'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    texts = [
+        [f"{part[0]}-{part[-1]}"] if len(part) > 2 else [str(number) for number in part]
+        for part in parts
+    ]
+    return ", ".join(text for group in texts for text in group)
+
+
+def write(
+    made: Sequence[Section], runs: Sequence[Run], problems: Sequence[Problem], output: pathlib.Path
+) -> None:
+    """Writes report.md, table.csv, runs.csv and table.tex into the folder."""
+    files.write_text(output / "report.md", markdown(made, problems, output))
+    frames = [summary.frame(section.summary).assign(setting=section.title) for section in made]
+    table = pd.concat(frames, ignore_index=True)
+    table.insert(0, "setting", table.pop("setting"))
+    files.write_text(output / "table.csv", summary.csv_text(table))
+    files.write_text(output / "runs.csv", summary.csv_text(runs_frame(runs)))
+    latex = "\n".join(summary.latex_table(section.table, section.title) for section in made)
+    files.write_text(output / "table.tex", latex)
+
+
+def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One line a run, for statistics of one's own."""
+    return pd.DataFrame.from_records(
+        [
+            {
+                "folder": str(run.folder),
+                "method": run.config["method"],
+                "seed": run.config["seed"],
+                "test_domain": run.domain,
+                "accuracy": run.result["accuracy"],
+                **run.result.get("group_accuracy", {}),
+                **run.result.get("selections", {}),
+                "seconds": run.result.get("seconds", math.nan),
+            }
+            for run in runs
+        ]
+    )
+
+
+def seeds_table(section: Section) -> list[list[str]]:
+    """Which seeds count for each method."""
+    return [["method", "seeds"], *([r.method, ranges(r.seeds)] for r in section.summary.rows)]
+
+
+def markdown(made: Sequence[Section], problems: Sequence[Problem], output: pathlib.Path) -> str:
+    """The report in Markdown; figures are linked relative to the folder."""
+    lines = ["# Report", ""]
+    for section in made:
+        lines += [f"## {section.title}", "", summary.markdown_table(section.table)]
+        lines += [f"- {note}" for note in section.notes] + ([""] if section.notes else [])
+        for caption, path in section.figures:
+            lines += [f"![{section.title}: {caption}]({path.relative_to(output).as_posix()})", ""]
+        lines += ["Seeds:", "", summary.markdown_table(seeds_table(section))]
+    lines += ["## How to read the tables", "", summary.LEGEND, ""]
+    lines += ["## Not counted", ""]
+    lines += [f"- `{problem.folder}`: {problem.reason}" for problem in problems] or ["Nothing."]
+    return "\n".join(lines) + "\n"

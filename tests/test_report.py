@@ -1,0 +1,291 @@
+"""Statistics against values worked out by hand, and reports of made-up result folders."""
+
+import csv
+import itertools
+import json
+import math
+import pathlib
+
+import made_up_runs
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import report, report_data, report_tables, statistics, summary
+
+FLAGS = flags.FLAGS
+
+
+# Statistics
+
+
+def slow_signed_rank_p(differences):
+    """Two-sided: the share of sign patterns whose rank sum is as far from the middle."""
+    values = [d for d in differences if d != 0]
+    sizes = sorted(abs(d) for d in values)
+    ranks = [np.mean([i + 1 for i, size in enumerate(sizes) if size == abs(d)]) for d in values]
+    middle = sum(ranks) / 2
+    observed = abs(sum(r for r, d in zip(ranks, values, strict=True) if d > 0) - middle)
+    patterns = itertools.product((0, 1), repeat=len(ranks))
+    sums = [abs(np.dot(pattern, ranks) - middle) for pattern in patterns]
+    return np.mean([value >= observed - 1e-9 for value in sums])
+
+
+@pytest.mark.parametrize(
+    "thousandths",
+    [(3, 1, 2, 4), (3, -1, 2, 4), (1, 1, 1, -1, 2), (0, 0, 5, -3, 3, 3), (2, 2, 2, 2, 2, 2, 2, -7)],
+)
+def test_the_signed_rank_p_value_counts_all_signs_with_ties_and_zeros(thousandths):
+    # Accuracies that differ by the same number of images must tie, whatever rounding does.
+    differences = np.array([(800 + d) / 1000 - 0.8 for d in thousandths])
+    expected = slow_signed_rank_p(thousandths)
+    assert statistics.wilcoxon_p(differences) == pytest.approx(expected)
+
+
+def test_differences_that_are_all_zero_give_no_evidence_and_no_warning():
+    comparison = statistics.compare({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.6, 2: 0.7})
+    assert comparison == ((0.0, 0.0), 0.0, 0.0, 1.0, 3)
+
+
+def test_one_pair_has_a_difference_but_no_interval_and_no_p_value():
+    comparison = statistics.compare({0: 0.75, 1: 0.9}, {0: 0.5})
+    assert comparison.difference.mean == 0.25 and comparison.pairs == 1
+    assert math.isnan(comparison.low) and math.isnan(comparison.p_value)
+    assert comparison.interval() == "" and statistics.compare({0: 0.5}, {1: 0.5}) is None
+
+
+def test_seeds_are_paired_by_name_and_not_by_position():
+    comparison = statistics.compare({2: 0.9, 0: 0.5}, {0: 0.4, 2: 0.7, 5: 0.1})
+    assert comparison.difference.mean == pytest.approx(0.15) and comparison.pairs == 2
+
+
+def test_the_bootstrap_interval_is_repeatable_and_close_to_students_with_many_seeds():
+    differences = np.random.default_rng(3).normal(0.02, 0.01, 200)
+    low, high = statistics.bootstrap_interval(differences)
+    assert (low, high) == statistics.bootstrap_interval(differences)
+    half = 1.96 * differences.std(ddof=1) / math.sqrt(200)
+    assert low == pytest.approx(differences.mean() - half, abs=2e-4)
+    assert high == pytest.approx(differences.mean() + half, abs=2e-4)
+    assert statistics.bootstrap_interval(np.array([0.01, 0.03])) == (0.01, 0.03)
+
+
+def test_holm_multiplies_step_by_step_stays_in_order_and_ignores_what_was_not_tested():
+    corrected = statistics.holm([0.04, 0.001, math.nan, 0.03, 0.6])
+    assert corrected[:2] + corrected[3:] == pytest.approx([0.09, 0.004, 0.09, 0.6])
+    assert math.isnan(corrected[2]) and statistics.holm([]) == []
+    assert statistics.holm([0.7, 0.8]) == [1.0, 1.0]
+
+
+# Reports
+
+ACCURACIES = {
+    "erm": [0.60, 0.62, 0.61, 0.63, 0.60, 0.62, 0.61, 0.63],
+    "lpa": [0.65, 0.66, 0.67, 0.66, 0.64, 0.67, 0.66, 0.68],
+    "manifold_mixup@input|hidden1": [0.61, 0.61, 0.62, 0.62],
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report of two settings, and the folder it stands in."""
+    root = tmp_path_factory.mktemp("report")
+    made_up_runs.write_many(root / "runs" / "lt", ACCURACIES)
+    made_up_runs.write_many(root / "runs" / "other", {"erm": [0.5]}, settings={"epochs": 9})
+    output = root / "out"
+    sections = report.make([root / "runs"], output)
+    return sections, output
+
+
+@pytest.fixture
+def command(capsys):
+    """(*arguments) -> (exit message or None, standard output, standard error)."""
+
+    def run(*arguments):
+        before = set(FLAGS)
+        report.define_flags()
+        FLAGS.set_gnu_getopt(True)
+        try:
+            report.main(FLAGS(["report", *map(str, arguments)]))
+            message = None
+        except SystemExit as stop:
+            message = stop.code
+        finally:
+            for name in set(FLAGS) - before:
+                delattr(FLAGS, name)
+            FLAGS.set_gnu_getopt(False)
+            FLAGS.unparse_flags()
+        return message, *capsys.readouterr()
+
+    return run
+
+
+def test_runs_are_one_table_a_setting_and_titles_say_what_differs(made):
+    sections, _ = made
+    assert [section.title for section in sections] == [
+        "digits, exponential 10:1, mlp, test accuracy, epochs 2",
+        "digits, exponential 10:1, mlp, test accuracy, epochs 9",
+    ]
+    assert [row.method for row in sections[0].summary.rows] == list(ACCURACIES)
+    assert [row.method for row in sections[1].summary.rows] == ["erm"]
+
+
+def test_the_csv_holds_the_numbers_that_a_hand_would_work_out(made):
+    _, output = made
+    with (output / "table.csv").open() as file:
+        rows = {(row["setting"][-1], row["method"]): row for row in csv.DictReader(file)}
+    lpa = rows["2", "lpa"]
+    values, baseline = np.array(ACCURACIES["lpa"]), np.array(ACCURACIES["erm"])
+    differences = values - baseline
+    assert float(lpa["accuracy_mean"]) == pytest.approx(values.mean(), rel=1e-5)
+    assert float(lpa["accuracy_se"]) == pytest.approx(values.std(ddof=1) / 8**0.5, rel=1e-5)
+    assert float(lpa["difference_mean"]) == pytest.approx(differences.mean(), rel=1e-5)
+    assert float(lpa["difference_low"]) > 0 and int(lpa["pairs"]) == 8
+    assert float(lpa["p_value"]) == pytest.approx(2**-7, rel=1e-5)
+    assert float(lpa["p_holm"]) == pytest.approx(2 * 2**-7, rel=1e-5)
+    assert float(lpa["few_mean"]) == pytest.approx(values.mean() - 0.1, rel=1e-5)
+    assert rows["2", "erm"]["difference_mean"] == "" and rows["9", "erm"]["accuracy_se"] == ""
+
+
+def test_markdown_and_latex_escape_what_would_break_a_table(made):
+    sections, output = made
+    text = (output / "report.md").read_text()
+    table = [line for line in text.splitlines() if "manifold_mixup" in line]
+    cells = table[0].replace("\\|", "").count("|")
+    assert "manifold\\_mixup@input\\textbar{}hidden1" in (output / "table.tex").read_text()
+    assert cells == text.splitlines()[4].count("|") and "input\\|hidden1" in table[0]
+    assert "manifold_mixup@input|hidden1 lacks seeds that others have: 4-7." in text
+    assert "Too few common seeds" in text and "(4)" in text and "lpa (8)" not in text
+    assert len(sections[0].table[0]) == len(sections[0].table[-1])
+
+
+def test_every_figure_named_in_the_report_is_there(made):
+    sections, output = made
+    text = (output / "report.md").read_text()
+    paths = [path for section in sections for _, path in section.figures]
+    # Accuracy, differences, classes, curves of the first setting; no baseline's own differences.
+    assert len(paths) == 4 + 3
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"({path.relative_to(output)})" in text
+
+
+def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_path, command):
+    runs = tmp_path / "runs"
+    made_up_runs.write_many(runs, {"erm": [0.5, 0.6], "lpa": [0.7, 0.8]})
+    whole = (runs / "lpa/seed_1/result.json").read_text()
+    broken = {
+        "cut": ("result.json is cut short", lambda f: (f / "result.json").write_text(whole[:99])),
+        "gone": ("incomplete: interrupted", lambda f: (f / "result.json").unlink()),
+        "no_config": ("config.json is missing", lambda f: (f / "config.json").unlink()),
+        "list": ("no JSON object", lambda f: (f / "result.json").write_text("[1, 2]")),
+        "other": ("seed is 9 in config.json, 1", lambda f: (f / "result.json").write_text(whole)),
+    }
+    for name, (_, damage) in broken.items():
+        damage(made_up_runs.write(runs / name, "lpa", 9, 0.1))
+    made_up_runs.write(runs / "partial", "lpa", 9, 0.1, complete=False)
+    diverged = made_up_runs.write(runs / "nan", "lpa", 9, 0.125) / "result.json"
+    diverged.write_text(diverged.read_text().replace('"accuracy": 0.125', '"accuracy": null'))
+    message, out, err = command(runs, f"--output={tmp_path / 'out'}")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert message is None and "| lpa | 2 | 75.00 +- 5.00 |" in out
+    reasons = {name: reason for name, (reason, _) in broken.items()}
+    reasons |= {"partial": "does not say that it is complete", "nan": "no finite accuracy"}
+    for name, reason in reasons.items():
+        line = next(line for line in err.splitlines() if f"/{name}:" in line)
+        assert reason in line
+        assert line.removeprefix("not counted: ").split(": ", 1)[1] in text
+    assert err.count("not counted") == len(reasons)
+
+
+def test_a_run_found_twice_counts_once(tmp_path):
+    made_up_runs.write(tmp_path / "a", "erm", 0, 0.5)
+    made_up_runs.write(tmp_path / "copy", "erm", 0, 0.5)
+    runs, problems = report_data.collect([tmp_path, tmp_path / "a", tmp_path])
+    assert len(runs) == 1
+    assert [problem.reason for problem in problems] == [f"repeats {tmp_path / 'a'}"]
+
+
+def test_options_tell_methods_apart_only_where_a_seed_ran_with_several(tmp_path):
+    for i, radius in enumerate((0.1, 0.2)):
+        options = {"lpa.radius": radius, "learning_rate": 0.02}
+        made_up_runs.write(tmp_path / f"{i}", "lpa", 0, 0.5, options=options)
+        # Hyperparameters drawn anew for every seed are one method.
+        made_up_runs.write(tmp_path / f"drawn{i}", "lpl", i, 0.5, options={"lpl.radius": radius})
+    (setting,) = report_data.group(report_data.collect([tmp_path])[0])
+    assert list(setting.runs) == ["lpa (lpa.radius=0.1)", "lpa (lpa.radius=0.2)", "lpl"]
+
+
+def test_domains_are_averaged_within_seeds_and_selections_stand_side_by_side(tmp_path):
+    numbers = {("erm", 0): (0.90, 0.80), ("erm", 1): (0.92, 0.84), ("coral", 0): (0.95, 0.85)}
+    for (method, seed), accuracies in numbers.items():
+        for domain, accuracy in zip(("d2", "d15"), accuracies, strict=True):
+            made_up_runs.write_domain_run(
+                tmp_path / "runs" / method / f"{seed}" / domain, method, seed, domain,
+                training_domain_validation=accuracy, oracle=accuracy + 0.01,
+            )  # fmt: skip
+    made_up_runs.write_domain_run(tmp_path / "runs/half", "coral", 1, "d2",
+                                  training_domain_validation=0.1, oracle=0.1)  # fmt: skip
+    first, second = report.make([tmp_path / "runs"], tmp_path / "out")
+    assert first.title.endswith("training domain validation") and second.title.endswith("oracle")
+    rows = {row.method: row for row in first.summary.rows}
+    assert first.summary.groups == ("d2", "d15")
+    assert rows["erm"].accuracy.mean == pytest.approx((0.85 + 0.88) / 2)
+    assert rows["erm"].groups["d15"].mean == pytest.approx(0.82)
+    assert rows["coral"].seeds == (0,), "a seed that lacks a domain has no average"
+    assert rows["coral"].comparison.difference.mean == pytest.approx(0.05)
+    assert "coral seed 1: no result for d15" in first.notes
+    assert {row.method: row for row in second.summary.rows}["erm"].accuracy.mean == pytest.approx(
+        rows["erm"].accuracy.mean + 0.01
+    )
+
+
+def test_without_the_baseline_there_are_no_differences_and_the_report_says_so(tmp_path, command):
+    made_up_runs.write_many(tmp_path / "runs", {"lpa": [0.5, 0.6], "lpl": [0.6, 0.6]})
+    _, out, _ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}")
+    assert "No run of the baseline erm" in out and "vs erm" not in out
+    _, out, _ = command(tmp_path / "runs", "--baseline=lpl", f"--output={tmp_path / 'out'}")
+    assert "| lpa | 2 | 55.00 +- 5.00 | -5.00 +- 5.00 | [-10.00, +0.00] |" in out
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [([], "name at least one folder"), (["nowhere"], "nowhere is not a folder"),
+     (["empty"], "no complete run in")],
+)  # fmt: skip
+def test_nothing_to_report_is_one_line_exit_1_and_no_file(tmp_path, command, folders, expected):
+    (tmp_path / "empty").mkdir()
+    message, out, _ = command(*(tmp_path / f for f in folders), f"--output={tmp_path / 'out'}")
+    # sys.exit with a text prints it and leaves status 1.
+    assert expected in message and "\n" not in message and not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_methods_get_a_map_of_classes_instead_of_bars_too_thin_to_see(tmp_path):
+    count = 40
+    made_up_runs.write_many(tmp_path / "runs", {f"m{i:02}": [0.5] for i in range(count)})
+    report.make([tmp_path / "runs"], tmp_path / "out", baseline="m00")
+    path = next((tmp_path / "out" / "figures").glob("*_per_class.png"))
+    width, height = np.frombuffer(path.read_bytes()[16:24], dtype=">u4")
+    assert height > 0.3 * 150 * count, "one line a method"
+    assert width < 2000
+
+
+def test_the_short_table_keeps_its_columns_and_the_long_one_its_legend():
+    results = {
+        "erm": [{"seed": 0, "accuracy": 0.5, "group_accuracy": {}, "seconds": 1.0}],
+        "lpa": [{"seed": 0, "accuracy": 0.6, "group_accuracy": {}, "seconds": 3.0}],
+    }
+    assert summary.rows(results)[1] == ("lpa", "60.00", "+10.00", "", "", "", "3.0")
+    assert all(len(row) == len(summary.COLUMNS) for row in summary.rows(results))
+    assert summary.LEGEND in summary.as_markdown(results, "A title")
+
+
+def test_runs_csv_has_one_line_a_run(made):
+    _, output = made
+    with (output / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(map(len, ACCURACIES.values())) + 1
+    folder = pathlib.Path(rows[0]["folder"])
+    result = json.loads((folder / "result.json").read_text())
+    assert float(rows[0]["accuracy"]) == pytest.approx(result["accuracy"])
+    assert report_tables.ranges([3]) == "3"
