@@ -6,6 +6,7 @@ figures, logs and the configuration.
 
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +15,11 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import files, methods, plots, run_flags, runner, summary
+from experiments import files, methods, plots, run_flags, run_folder, runner, summary
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
-from lpa_jax import data, trainer
+from lpa_jax import checkpoint, data, trainer, workdir_lock
+from lpa_jax.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 HPARAMS_FOLDER = pathlib.Path(__file__).parent / "hparams"
@@ -72,9 +74,14 @@ def resolve_options(tuned: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
 
 
 def train_all(
-    settings: Settings, options: Mapping[str, Mapping[str, Any]], workdir: pathlib.Path
+    settings: Settings,
+    options: Mapping[str, Mapping[str, Any]],
+    workdir: pathlib.Path,
+    interrupts: Interrupts,
 ) -> dict[str, list[dict[str, Any]]]:
     """Trains every method with every seed, skipping runs whose results are there."""
+    workdir_lock.refuse_if_held(workdir)  # before data are read
+    saving = run_flags.saving()
     seeds = run_flags.seeds(FLAGS.seeds)
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in seeds}
@@ -86,31 +93,39 @@ def train_all(
         for method in options
         for seed in seeds
     }
-    for method in options:
-        for seed in seeds:
-            config = runner.configuration(programs[method, tasks[seed].counts], seed, tasks[seed])
-            runner.finished_result(workdir / "runs" / method / f"seed_{seed}", config)
-    files.write_json(workdir / "flags.json", run_flags.resolved())
-    for seed, task in tasks.items():
-        meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}
-        path = workdir / "splits" / f"seed_{seed}.json"
-        data.save_indices(path, task.train_indices, source.pool.labels, meta)
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
-    with RunProgress(len(options) * len(seeds), settings.epochs, FLAGS.quiet) as progress:
-        # Seeds outermost: an interrupted job leaves complete pairs.
-        for seed in seeds:
-            for method in options:
-                progress.start(f"{method} seed {seed}")
-                folder = workdir / "runs" / method / f"seed_{seed}"
-                result = runner.run(
-                    programs[method, tasks[seed].counts],
-                    tasks[seed],
-                    seed,
-                    folder,
-                    progress.epoch,
+    with workdir_lock.hold(workdir), interrupts:
+        for method in options:
+            for seed in seeds:
+                config = runner.configuration(
+                    programs[method, tasks[seed].counts], seed, tasks[seed]
                 )
-                progress.finish(f"{settings.evaluate_on} accuracy {100 * result['accuracy']:.2f} %")
-                results[method].append(result)
+                run_folder.finished_result(workdir / "runs" / method / f"seed_{seed}", config)
+        files.write_json(workdir / "flags.json", run_flags.resolved())
+        for seed, task in tasks.items():
+            meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}
+            path = workdir / "splits" / f"seed_{seed}.json"
+            data.save_indices(path, task.train_indices, source.pool.labels, meta)
+        results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
+        with RunProgress(len(options) * len(seeds), settings.epochs, FLAGS.quiet) as progress:
+            # Seeds outermost: an interrupted job leaves complete pairs.
+            for seed in seeds:
+                for method in options:
+                    progress.start(f"{method} seed {seed}")
+                    folder = workdir / "runs" / method / f"seed_{seed}"
+                    result = runner.run(
+                        programs[method, tasks[seed].counts],
+                        tasks[seed],
+                        seed,
+                        folder,
+                        progress.epoch,
+                        saving=saving,
+                        should_stop=interrupts,
+                        say=progress.say,
+                    )
+                    progress.finish(
+                        f"{settings.evaluate_on} accuracy {100 * result['accuracy']:.2f} %"
+                    )
+                    results[method].append(result)
     return results
 
 
@@ -145,6 +160,7 @@ def run(experiment: str, argv: list[str]) -> None:
         raise app.UsageError(
             f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
         )
+    interrupts = Interrupts(_announce)
     try:
         settings = run_flags.settings()
         run_flags.apply_runtime_flags()
@@ -154,8 +170,23 @@ def run(experiment: str, argv: list[str]) -> None:
             print(f"Hyperparameters: {origin}", file=sys.stderr)
         run_flags.prepare_data()
         workdir = pathlib.Path(FLAGS.workdir)
-        report(train_all(settings, options, workdir), settings, workdir)
-    except (ValueError, OSError, trainer.NonFiniteLossError) as error:
+        report(train_all(settings, options, workdir, interrupts), settings, workdir)
+    except (
+        ValueError,
+        OSError,
+        trainer.NonFiniteLossError,
+        checkpoint.CheckpointError,
+        workdir_lock.LockedError,
+    ) as error:
         sys.exit(f"error: {error}")
+    except InterruptedRunError as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        sys.exit(interrupts.exit_status)
     except KeyboardInterrupt:
-        sys.exit("interrupted: finished runs are kept, the same command goes on from there")
+        print("interrupted: the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _announce(signal_name: str) -> None:
+    # Straight to the descriptor: a signal may come in the middle of a print.
+    os.write(2, f"{signal_name}: saving at the next safe point\n".encode())

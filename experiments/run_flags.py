@@ -11,6 +11,7 @@ import jax
 from absl import flags
 
 from experiments import methods
+from experiments.saving import Saving
 from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
 from lpa_jax import data, losses, models, optimizers, pgd
 from lpa_jax.perturbations.lpa import MODES
@@ -104,6 +105,20 @@ def define_runtime_flags() -> None:
         "runs/compilation_cache",
         "Folder where compiled programs are kept between runs; empty keeps none.",
     )
+    flags.DEFINE_string(
+        "checkpoint_every",
+        "5minutes",
+        "Interval between checkpoints: minutes, epochs or steps, such as 5minutes, 2epochs or "
+        "200steps; never saves only when SIGTERM or SIGINT comes.",
+    )
+    flags.DEFINE_integer(
+        "keep_checkpoints", 2, "Newest checkpoints that are kept, besides the best one."
+    )
+    flags.DEFINE_bool(
+        "keep_finished_checkpoints",
+        False,
+        "Keep the last and the best checkpoint of a finished run, to have its weights.",
+    )
     flags.DEFINE_bool("quiet", False, "No progress, only the result.")
 
 
@@ -182,6 +197,15 @@ def settings() -> Settings:
         drw_epoch=FLAGS.drw_epoch,
         evaluate_every=FLAGS.evaluate_every,
     ).check()
+
+
+def saving() -> Saving:
+    """Checkpointing from the parsed flags.
+
+    Raises:
+      ValueError: naming the flag that is out of range.
+    """
+    return Saving(FLAGS.checkpoint_every, FLAGS.keep_checkpoints, FLAGS.keep_finished_checkpoints)
 
 
 def prepare_data() -> None:

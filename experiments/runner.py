@@ -12,15 +12,17 @@ import numpy as np
 from experiments import files
 from experiments.assembly import assemble
 from experiments.recording import RunLog
+from experiments.run_folder import RunFolder
+from experiments.saving import Saving
 from experiments.settings import Settings, Task, shot_groups
 from lpa_jax import data, losses, metrics, models, optimizers, parallel, trainer
 from lpa_jax.data import augment
 from lpa_jax.diagnostics import perturbation_effect
 from lpa_jax.injection import as_network
+from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.step import TrainState, eval_step, lpa_step
 
-RESULT = "result.json"
-CONFIG = "config.json"
+DEFAULT_SAVING = Saving()
 
 
 class Program(NamedTuple):
@@ -172,43 +174,31 @@ def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
     )
 
 
-def finished_result(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run in this folder, or None if it is missing or incomplete.
-
-    Raises:
-      ValueError: the folder holds a run with another configuration; names what differs.
-    """
-    earlier = files.read_json(folder / CONFIG)
-    if earlier is None:
-        return None
-    if earlier != config:
-        differing = ", ".join(_differences(earlier, config))
-        raise ValueError(
-            f"--workdir: {folder} holds a run with other settings ({differing}); "
-            "choose another --workdir"
-        )
-    result = files.read_json(folder / RESULT)
-    return result if isinstance(result, dict) and result.get("complete") else None
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted(set(old) | set(new))
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), key)]
-    return [] if old == new else [f"{name}: {old} there, {new} here"]
-
-
 def run(
     program: Program,
     task: Task,
     seed: int,
     folder: pathlib.Path | None,
     on_epoch: Callable[[trainer.EpochRecord], None] = lambda record: None,
+    *,
+    saving: Saving = DEFAULT_SAVING,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Trains and evaluates; writes log, configuration and result into `folder` (None: nowhere).
 
-    A folder that holds the complete result of the same run is read instead. Otherwise the run
-    starts over: it is the unit in which work is resumed.
+    A folder that holds the complete result of the same run is read instead. One that holds its
+    checkpoints goes on from the newest intact one, to the same result bit for bit.
+
+    Args:
+      program: from `make_program`.
+      task: data.
+      seed: decides the initial parameters and the order of the data.
+      folder: of this run alone.
+      on_epoch: called after every epoch.
+      saving: when to save checkpoints, and which remain.
+      should_stop: asked after every step and before every evaluation batch; True saves and raises.
+      say: called with a line for each damaged checkpoint.
 
     Returns:
       The result: final accuracy, per-class accuracy, group accuracies, curves, seconds.
@@ -216,51 +206,71 @@ def run(
     Raises:
       ValueError: the folder holds another run.
       trainer.NonFiniteLossError: the loss diverged; nothing counts as a result then.
+      lpa_jax.checkpoint.CheckpointError: no room to save, or no intact checkpoint to go on from.
+      InterruptedRunError: `should_stop` said so; the same call goes on from there.
     """
-    config = configuration(program, seed, task)
-    if folder is not None:
-        earlier = finished_result(folder, config)
-        if earlier is not None:
-            return earlier
-        files.write_json(folder / CONFIG, config)
+    run_folder = RunFolder(folder, configuration(program, seed, task), saving)
+    earlier = run_folder.result()
+    if earlier is not None:
+        return earlier
+    if should_stop():
+        raise InterruptedRunError("stopped before the run began")
     settings = program.settings
     started = time.perf_counter()
+    restored = run_folder.begin(program.init(seed), say)
+    started -= restored.notes.get("seconds", 0.0)
     train_batches = data.batches(task.train, seed, settings.batch_size)
     eval_batches = data.evaluation_batches(
         task.evaluation, _evaluation_batch_size(len(task.evaluation))
     )
     probe = train_batches[0]
-    curve = []
-    with RunLog(folder) as log:
+    steps_per_epoch = train_batches.steps_per_epoch
+    record = None
+    with RunLog(folder, restored.notes.get("rows", ())) as log:
         for state, record in trainer.train(
-            program.init(seed),
+            restored.state,
             program.stages,
             train_batches,
             settings.epochs,
-            evaluate=lambda s: trainer.evaluate_batches(program.evaluate, s, eval_batches),
+            evaluate=lambda s: trainer.evaluate_batches(
+                program.evaluate, s, eval_batches, should_stop
+            ),
             evaluate_every=settings.evaluate_every,
+            totals=restored.totals,
+            save=lambda state, totals: run_folder.save(
+                state, totals, {"rows": log.rows, "seconds": time.perf_counter() - started}
+            ),
+            should_save=saving.schedule(steps_per_epoch, settings.epochs * steps_per_epoch),
+            should_stop=should_stop,
             block_every_step=jax.local_device_count() > 1,
         ):
             scalars = _scalars(record)
-            if record.evaluation is not None and program.effect is not None:
-                effect = metrics.compute(program.effect(state, probe))
-                scalars |= {f"effect/{name}": value for name, value in effect.items()}
+            if record.evaluation is not None:
+                run_folder.score(record.step, record.evaluation["accuracy"])
+                scalars |= _effects(program, state, probe)
             log.write(record.step, scalars)
-            curve.append(scalars)
             on_epoch(record)
-    result = {
-        "complete": True,
-        "method": program.method,
-        "seed": seed,
-        "seconds": time.perf_counter() - started,
-        "evaluated_on": settings.evaluate_on,
-        "train_counts": task.counts,
-        **_final_metrics(record.evaluation, task.counts),
-        "curve": curve,
-    }
-    if folder is not None:
-        files.write_json(folder / RESULT, result)
-    return files.plain(result)
+    if record is None or record.epoch < settings.epochs:
+        raise InterruptedRunError("stopped, and what was done is saved")
+    return run_folder.finish(
+        {
+            "complete": True,
+            "method": program.method,
+            "seed": seed,
+            "seconds": time.perf_counter() - started,
+            "evaluated_on": settings.evaluate_on,
+            "train_counts": task.counts,
+            **_final_metrics(record.evaluation, task.counts),
+            "curve": log.rows,
+        }
+    )
+
+
+def _effects(program: Program, state: TrainState, probe: Mapping[str, Any]) -> dict[str, float]:
+    if program.effect is None:
+        return {}
+    effect = metrics.compute(program.effect(state, probe))
+    return {f"effect/{name}": value for name, value in effect.items()}
 
 
 def _evaluation_batch_size(size: int) -> int:

@@ -8,15 +8,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class InterruptedRunError(Exception):
-    """A run stopped because it was asked to; everything it needs to go on is saved.
-
-    Attributes:
-      exit_status: 128 + the signal's number: 143 after SIGTERM, 130 after SIGINT.
-    """
-
-    def __init__(self, message: str, exit_status: int):
-        super().__init__(message)
-        self.exit_status = exit_status
+    """A run stopped because it was asked to; what it needs to go on is saved."""
 
 
 class Interrupts:

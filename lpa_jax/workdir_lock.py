@@ -53,6 +53,16 @@ def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_if_held(folder: str | os.PathLike) -> None:
+    """Raises LockedError if another process holds the folder; makes no folder.
+
+    For an early answer, before work that a later `hold` would find was in vain.
+    """
+    if pathlib.Path(folder, NAME).exists():
+        with hold(folder):
+            pass
+
+
 def _lock(descriptor: int, folder: pathlib.Path, deadline: float) -> None:
     while True:
         try:

@@ -1,0 +1,94 @@
+"""One run's folder: its configuration, its checkpoints, its result."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments import files
+from experiments.saving import Saving
+from lpa_jax.checkpoint import Checkpoints, Restored, Totals, differences
+
+RESULT = "result.json"
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def finished_result(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of an earlier run in this folder, or None if it is missing or incomplete.
+
+    Raises:
+      ValueError: the folder holds a run with another configuration; names what differs.
+    """
+    earlier = files.read_json(folder / CONFIG)
+    if earlier is None:
+        return None
+    if earlier != config:
+        differing = ", ".join(differences(earlier, config))
+        raise ValueError(
+            f"--workdir: {folder} holds a run with other settings ({differing}); "
+            "choose another --workdir"
+        )
+    result = files.read_json(folder / RESULT)
+    return result if isinstance(result, dict) and result.get("complete") else None
+
+
+class RunFolder:
+    """What a run reads from and writes to its folder; without a path, nothing."""
+
+    def __init__(self, path: pathlib.Path | None, config: Mapping[str, Any], saving: Saving):
+        self._path, self._config, self._saving = path, config, saving
+        self._checkpoints = None
+        if path is not None:
+            self._checkpoints = Checkpoints(path / CHECKPOINTS, config=config, keep=saving.keep)
+
+    def result(self) -> dict[str, Any] | None:
+        """The result if the run has finished.
+
+        Raises:
+          ValueError: the folder holds a run with another configuration.
+        """
+        if self._path is None:
+            return None
+        result = finished_result(self._path, self._config)
+        # A kill may have come between the result and the end of the checkpoints.
+        if result is not None and not result.get("checkpoints_kept", True):
+            self._checkpoints.remove()
+        return result
+
+    def begin(self, state: Any, say: Callable[[str], None]) -> Restored:
+        """Where to go on from: the newest intact checkpoint, or the state as it is.
+
+        Raises:
+          lpa_jax.checkpoint.CheckpointError: there are checkpoints, but none is intact.
+          ValueError: they are of a run with another configuration.
+        """
+        if self._path is None:
+            return Restored(0, state, None, {}, ())
+        restored = self._checkpoints.restore(state)
+        for line in () if restored is None else restored.rejected:
+            say(line)
+        files.write_json(self._path / CONFIG, self._config)
+        return restored or Restored(0, state, None, {}, ())
+
+    def save(self, state: Any, totals: Totals, notes: Mapping[str, Any]) -> None:
+        """Saves a checkpoint.
+
+        Raises:
+          lpa_jax.checkpoint.CheckpointError: it cannot be written.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.save(int(state.step), state, totals, notes)
+
+    def score(self, step: int, accuracy: float) -> None:
+        """Says how good a step's state is, so that the best checkpoint is kept."""
+        if self._checkpoints is not None:
+            self._checkpoints.score(step, accuracy)
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the result; checkpoints go unless they are wanted. Returns it as plain values."""
+        result = files.plain({**result, "checkpoints_kept": self._saving.keep_finished})
+        if self._path is not None:
+            files.write_json(self._path / RESULT, result)
+            if not self._saving.keep_finished:
+                self._checkpoints.remove()
+        return result
