@@ -22,14 +22,19 @@ def finished_result(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str
     earlier = files.read_json(folder / CONFIG)
     if earlier is None:
         return None
+    check_same_run(folder, earlier, config)
+    result = files.read_json(folder / RESULT)
+    return result if isinstance(result, dict) and result.get("complete") else None
+
+
+def check_same_run(folder: pathlib.Path, earlier: Any, config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming what differs, unless both configurations are the same."""
     if earlier != config:
         differing = ", ".join(differences(earlier, config))
         raise ValueError(
             f"--workdir: {folder} holds a run with other settings ({differing}); "
             "choose another --workdir"
         )
-    result = files.read_json(folder / RESULT)
-    return result if isinstance(result, dict) and result.get("complete") else None
 
 
 class RunFolder:
