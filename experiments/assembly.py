@@ -12,6 +12,7 @@ from experiments.methods import (
     LDAM_DRW,
     MIXUP,
     POSTHOC,
+    RUN_OPTIONS,
     SAM,
     Part,
     loss_names,
@@ -24,6 +25,24 @@ from lpa_jax.perturbations import Perturbation
 # Share of the epochs after which LDAM-DRW re-weights: 160 of 200 in the paper.
 DRW_SWITCH = 0.8
 SAM_RHO = 0.05
+# Numbers that decide no shape and no control flow: arguments of a compiled step.
+_TRACEABLE = (
+    "radius",
+    "negative_scale",
+    "rate",
+    "sigma",
+    "alpha",
+    "probability",
+    "smoothing",
+    "tau",
+    "gamma",
+    "max_margin",
+    "scale",
+    "rho",
+    "weight",
+    "strength",
+    "eta",
+)
 
 
 class Assembled(NamedTuple):
@@ -89,6 +108,19 @@ def assemble(
             perturbing.setdefault(at, []).append(perturbation)
     chained = {at: p[0] if len(p) == 1 else lpa_jax.chain(*p) for at, p in perturbing.items()}
     return Assembled(chained, penalizing, stages, sam_rho, adjust)
+
+
+def traceable(method: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the options whose numbers may be traced instead of compiled in.
+
+    A number that is 0 turns its part off, and an option may also be a name (`scale`): those stay.
+
+    >>> traceable("lpa", {"lpa.radius": 0.1, "lpa.layer": "hidden1", "learning_rate": 0.0})
+    ('lpa.radius',)
+    """
+    own = {f"{part.name}.{option}" for part in parse(method) for option in _TRACEABLE}
+    own |= {*RUN_OPTIONS}
+    return tuple(n for n in sorted(own) if isinstance(options.get(n), float) and options[n] != 0)
 
 
 def assignment(

@@ -1,5 +1,6 @@
 """One run: a method on a task with a seed, from the first step to a complete result file."""
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -7,15 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments import files
-from experiments.assembly import assemble
+from experiments import files, task_data
+from experiments.assembly import Assembled, assemble, traceable
 from experiments.recording import RunLog
 from experiments.run_folder import RunFolder
 from experiments.saving import Saving
 from experiments.settings import Settings, Task, shot_groups
-from lpa_jax import data, losses, metrics, models, optimizers, parallel, trainer
+from lpa_jax import losses, metrics, models, optimizers, parallel, trainer
 from lpa_jax.data import augment
 from lpa_jax.diagnostics import perturbation_effect
 from lpa_jax.injection import as_network
@@ -27,6 +30,10 @@ DEFAULT_SAVING = Saving()
 
 class Program(NamedTuple):
     """What all seeds of a method share: traced and compiled once.
+
+    The method's numbers (radii, rates, the learning rate) are arguments of the compiled steps, not
+    constants in them: methods that differ in numbers alone share one entry of the compilation
+    cache, which makes a search over them several times faster.
 
     Attributes:
       method: its name.
@@ -59,83 +66,125 @@ def make_program(
     Raises:
       ValueError: naming the flag that does not fit.
     """
-    counts = task.counts
     model = models.create(settings.model, task.train.num_classes, dtype=settings.dtype)
-    total_steps = settings.epochs * -(-len(task.train) // settings.batch_size)
-    assembled = assemble(
-        method,
-        options,
-        layers=as_network(model).layers,
-        layer=layer,
-        counts=counts,
-        epochs=settings.epochs,
-        total_steps=total_steps,
-    )
-    batch_shape = (settings.batch_size, *task.train.images.shape[1:])
+    recipe = _Recipe(method, settings, task, as_network(model).layers, layer)
+    options = dict(options)
+    known = recipe.mix(options)  # refuses bad values before anything is compiled
+    numbers = {name: jnp.float32(options[name]) for name in traceable(method, options)}
+    batch_shape = (settings.batch_size, *task.train.image_shape)
     example = {"image": np.zeros(batch_shape, np.float32)}
-    optimizer = _optimizer(settings, len(task.train), options)
-    if assembled.sam_rho is not None:
-        optimizer = optimizers.sam(optimizer, assembled.sam_rho)
     normalize = task.normalization.apply
     transform = augment.create(settings.augmentation, padding=settings.crop_padding)
 
     def preprocess(rng, images, positions):
         return normalize(transform(rng, images, positions))
 
-    def evaluate(state, batch, axis_name=None):
-        batch = {**batch, "image": normalize(batch["image"])}
-        return eval_step(state, batch, adjust_logits=assembled.adjust_logits, axis_name=axis_name)
-
-    def step_with(loss):
-        return parallel.map_step(
-            functools.partial(
-                lpa_step,
-                perturbations=assembled.perturbations,
-                penalties=assembled.penalties,
-                loss=loss,
-                augment=preprocess,
-            )
+    def train_step(stage, state_and_numbers, batch, axis_name=None):
+        state, numbers = state_and_numbers
+        mixed = recipe.mix(options | numbers)
+        new_state, pairs = lpa_step(
+            state.replace(optimizer=mixed.optimizer),
+            batch,
+            perturbations=mixed.parts.perturbations,
+            penalties=mixed.parts.penalties,
+            loss=mixed.loss_stages[stage][1],
+            augment=preprocess,
+            axis_name=axis_name,
         )
+        return (new_state.replace(optimizer=state.optimizer), numbers), pairs
 
-    loss_stages = assembled.loss_stages or _loss_stages(settings, counts)
-    stages = tuple((first, step_with(loss)) for first, loss in loss_stages)
-
-    # Where the layer is drawn anew in every step there is no one effect to measure.
-    fixed = {layer: p for layer, p in assembled.perturbations.items() if isinstance(layer, str)}
+    def evaluate(state_and_numbers, batch, axis_name=None):
+        state, numbers = state_and_numbers
+        adjust = recipe.mix(options | numbers).parts.adjust_logits
+        batch = {**batch, "image": normalize(batch["image"])}
+        return eval_step(state, batch, adjust_logits=adjust, axis_name=axis_name)
 
     @jax.jit
-    def effect(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
+    def effect(state, numbers, batch):
         return perturbation_effect(
             state.network,
             state.variables,
             state.perturbation_state,
             {**batch, "image": normalize(batch["image"])},
-            perturbations=fixed,
+            perturbations=_fixed(recipe.mix(options | numbers).parts.perturbations),
             loss=losses.cross_entropy,
-            rng=rng,
+            rng=jax.random.fold_in(state.rng, state.step),
         )
 
+    def stage_step(stage):
+        mapped = parallel.map_step(functools.partial(train_step, stage))
+
+        def step(state, batch):
+            (state, _), pairs = mapped((state, numbers), batch)
+            return state, pairs
+
+        return step
+
+    mapped_evaluation = parallel.map_step(evaluate)
     return Program(
         method=method,
-        options=dict(options),
+        options=options,
         settings=settings,
         init=lambda seed: TrainState.create(
             model,
-            optimizer,
+            known.optimizer,
             jax.random.key(seed),
             example,
-            assembled.perturbations,
-            assembled.penalties,
+            known.parts.perturbations,
+            known.parts.penalties,
         ),
-        stages=stages,
-        evaluate=parallel.map_step(evaluate),
-        effect=effect if fixed else None,
+        stages=tuple(
+            (first, stage_step(stage)) for stage, (first, _) in enumerate(known.loss_stages)
+        ),
+        evaluate=lambda state, batch: mapped_evaluation((state, numbers), batch),
+        effect=(lambda state, batch: effect(state, numbers, batch))
+        if _fixed(known.parts.perturbations)
+        else None,
     )
 
 
-def _optimizer(settings: Settings, train_size: int, options: Mapping[str, Any]):
-    steps_per_epoch = -(-train_size // settings.batch_size)
+class _Mixed(NamedTuple):
+    """A method with its options put in."""
+
+    parts: Assembled
+    optimizer: optax.GradientTransformation
+    loss_stages: tuple[tuple[int, losses.Loss], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """How a method is built from options, whose numbers are known outside jit and traced inside."""
+
+    method: str
+    settings: Settings
+    task: Task
+    layers: tuple[str, ...]
+    layer: str | None
+
+    def mix(self, options: Mapping[str, Any]) -> _Mixed:
+        settings, counts = self.settings, self.task.counts
+        steps_per_epoch = -(-len(self.task.train) // settings.batch_size)
+        parts = assemble(
+            self.method,
+            options,
+            layers=self.layers,
+            layer=self.layer,
+            counts=counts,
+            epochs=settings.epochs,
+            total_steps=settings.epochs * steps_per_epoch,
+        )
+        optimizer = _optimizer(settings, steps_per_epoch, options)
+        if parts.sam_rho is not None:
+            optimizer = optimizers.sam(optimizer, parts.sam_rho)
+        return _Mixed(parts, optimizer, parts.loss_stages or _loss_stages(settings, counts))
+
+
+def _fixed(perturbations: Mapping[Any, Any]) -> dict[str, Any]:
+    """Those at one layer: where a step draws the layer there is no one effect to measure."""
+    return {layer: p for layer, p in perturbations.items() if isinstance(layer, str)}
+
+
+def _optimizer(settings: Settings, steps_per_epoch: int, options: Mapping[str, Any]):
     rate = optimizers.schedule(
         settings.schedule,
         options.get("learning_rate", settings.learning_rate),
@@ -162,7 +211,8 @@ def _loss_stages(settings: Settings, counts) -> tuple[tuple[int, losses.Loss], .
 def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
     """Everything that decides a run's result, as plain values."""
     settings = program.settings.as_dict()
-    settings.pop("data_dir")
+    for folder in ("data_dir", "image_root"):
+        settings.pop(folder)
     return files.plain(
         {
             "method": program.method,
@@ -219,8 +269,8 @@ def run(
     started = time.perf_counter()
     restored = run_folder.begin(program.init(seed), say)
     started -= restored.notes.get("seconds", 0.0)
-    train_batches = data.batches(task.train, seed, settings.batch_size)
-    eval_batches = data.evaluation_batches(
+    train_batches = task_data.train_batches(task.train, seed, settings.batch_size)
+    eval_batches = task_data.evaluation_batches(
         task.evaluation, _evaluation_batch_size(len(task.evaluation))
     )
     probe = train_batches[0]

@@ -56,11 +56,11 @@ def run_trial(
     options = search.draw(method, trial, hidden, FLAGS.search_seed)
     accuracies = []
     try:
-        program = runner.make_program(method, options, settings, tasks[min(tasks)])
+        program = _scoring(runner.make_program(method, options, settings, tasks[min(tasks)]))
         for seed, task in tasks.items():
             progress.start(f"{method} trial {trial} seed {seed}")
             if task.counts != tasks[min(tasks)].counts:
-                program = runner.make_program(method, options, settings, task)
+                program = _scoring(runner.make_program(method, options, settings, task))
             accuracies.append(runner.run(program, task, seed, None, progress.epoch)["accuracy"])
             progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
     except trainer.NonFiniteLossError as error:
@@ -69,6 +69,11 @@ def run_trial(
     score = float(np.mean(accuracies)) if accuracies else None
     return {"method": method, "trial": trial, "options": options, "score": score,
             "accuracies": accuracies}  # fmt: skip
+
+
+def _scoring(program: runner.Program) -> runner.Program:
+    """The program without what a score does not need, which would have to be compiled, too."""
+    return program._replace(effect=None)
 
 
 def trial_path(workdir: pathlib.Path, method: str, trial: int) -> pathlib.Path:

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax.tracing import is_known
+
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -69,7 +71,7 @@ def label_smoothing(smoothing: float = 0.1) -> Loss:
     References:
       Szegedy et al. 2016, Rethinking the Inception Architecture for Computer Vision, section 7.
     """
-    _require(0.0 <= smoothing < 1.0, "smoothing", smoothing, "in [0, 1)")
+    _require(not is_known(smoothing) or 0.0 <= smoothing < 1.0, "smoothing", smoothing, "in [0, 1)")
 
     def loss(logits, targets):
         logits, targets = _prepare(logits, targets)
@@ -168,8 +170,13 @@ def ldam(counts: Sequence[float], max_margin: float = 0.5, scale: float = 30.0) 
       arXiv 1906.07413, equations 12 and 13; the scale is the released code's.
     """
     counts = _check_counts(counts)
-    _require(0.0 <= max_margin < math.inf, "max_margin", max_margin, "finite and at least 0")
-    _require(0.0 < scale < math.inf, "scale", scale, "finite and positive")
+    _require(
+        not is_known(max_margin) or 0.0 <= max_margin < math.inf,
+        "max_margin",
+        max_margin,
+        "finite and at least 0",
+    )
+    _require(not is_known(scale) or 0.0 < scale < math.inf, "scale", scale, "finite and positive")
     margins = max_margin * (counts.min() / counts) ** 0.25
 
     def loss(logits, targets):
@@ -203,7 +210,9 @@ def focal(gamma: float = 2.0) -> Loss:
     References:
       Lin et al. 2017, Focal Loss for Dense Object Detection, arXiv 1708.02002, equation 4.
     """
-    _require(0.0 <= gamma < math.inf, "gamma", gamma, "finite and at least 0")
+    _require(
+        not is_known(gamma) or 0.0 <= gamma < math.inf, "gamma", gamma, "finite and at least 0"
+    )
 
     def loss(logits, targets):
         logits, targets = _prepare(logits, targets)
@@ -455,7 +464,7 @@ def _check_counts(counts: Sequence[float]) -> np.ndarray:
 
 def _log_prior(counts: Sequence[float], tau: float) -> np.ndarray:
     counts = _check_counts(counts)
-    _require(0.0 <= tau < math.inf, "tau", tau, "finite and at least 0")
+    _require(not is_known(tau) or 0.0 <= tau < math.inf, "tau", tau, "finite and at least 0")
     return tau * np.log(counts / counts.sum())
 
 

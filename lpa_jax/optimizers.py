@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lpa_jax.tracing import is_known, vanishes
+
 LearningRate = float | optax.Schedule
 
 SCHEDULES = ("constant", "cosine", "step")
@@ -67,7 +69,7 @@ def sgd(
     _check_common(learning_rate, weight_decay, clip_norm)
     _require(0.0 <= momentum < 1.0, "momentum", momentum, "in [0, 1)")
     transforms = _clipping(clip_norm)
-    if weight_decay:
+    if not vanishes(weight_decay):
         transforms.append(
             optax.add_decayed_weights(weight_decay, _decay_mask(decay_biases_and_norms))
         )
@@ -164,7 +166,7 @@ def sam(
       Foret et al. 2021, Sharpness-Aware Minimization for Efficiently Improving Generalization,
       arXiv 2010.01412, equation 3.
     """
-    _require(0.0 < rho < math.inf, "rho", rho, "positive and finite")
+    _require(not is_known(rho) or 0.0 < rho < math.inf, "rho", rho, "positive and finite")
     ascend = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     return optax.contrib.sam(optimizer, ascend, sync_period=2, opaque_mode=True)
 
@@ -215,7 +217,12 @@ def schedule(
     """
     if name not in SCHEDULES:
         raise ValueError(f"name must be one of {', '.join(SCHEDULES)}; got {name!r}")
-    _require(0.0 <= base_rate < math.inf, "base_rate", base_rate, "finite and at least 0")
+    _require(
+        not is_known(base_rate) or 0.0 <= base_rate < math.inf,
+        "base_rate",
+        base_rate,
+        "finite and at least 0",
+    )
     _require(total_steps >= 1, "total_steps", total_steps, "at least 1")
     _require(
         0 <= warmup_steps < total_steps,
@@ -301,12 +308,17 @@ def _check_common(
     learning_rate: LearningRate, weight_decay: float, clip_norm: float | None
 ) -> None:
     _require(
-        callable(learning_rate) or 0.0 <= learning_rate < math.inf,
+        callable(learning_rate) or not is_known(learning_rate) or 0.0 <= learning_rate < math.inf,
         "learning_rate",
         learning_rate,
         "finite and at least 0, or a function of the step",
     )
-    _require(0.0 <= weight_decay < math.inf, "weight_decay", weight_decay, "finite and at least 0")
+    _require(
+        not is_known(weight_decay) or 0.0 <= weight_decay < math.inf,
+        "weight_decay",
+        weight_decay,
+        "finite and at least 0",
+    )
     _require(
         clip_norm is None or 0.0 < clip_norm < math.inf,
         "clip_norm",

@@ -1,12 +1,18 @@
 """The grammar of methods and what a name stands for."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lpa_jax
 from experiments import methods, search
-from experiments.assembly import assemble
-from lpa_jax import losses
+from experiments.assembly import assemble, traceable
+from lpa_jax import losses, optimizers
+from lpa_jax.models import MLP
+from tests import toy
 
 LAYERS = ("input", "hidden1", "hidden2", "logits")
 COUNTS = (100, 10, 1)
@@ -90,3 +96,53 @@ def test_an_option_reaches_its_part_only():
     assert options == {"focal.gamma": 3.0}
     with pytest.raises(ValueError, match="--option: focal has no option 'tau'; it has: gamma"):
         methods.options_for("focal", {}, {"focal.tau": 1})
+
+
+TRACED = (
+    "lpa+lpl",
+    "adversarial",
+    "dropout",
+    "gaussian_noise",
+    "manifold_mixup",
+    "mixup",
+    "sam",
+    "label_smoothing",
+    "focal",
+    "logit_adjusted",
+    "ldam_drw",
+    "isda",
+)
+
+
+@pytest.mark.parametrize("method", TRACED)
+def test_numbers_may_be_arguments_of_the_compiled_step(method):
+    """Traced and known numbers build the same step: what a program does depends on no tracer."""
+    batch = {"image": np.linspace(0, 1, 24, dtype=np.float32).reshape(6, 2, 2, 1)}
+    batch = {"image": jnp.asarray(batch["image"]), "label": jnp.array([0, 0, 1, 1, 2, 0])}
+    options = search.draw(method, 1, LAYERS[1:-1])
+    names = traceable(method, options)
+    assert set(methods.RUN_OPTIONS) < set(names)
+    model = MLP(num_classes=3, hidden=(4, 4))
+
+    def mix(options):
+        recipe = built(method, options, epochs=5, total_steps=10)
+        optimizer = optimizers.sgd(options["learning_rate"], weight_decay=options["weight_decay"])
+        optimizer = (
+            optimizer if recipe.sam_rho is None else optimizers.sam(optimizer, recipe.sam_rho)
+        )
+        loss = recipe.loss_stages[-1][1] if recipe.loss_stages else losses.cross_entropy
+        parts = {"perturbations": recipe.perturbations, "penalties": recipe.penalties}
+        return optimizer, loss, parts
+
+    optimizer, loss, parts = mix(options)
+    state = lpa_jax.TrainState.create(model, optimizer, jax.random.key(0), batch, **parts)
+
+    @jax.jit
+    def traced_step(state, numbers):
+        optimizer, loss, parts = mix(options | numbers)
+        after, _ = lpa_jax.lpa_step(state.replace(optimizer=optimizer), batch, loss=loss, **parts)
+        return after.params
+
+    numbers = {name: jnp.float32(options[name]) for name in names}
+    known, _ = jax.jit(functools.partial(lpa_jax.lpa_step, loss=loss, **parts))(state, batch)
+    toy.assert_trees_close(traced_step(state, numbers), known.params)

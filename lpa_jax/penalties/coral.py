@@ -14,6 +14,7 @@ from lpa_jax.penalties.common import (
     zero,
 )
 from lpa_jax.perturbations.base import check_range
+from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -47,7 +48,7 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
     """
     check_whole("num_domains", num_domains, 2)
     check_range("weight", weight, 0.0)
-    if weight == 0:
+    if vanishes(weight):
         return zero("coral")
 
     def init(shapes, num_classes):

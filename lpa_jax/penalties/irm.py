@@ -7,6 +7,7 @@ from lpa_jax import pgd
 from lpa_jax.penalties.base import Observed, Penalty, register
 from lpa_jax.penalties.common import annealed, check_whole, domains, mean_where, stateless, zero
 from lpa_jax.perturbations.base import check_range
+from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -43,7 +44,7 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
     check_whole("num_domains", num_domains, 2)
     check_range("weight", weight, 0.0)
     check_whole("anneal_steps", anneal_steps, 0)
-    if weight == 0:
+    if vanishes(weight):
         return zero("irm")
 
     def value(observed):

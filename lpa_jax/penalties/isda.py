@@ -13,6 +13,7 @@ from lpa_jax.penalties.common import (
     zero,
 )
 from lpa_jax.perturbations.base import check_range
+from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 State = dict[str, Array]
@@ -65,7 +66,7 @@ def isda(layer: str, total_steps: int, strength: float = 0.5, diagonal: bool = F
     """
     check_whole("total_steps", total_steps, 1)
     check_range("strength", strength, 0.0)
-    if strength == 0:
+    if vanishes(strength):
         return zero("isda")
 
     def init(shapes, num_classes):

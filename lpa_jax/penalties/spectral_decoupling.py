@@ -4,6 +4,7 @@ from lpa_jax import pgd
 from lpa_jax.penalties.base import Penalty, register
 from lpa_jax.penalties.common import batch_mean, stateless, zero
 from lpa_jax.perturbations.base import check_range
+from lpa_jax.tracing import vanishes
 
 
 @register("spectral_decoupling")
@@ -28,7 +29,7 @@ def spectral_decoupling(weight: float = 0.1) -> Penalty:
     'spectral_decoupling'
     """
     check_range("weight", weight, 0.0)
-    if weight == 0:
+    if vanishes(weight):
         return zero("spectral_decoupling")
 
     def value(observed):

@@ -10,6 +10,7 @@ from lpa_jax.penalties.common import (
     zero,
 )
 from lpa_jax.perturbations.base import check_range
+from lpa_jax.tracing import vanishes
 
 
 @register("vrex")
@@ -42,7 +43,7 @@ def vrex(num_domains: int, weight: float = 10.0, anneal_steps: int = 500) -> Pen
     check_whole("num_domains", num_domains, 2)
     check_range("weight", weight, 0.0)
     check_whole("anneal_steps", anneal_steps, 0)
-    if weight == 0:
+    if vanishes(weight):
         return zero("vrex")
 
     def value(observed):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from lpa_jax import pgd
 from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
 from lpa_jax.perturbations.lpa import SCALES
+from lpa_jax.tracing import vanishes
 
 
 @register("adversarial")
@@ -48,7 +49,7 @@ def adversarial(
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     options = pgd.PGDOptions(steps, step_size, "free", norm, "full").validate()
-    if radius == 0 or steps == 0:
+    if vanishes(radius) or steps == 0:
         return identity("adversarial")
 
     def perturb(site):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax.tracing import is_known
+
 Array = jax.Array
 State = Any
 
@@ -180,7 +182,9 @@ def per_example(values: Array, like: Array) -> Array:
 
 
 def check_range(name: str, value: float, low: float, high: float = np.inf, open_high=False) -> None:
-    """Raises ValueError unless `value` is finite and in [low, high], or [low, high)."""
+    """Raises ValueError unless `value` is finite and in [low, high], or [low, high), or traced."""
+    if not is_known(value):
+        return
     if np.isfinite(value) and low <= value <= high and not (open_high and value == high):
         return
     if high == np.inf:

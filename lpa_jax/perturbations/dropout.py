@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lpa_jax import pgd
 from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
+from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -27,7 +28,7 @@ def dropout(rate: float = 0.1) -> Perturbation:
     'dropout'
     """
     check_range("rate", rate, 0.0, 1.0, open_high=True)
-    if rate == 0:
+    if vanishes(rate):
         return identity("dropout")
 
     def perturb(site):

@@ -16,6 +16,7 @@ from lpa_jax.perturbations.base import (
     identity,
     register,
 )
+from lpa_jax.tracing import vanishes
 
 MODES = ("cold", "carry", "free")
 SCALES = ("relative", "absolute")
@@ -111,7 +112,7 @@ def class_level(
     options.validate()
     if mode == "free" and options.steps != 1:
         raise ValueError(f"steps must be 1 with mode='free', got {options.steps!r}")
-    if radius == 0 or options.steps == 0:
+    if vanishes(radius) or options.steps == 0:
         return identity(name)
     method = _ClassLevel(radius, options, assignment, mode, scale, negative_scale)
     update = method.update if mode == "free" else None

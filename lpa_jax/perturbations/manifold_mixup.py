@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lpa_jax import pgd
 from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
+from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ def manifold_mixup(alpha: float = 1.0) -> Perturbation:
     'manifold_mixup'
     """
     check_range("alpha", alpha, 0.0)
-    if alpha == 0:
+    if vanishes(alpha):
         return identity("manifold_mixup")
 
     def perturb(site):

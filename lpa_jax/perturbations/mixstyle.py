@@ -13,6 +13,7 @@ from lpa_jax.perturbations.base import (
     stateless,
 )
 from lpa_jax.perturbations.manifold_mixup import partner_share
+from lpa_jax.tracing import vanishes
 
 VARIANCE_FLOOR = 1e-6
 
@@ -46,7 +47,7 @@ def mixstyle(alpha: float = 0.1, probability: float = 0.5) -> Perturbation:
     """
     check_range("alpha", alpha, 0.0)
     check_range("probability", probability, 0.0, 1.0)
-    if alpha == 0 or probability == 0:
+    if vanishes(alpha) or vanishes(probability):
         return identity("mixstyle")
 
     def perturb(site):

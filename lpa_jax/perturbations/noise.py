@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lpa_jax import pgd
 from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
+from lpa_jax.tracing import vanishes
 
 
 @register("gaussian_noise")
@@ -30,7 +31,7 @@ def gaussian_noise(sigma: float = 0.1) -> Perturbation:
     'gaussian_noise'
     """
     check_range("sigma", sigma, 0.0)
-    if sigma == 0:
+    if vanishes(sigma):
         return identity("gaussian_noise")
 
     def perturb(site):

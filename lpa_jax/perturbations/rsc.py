@@ -14,6 +14,7 @@ from lpa_jax.perturbations.base import (
     register,
     stateless,
 )
+from lpa_jax.tracing import vanishes
 
 
 @register("rsc")
@@ -45,7 +46,7 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
     """
     check_range("drop_f", drop_f, 0.0, 1.0)
     check_range("drop_b", drop_b, 0.0, 1.0)
-    if drop_f == 0 or drop_b == 0:
+    if vanishes(drop_f) or vanishes(drop_b):
         return identity("rsc")
 
     def perturb(site):

@@ -8,6 +8,7 @@ import numpy as np
 
 from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
 from lpa_jax.perturbations.dropout import inverted_dropout
+from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -46,7 +47,7 @@ def spatial_dropout(rate: float = 0.1, *, block_size: int | None = None) -> Pert
     check_range("rate", rate, 0.0, 1.0, open_high=True)
     if block_size is not None and (not isinstance(block_size, int | np.integer) or block_size < 1):
         raise ValueError(f"block_size must be None or a whole number >= 1, got {block_size!r}")
-    if rate == 0:
+    if vanishes(rate):
         return identity("spatial_dropout")
 
     def perturb(site):
