@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import files, run_flags, runner, search
+from experiments import files, methods, run_flags, runner, search
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
 from lpa_jax import models, trainer
@@ -42,6 +42,7 @@ def define_flags() -> None:
     run_flags.define_data_flags(dataset="mnist5k", profile="exponential")
     run_flags.define_training_flags()
     run_flags.define_runtime_flags()
+    run_flags.define_perturbation_flags()
     FLAGS.set_default("evaluate_on", "validation")
     flags.adopt_module_key_flags(run_flags)
 
@@ -53,7 +54,8 @@ def run_trial(
     hidden = models.create(settings.model, next(iter(tasks.values())).train.num_classes).layers[
         1:-1
     ]
-    options = search.draw(method, trial, hidden, FLAGS.search_seed)
+    drawn = search.draw(method, trial, hidden, FLAGS.search_seed)
+    options = methods.options_for(method, drawn, run_flags.explicit_options())
     accuracies = []
     try:
         program = _scoring(runner.make_program(method, options, settings, tasks[min(tasks)]))
@@ -81,10 +83,10 @@ def trial_path(workdir: pathlib.Path, method: str, trial: int) -> pathlib.Path:
     return workdir / "trials" / method / f"{trial:04d}.json"
 
 
-def choose(workdir: pathlib.Path, methods: list[str], trials: int) -> dict[str, Any] | None:
+def choose(workdir: pathlib.Path, names: list[str], trials: int) -> dict[str, Any] | None:
     """The best trial of every method, or None while a trial is missing."""
     chosen = {}
-    for method in methods:
+    for method in names:
         outcomes = [files.read_json(trial_path(workdir, method, t)) for t in range(trials)]
         if any(outcome is None for outcome in outcomes):
             return None
@@ -111,6 +113,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         "settings": settings.as_dict() | {"data_dir": None},
         "seeds": list(tasks),
         "search_seed": FLAGS.search_seed,
+        "fixed_options": run_flags.explicit_options(),
     }
     setting = files.plain(setting)
     earlier = files.read_json(workdir / "setting.json")
