@@ -1,249 +1,41 @@
-"""Penalties: each against its published equation in NumPy, and one contract for all of them."""
+"""Penalties: each against its published equation, and one contract for all of them."""
 
-import dataclasses
-import functools
 import inspect
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from penalty_reference import (
+    BATCH,
+    DOMAINS,
+    INPUTS,
+    OPTIONS,
+    STEP,
+    assert_close,
+    assert_finite,
+    batches,
+    by_hand,
+    differentiate,
+    first_state,
+    forward,
+    make_batch,
+    make_params,
+    numerical_gradient,
+    observe,
+    problem,
+    reference,
+    reference_group_dro,
+    reference_q,
+    run,
+    single,
+)
 
-from lpa_jax import losses, penalties
-from lpa_jax.penalties import Observed
+from lpa_jax import penalties
 
-INPUTS, WIDTH, CLASSES, DOMAINS = 3, 3, 4, 5
-LAYER, STEP = "hidden", 600
-# Domain 3 is absent, 4 has one example; the halves of domain 2 are on different devices, and the
-# first device has an odd number of domain 0. Class 3 is absent.
-DOMAIN = np.array([0, 1, 0, 0, 2, 1, 0, 1, 4, 0, 2, 1], np.int32)
-LABELS = np.array([0, 1, 1, 2, 0, 0, 1, 1, 0, 2, 2, 0], np.int32)
-BATCH = DOMAIN.size
-
-OPTIONS = {
-    "coral": {"num_domains": DOMAINS, "layer": LAYER, "weight": 1.5},
-    "group_dro": {"num_domains": DOMAINS, "eta": 0.7},
-    "irm": {"num_domains": DOMAINS, "weight": 3.0},
-    "isda": {"layer": LAYER, "total_steps": 1000, "strength": 2.0},
-    "spectral_decoupling": {"weight": 0.3},
-    "vrex": {"num_domains": DOMAINS, "weight": 4.0},
-}
 OVER_DOMAINS = ("coral", "group_dro", "irm", "vrex")
 every_penalty = pytest.mark.parametrize("name", OPTIONS)
 over_domains = pytest.mark.parametrize("name", OVER_DOMAINS)
-
-
-def make_params(dtype=np.float64):
-    generator = np.random.default_rng(0)
-    shapes = {"w1": (INPUTS, WIDTH), "w2": (WIDTH, CLASSES), "b": (CLASSES,)}
-    return {name: generator.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def make_batch(seed=1, labels=LABELS, domain=DOMAIN):
-    x = np.random.default_rng(seed).normal(size=(len(labels), INPUTS))
-    # Domains differ in scale, so that no two covariances or risks agree.
-    return {"x": x * (1 + 0.3 * domain[:, np.newaxis]), "label": labels, "domain": domain}
-
-
-# The library's side: a tanh layer and a linear head, differentiated.
-
-
-def observe(params, batch, step=STEP, axis_name=None, loss=losses.cross_entropy):
-    def decode(layer, h):
-        assert layer == LAYER
-        return h @ params["w2"] + params["b"][None]
-
-    features = jnp.tanh(batch["x"].astype(params["w1"].dtype) @ params["w1"])
-    logits = decode(LAYER, features)
-    targets = jax.nn.one_hot(batch["label"], CLASSES)
-    return Observed(
-        losses=loss(logits, targets),
-        logits=logits,
-        targets=targets,
-        labels=batch["label"],
-        domain=batch.get("domain"),
-        features={LAYER: features},
-        decode=decode,
-        loss=loss,
-        step=jnp.asarray(step),
-        axis_name=axis_name,
-    )
-
-
-class Problem(NamedTuple):
-    """A penalty, its first state and its compiled (value, new state), gradient."""
-
-    penalty: penalties.Penalty
-    state: object
-    value_and_grad: object
-
-
-def differentiate(penalty, axis_name=None):
-    def value(params, state, batch, step):
-        return penalty.apply(state, observe(params, batch, step, axis_name))
-
-    return jax.value_and_grad(value, has_aux=True)
-
-
-def first_state(penalty, layer_shape=(BATCH, WIDTH)):
-    return penalty.init({LAYER: jax.ShapeDtypeStruct(layer_shape, jnp.float32)}, CLASSES)
-
-
-@functools.cache
-def problem(name, **options):
-    penalty = penalties.create(name, **(OPTIONS[name] | options))
-    return Problem(penalty, first_state(penalty), jax.jit(differentiate(penalty)))
-
-
-def single(tree):
-    """The batch or parameters as the device takes them: float32 and int32."""
-    return jax.tree.map(
-        lambda v: jnp.asarray(v, jnp.float32 if v.dtype.kind == "f" else None), tree
-    )
-
-
-def run(name, batch=None, state=None, step=STEP, dtype=jnp.float32, **options):
-    """Value, new state and gradient with respect to the parameters."""
-    _, first, value_and_grad = problem(name, **options)
-    params = jax.tree.map(lambda v: jnp.asarray(v, dtype), make_params())
-    batch = single(make_batch() if batch is None else batch)
-    (value, state), gradient = value_and_grad(
-        params, first if state is None else state, batch, jnp.asarray(step)
-    )
-    return value, state, gradient
-
-
-# The references' side: NumPy in float64, one example, domain or pair at a time.
-
-
-class Pass(NamedTuple):
-    features: np.ndarray
-    logits: np.ndarray
-    losses: np.ndarray
-    labels: np.ndarray
-    domain: np.ndarray
-    head: np.ndarray
-
-
-def forward(params, batch):
-    features = np.tanh(batch["x"] @ params["w1"])
-    logits = features @ params["w2"] + params["b"]
-    values = [entropy(z, y) for z, y in zip(logits, batch["label"], strict=True)]
-    return Pass(features, logits, np.array(values), batch["label"], batch["domain"], params["w2"])
-
-
-def entropy(z, label):
-    return np.log(np.sum(np.exp(z - z.max()))) + z.max() - z[label]
-
-
-def members(seen, at_least=1):
-    indices = [np.flatnonzero(seen.domain == d) for d in range(DOMAINS)]
-    return [i for i in indices if i.size >= at_least]
-
-
-def reference_coral(seen, weight=1.5):
-    groups = [seen.features[i] for i in members(seen, at_least=2)]
-    terms = []
-    for i, a in enumerate(groups):
-        for b in groups[i + 1 :]:
-            mean = np.mean((a.mean(axis=0) - b.mean(axis=0)) ** 2)
-            covariance = np.mean((np.cov(a.T) - np.cov(b.T)) ** 2)
-            terms.append(mean + covariance)
-    return weight * np.mean(terms)
-
-
-def reference_q(seen, q, eta=0.7):
-    q = np.array(q, np.float64)
-    for d in range(DOMAINS):
-        if np.any(seen.domain == d):
-            q[d] *= np.exp(eta * seen.losses[seen.domain == d].mean())
-    return q / q.sum()
-
-
-def reference_group_dro(seen, q):
-    risks = [seen.losses[seen.domain == d] for d in range(DOMAINS)]
-    objective = sum(w * r.mean() for w, r in zip(q, risks, strict=True) if r.size)
-    return objective - seen.losses.mean()
-
-
-def reference_irm(seen, weight=3.0):
-    terms = []
-    for i in members(seen, at_least=2):
-        slopes = []
-        for z, label in zip(seen.logits[i], seen.labels[i], strict=True):
-            p = np.exp(z - z.max()) / np.sum(np.exp(z - z.max()))
-            slopes.append(p @ z - z[label])
-        terms.append(np.mean(slopes[::2]) * np.mean(slopes[1::2]))
-    return weight * np.mean(terms)
-
-
-def reference_vrex(seen, weight=4.0):
-    return weight * np.var([seen.losses[i].mean() for i in members(seen)])
-
-
-def class_covariances(features, labels):
-    covariances = np.zeros((CLASSES, WIDTH, WIDTH))
-    for c in set(labels):
-        covariances[c] = np.cov(features[labels == c].T, bias=True)
-    return covariances
-
-
-def augmented_logits(seen, covariances, ratio):
-    augmented = seen.logits.copy()
-    for i, y in enumerate(seen.labels):
-        for j in range(CLASSES):
-            apart = seen.head[:, j] - seen.head[:, y]
-            augmented[i, j] += ratio / 2 * apart @ covariances[y] @ apart
-    return augmented
-
-
-def reference_isda(seen, covariances, ratio=2.0 * STEP / 1000):
-    augmented = augmented_logits(seen, covariances, ratio)
-    values = [entropy(z, y) for z, y in zip(augmented, seen.labels, strict=True)]
-    return np.mean(values) - seen.losses.mean()
-
-
-def reference(name):
-    """The penalty as a function of a pass, with what no gradient flows through held fixed."""
-    base = forward(make_params(), make_batch())
-    if name == "group_dro":
-        q = reference_q(base, np.ones(DOMAINS) / DOMAINS)
-        return functools.partial(reference_group_dro, q=q)
-    if name == "isda":
-        covariances = class_covariances(base.features, base.labels)
-        return functools.partial(reference_isda, covariances=covariances)
-    return {
-        "coral": reference_coral,
-        "irm": reference_irm,
-        "vrex": reference_vrex,
-        "spectral_decoupling": lambda seen: 0.3 * np.mean(seen.logits**2),
-    }[name]
-
-
-def numerical_gradient(name, eps=1e-5):
-    params, penalty = make_params(), reference(name)
-    gradient = {key: np.zeros_like(value) for key, value in params.items()}
-    for key, value in params.items():
-        for index in np.ndindex(value.shape):
-            sides = []
-            for sign in (1, -1):
-                moved = {k: v.copy() for k, v in params.items()}
-                moved[key][index] += sign * eps
-                sides.append(penalty(forward(moved, make_batch())))
-            gradient[key][index] = (sides[0] - sides[1]) / (2 * eps)
-    return gradient
-
-
-def assert_close(actual, expected, rtol=1e-4, atol=1e-5):
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol, atol=atol), actual, expected
-    )
-
-
-def assert_finite(tree):
-    for leaf in jax.tree.leaves(tree):
-        assert np.all(np.isfinite(np.asarray(leaf, np.float64)))
 
 
 # One contract for all
@@ -428,18 +220,6 @@ def test_features_that_are_not_vectors_are_refused(name, layer):
 # By hand
 
 
-def by_hand(name, domain, features=((0.0,),), losses_=(0.0,), **options):
-    penalty = penalties.create(name, **(OPTIONS[name] | options))
-    batch = {"x": jnp.zeros((1, INPUTS)), "label": jnp.zeros(1, jnp.int32)}
-    observed = dataclasses.replace(
-        observe(single(make_params()), batch),
-        domain=jnp.asarray(domain),
-        features={LAYER: jnp.asarray(features)},
-        losses=jnp.asarray(losses_),
-    )
-    return penalty.apply(first_state(penalty), observed)
-
-
 def test_coral_by_hand():
     # Means 1 and 3 differ by 2, variances 2 and 8 by 6.
     value, _ = by_hand("coral", [0, 1, 0, 1], [[0.0], [1.0], [2.0], [5.0]], weight=1.0)
@@ -462,15 +242,7 @@ def test_group_dro_by_hand():
     np.testing.assert_allclose(value, (2 / 9 + 2 * 4 / 9 - 4 / 3) * log2, rtol=1e-5)
 
 
-# States
-
-
-def batches():
-    """Three batches with other inputs and domains; class 3 and domain 3 appear in the last."""
-    generator = np.random.default_rng(7)
-    yield make_batch()
-    yield make_batch(2, domain=generator.permutation(DOMAIN))
-    yield make_batch(3, labels=np.repeat(np.array([0, 3], np.int32), 6), domain=DOMAIN // 2 + 2)
+# Weights of the domains
 
 
 def test_group_dro_weights_multiply_over_batches():
@@ -487,76 +259,3 @@ def test_group_dro_weights_survive_losses_that_would_underflow_them():
     value, state = by_hand("group_dro", [0, 1], losses_=[1000.0, 0.0], eta=10.0)
     assert_finite((value, state))
     np.testing.assert_allclose(value, 1000.0 - 500.0)
-
-
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_isda_covariances_over_batches_are_those_of_all_the_data(diagonal):
-    state, passes = None, []
-    for batch in batches():
-        before = state
-        _, state, _ = run("isda", batch, state, diagonal=diagonal)
-        passes.append(forward(make_params(), batch))
-    features = np.concatenate([p.features for p in passes])
-    labels = np.concatenate([p.labels for p in passes])
-    expected = class_covariances(features, labels)
-    if diagonal:
-        expected = np.diagonal(expected, axis1=1, axis2=2)
-    assert_close(state["covariance"], expected, atol=1e-6)
-    assert_close(state["mean"], [features[labels == c].mean(axis=0) for c in range(CLASSES)])
-    np.testing.assert_array_equal(state["count"], np.bincount(labels))
-    for key in state:  # classes 1 and 2 are absent from the last batch
-        np.testing.assert_array_equal(state[key][1:3], before[key][1:3])
-
-
-def test_isda_diagonal_drops_the_covariances_between_features():
-    seen = forward(make_params(), make_batch())
-    covariances = class_covariances(seen.features, seen.labels) * np.eye(WIDTH)
-    np.testing.assert_allclose(
-        run("isda", diagonal=True)[0], reference_isda(seen, covariances), rtol=1e-4
-    )
-
-
-def test_isda_with_more_classes_than_examples_keeps_to_the_equation():
-    labels = np.array([2, 0, 2], np.int32)
-    batch = make_batch(labels=labels, domain=labels)
-    seen = forward(make_params(), batch)
-    value, _, gradient = run("isda", batch)
-    np.testing.assert_allclose(
-        value, reference_isda(seen, class_covariances(seen.features, labels)), rtol=1e-4
-    )
-    assert_finite(gradient)
-
-
-def test_isda_strength_grows_with_the_step_and_stops_at_the_end():
-    seen = forward(make_params(), make_batch())
-    covariances = class_covariances(seen.features, seen.labels)
-    for step, ratio in [(0, 0.0), (250, 0.5), (1000, 2.0), (3000, 2.0)]:
-        expected = reference_isda(seen, covariances, ratio)
-        np.testing.assert_allclose(run("isda", step=step)[0], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_isda_bounds_the_expected_loss_of_augmented_features():
-    seen = forward(make_params(), make_batch())
-    covariances = class_covariances(seen.features, seen.labels)
-    generator, ratio, draws = np.random.default_rng(0), 0.5, 4000
-    expected = 0.0
-    for z, y in zip(seen.logits, seen.labels, strict=True):
-        noise = generator.multivariate_normal(np.zeros(WIDTH), ratio * covariances[y], draws)
-        expected += np.mean([entropy(z + e @ seen.head, y) for e in noise]) / BATCH
-    bound = float(run("isda", step=250)[0]) + seen.losses.mean()
-    assert seen.losses.mean() + 0.05 < expected < bound < expected + 0.15
-
-
-def test_isda_augments_the_training_loss_whichever_it_is():
-    """With a loss that is a square of cross entropy, the objective is that loss of z'."""
-    penalty, state, _ = problem("isda")
-    observed = observe(
-        single(make_params()),
-        single(make_batch()),
-        loss=lambda z, t: losses.cross_entropy(z, t) ** 2,
-    )
-    seen = forward(make_params(), make_batch())
-    z = augmented_logits(seen, class_covariances(seen.features, seen.labels), 2.0 * STEP / 1000)
-    objective = penalty.apply(state, observed)[0] + jnp.mean(observed.losses)
-    expected = np.mean([entropy(row, y) ** 2 for row, y in zip(z, LABELS, strict=True)])
-    np.testing.assert_allclose(objective, expected, rtol=1e-4)
