@@ -1,0 +1,233 @@
+r"""How a perturbation injected at one layer grows on its way to the logits.
+
+    gain_{l->m}(delta) = ||h_m(h_l + delta) - h_m(h_l)|| / ||delta||,
+
+beside it the local bound: the largest singular value of the Jacobian dh_m/dh_l, which no gain of a
+vanishing delta exceeds (and which gains of a finite delta may, where the network curves). Both are
+per example and in evaluation mode, in which examples do not interact.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax import pgd
+from lpa_jax.data import checks
+from lpa_jax.injection import Network, Variables, check_layer
+
+Array = jax.Array
+
+
+def layers_above(network: Network, layer: str) -> tuple[str, ...]:
+    """Names of the injection points after `layer`, in order.
+
+    Raises:
+      ValueError: unknown `layer`.
+
+    >>> from lpa_jax.injection import CutFunctions
+    >>> layers_above(CutFunctions(lambda p, x: x, lambda p, h: h), "input")
+    ('hidden', 'logits')
+    """
+    check_layer(network.layers, layer)
+    return tuple(network.layers[network.layers.index(layer) + 1 :])
+
+
+def random_directions(rng: Array, delta: Array) -> Array:
+    """Directions drawn uniformly from the sphere, each as long as the row of `delta` in its place.
+
+    Args:
+      rng: a key.
+      delta: [B, *S].
+
+    Returns:
+      [B, *S], in at least float32.
+
+    >>> delta = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    >>> pgd.row_norms(random_directions(jax.random.key(0), delta)).round(4).tolist()
+    [5.0, 0.0]
+    """
+    delta = jnp.asarray(delta)
+    normal = jax.random.normal(rng, delta.shape, pgd.perturbation_dtype(delta))
+    return pgd.over_classes(pgd.row_norms(delta), normal) * pgd.unit_rows(normal)
+
+
+def gains(
+    network: Network, variables: Variables, inputs: Array, layer: str, delta: Array
+) -> dict[str, Array]:
+    r"""Gain of a perturbation injected at `layer` at every later layer.
+
+        gain_m[i] = ||h_m(h_i + delta_i) - h_m(h_i)|| / ||delta_i||
+
+    Two forward passes for all layers together. Pure, so it can be compiled.
+
+    Args:
+      network: a cut network.
+      variables: its parameters and model state.
+      inputs: [B, ...].
+      layer: the injection point l.
+      delta: [B, *S]: LPA's or another method's (`observe(...)[layer].delta`), or random directions
+        of the same lengths (`random_directions`).
+
+    Returns:
+      later layer -> gains [B], nan where delta_i is zero (average with
+      `metrics.mean(gain, jnp.isfinite(gain))`).
+
+    Raises:
+      ValueError: unknown `layer`, or a delta of another shape than the activation there.
+
+    >>> from lpa_jax.injection import CutFunctions
+    >>> network = CutFunctions(lambda p, x: 3 * x, lambda p, h: 2 * h)
+    >>> found = gains(network, {"params": ()}, jnp.ones((1, 4)), "input", jnp.ones((1, 4)))
+    >>> {name: gain.tolist() for name, gain in found.items()}
+    {'hidden': [3.0], 'logits': [6.0]}
+    """
+    above = layers_above(network, layer)
+    delta = jnp.asarray(delta)
+    lengths = pgd.row_norms(delta.astype(pgd.perturbation_dtype(delta)))
+
+    def displaced(activation):
+        if activation.shape != delta.shape:
+            raise ValueError(
+                f"delta must have the shape {activation.shape} of the activation at {layer!r}, "
+                f"got {delta.shape}"
+            )
+        wide = activation.astype(pgd.perturbation_dtype(activation)) + delta
+        return wide.astype(activation.dtype)
+
+    before = _recorded(network, variables, inputs, {}, above)
+    after = _recorded(network, variables, inputs, {layer: displaced}, above)
+    found = {}
+    for m in above:
+        moved = pgd.row_norms(after[m] - before[m])
+        found[m] = jnp.where(lengths > 0, moved / jnp.where(lengths > 0, lengths, 1.0), jnp.nan)
+    return found
+
+
+class LocalBound(NamedTuple):
+    """Largest singular values of the Jacobian between two layers.
+
+    Attributes:
+      sigma: [B], the power iteration's estimate, which approaches the truth from below.
+      relative_change: [B], |sigma_t - sigma_{t-1}| / sigma_t in the last iteration.
+      iterations: how many were run.
+    """
+
+    sigma: np.ndarray
+    relative_change: np.ndarray
+    iterations: int
+
+
+def local_bound(
+    network: Network,
+    variables: Variables,
+    inputs: Array,
+    layer: str,
+    target: str,
+    *,
+    rng: Array,
+    tolerance: float = 1e-3,
+    iterations: int = 100,
+) -> LocalBound:
+    r"""Largest singular value of J_i = dh_m/dh_l at every example, by power iteration.
+
+        u = J v,    sigma = ||u||,    v <- J^T u / ||J^T u||,    from a random unit v.
+
+    The Jacobian of the batch is block diagonal, one block J_i for each example, so that one jvp and
+    one vjp advance the iterations of all examples together. It stops when every sigma changes by at
+    most `tolerance` of itself in one iteration. sigma_t never exceeds the truth and never falls (up
+    to rounding); its error shrinks by (sigma_2/sigma_1)^4 an iteration.
+
+    Args:
+      network: a cut network, hashable (as all of `lpa_jax.injection` are).
+      variables: its parameters and model state.
+      inputs: [B, ...].
+      layer: the lower layer l.
+      target: the upper layer m, after `layer`.
+      rng: key for the first direction.
+      tolerance: relative change at which it stops, > 0.
+      iterations: the most that are run, >= 1. The host loops; each is one compiled call.
+
+    Raises:
+      ValueError: unknown layer, a `target` not above `layer`, an empty batch, a value out of range,
+        or a Jacobian that is not finite.
+
+    >>> from lpa_jax.injection import CutFunctions
+    >>> network = CutFunctions(lambda p, x: x @ p, lambda p, h: h)
+    >>> params = {"params": jnp.diag(jnp.array([3.0, 1.0]))}
+    >>> bound = local_bound(network, params, jnp.ones((2, 2)), "input", "hidden",
+    ...                     rng=jax.random.key(0), tolerance=1e-6)
+    >>> bound.sigma.round(4).tolist()
+    [3.0, 3.0]
+    """
+    if target not in layers_above(network, layer):
+        check_layer(network.layers, target)
+        raise ValueError(f"target must be a layer above {layer!r}, got {target!r}")
+    checks.integer("iterations", iterations, minimum=1)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be > 0, got {tolerance!r}")
+    if not len(inputs):
+        raise ValueError("inputs must hold at least one example, got none")
+    activation = _activation(network, variables, inputs, layer)
+    if not jnp.issubdtype(activation.dtype, jnp.floating):
+        raise ValueError(
+            f"only a floating activation has a Jacobian, {layer!r} is {activation.dtype}"
+        )
+    v = pgd.unit_rows(jax.random.normal(rng, activation.shape, activation.dtype))
+    sigma, change, done = np.zeros(len(inputs)), np.full(len(inputs), np.inf), 0
+    while done < iterations and np.any(change > tolerance):
+        found, v = _power_step(network, variables, inputs, layer, target, activation, v)
+        previous, sigma = sigma, np.asarray(found, np.float64)
+        if not np.isfinite(sigma).all():
+            raise ValueError(f"the Jacobian from {layer!r} to {target!r} is not finite")
+        change = np.abs(sigma - previous) / np.where(sigma > 0, sigma, 1.0)
+        done += 1
+    return LocalBound(sigma, change, done)
+
+
+@partial(jax.jit, static_argnames=("network", "layer"))
+def _activation(network, variables, inputs, layer):
+    return network.advance(variables, inputs, {}, layer, train=False, rng=None)[0]
+
+
+@partial(jax.jit, static_argnames=("network", "layer", "target"))
+def _power_step(network, variables, inputs, layer, target, activation, v):
+    def above(activation):
+        pinned = {layer: activation}
+        return network.advance(variables, inputs, pinned, target, train=False, rng=None)[0]
+
+    _, jacobian_v = jax.jvp(above, (activation,), (v,))
+    _, transposed = jax.vjp(above, activation)
+    # Unit rows before the transpose: sigma^2 could leave the range of a half-precision activation.
+    sigma = pgd.row_norms(jacobian_v.astype(pgd.perturbation_dtype(jacobian_v)))
+    return sigma, pgd.unit_rows(transposed(pgd.unit_rows(jacobian_v))[0])
+
+
+def _recorded(
+    network: Network,
+    variables: Variables,
+    inputs: Array,
+    taps: Mapping[str, object],
+    layers: Sequence[str],
+) -> dict[str, Array]:
+    """Activations at `layers`, in at least float32, of one pass in which `taps` are in force."""
+    seen = {}
+
+    def recording(layer):
+        def tap(activation):
+            seen[layer] = activation.astype(pgd.perturbation_dtype(activation))
+            return activation
+
+        return tap
+
+    network.walk(
+        variables,
+        inputs,
+        {**taps, **{layer: recording(layer) for layer in layers}},
+        train=False,
+        rng=None,
+    )
+    return seen

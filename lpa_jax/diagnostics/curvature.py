@@ -1,0 +1,337 @@
+r"""How flat an objective is: Hessian eigenvalues, trace, spectrum, and sharpness within a radius.
+
+All estimators work on every `Objective`, in weight space and in activation space, row by row, and
+touch the Hessian through its products with vectors only. Results are NumPy float64 with the shape
+`objective.lead` in front: nothing for the weights, [C] or [B] for activations.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax import pgd
+from lpa_jax.data import checks
+from lpa_jax.diagnostics.objective import Objective
+from lpa_jax.perturbations.base import check_range
+
+Array = jax.Array
+
+
+class Estimate(NamedTuple):
+    """A mean over random samples and its standard error, s / sqrt(n) with s over n - 1.
+
+    >>> Estimate.over(np.array([1.0, 3.0]))
+    Estimate(value=np.float64(2.0), standard_error=np.float64(1.0))
+    """
+
+    value: np.ndarray
+    standard_error: np.ndarray
+
+    @classmethod
+    def over(cls, samples: np.ndarray, axis: int = 0) -> "Estimate":
+        """The estimate from samples along an axis; one sample has standard error nan."""
+        count = samples.shape[axis]
+        if count < 2:
+            return cls(samples.mean(axis), np.full_like(samples.mean(axis), np.nan))
+        return cls(samples.mean(axis), samples.std(axis, ddof=1) / np.sqrt(count))
+
+
+class Tridiagonal(NamedTuple):
+    """Lanczos tridiagonalisations T_r of R symmetric operators.
+
+    Attributes:
+      diagonal: [R, k].
+      off_diagonal: [R, k]; its last column couples to the space not reached.
+      depth: [R], sizes of the leading blocks that hold all there is: below k where the starting
+        vector's Krylov space ended; entries beyond are zero.
+    """
+
+    diagonal: np.ndarray
+    off_diagonal: np.ndarray
+    depth: np.ndarray
+
+    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Eigenvalues of the T_r, ascending, with the ends of their eigenvectors.
+
+        Returns:
+          Values [R, k], nan beyond `depth`; squared first components (e_1^T s)^2, [R, k], and
+          absolute last components of the leading block |e_depth^T s|, [R, k], both 0 beyond.
+        """
+        values = np.full(self.diagonal.shape, np.nan)
+        first, last = np.zeros((2, *self.diagonal.shape))
+        for row, depth in enumerate(self.depth):
+            inner = self.off_diagonal[row, : depth - 1]
+            block = np.diag(self.diagonal[row, :depth]) + np.diag(inner, 1) + np.diag(inner, -1)
+            values[row, :depth], vectors = np.linalg.eigh(block)
+            first[row, :depth], last[row, :depth] = vectors[0] ** 2, np.abs(vectors[-1])
+        return values, first, last
+
+
+def lanczos(product: Callable[[Array], Array], start: Array, steps: int) -> Tridiagonal:
+    r"""Lanczos' tridiagonalisation of R symmetric operators at once, fully reorthogonalised.
+
+        A q_j = beta_{j-1} q_{j-1} + alpha_j q_j + beta_j q_{j+1},    q_1 = start / ||start||.
+
+    The host loops and keeps the vectors: memory R N `steps`. Where a Krylov space ends (beta below
+    100 units in the last place of the largest entry so far), its row goes on with zeros.
+
+    Args:
+      product: [R, N] -> [R, N], row-wise products.
+      start: [R, N].
+      steps: k, at most N.
+
+    >>> spectrum = jnp.array([[1.0, 2.0, 4.0]])
+    >>> tridiagonal = lanczos(lambda v: spectrum * v, jnp.ones((1, 3)), steps=3)
+    >>> tridiagonal.ritz()[0].round(4).tolist()
+    [[1.0, 2.0, 4.0]]
+    """
+    negligible = 100 * np.finfo(start.dtype).eps
+    basis = [pgd.unit_rows(start)]
+    diagonal, off_diagonal = np.zeros((2, start.shape[0], steps))
+    depth = np.zeros(start.shape[0], int)
+    alive = np.asarray(pgd.row_norms(basis[0]) > 0)
+    largest = np.zeros(start.shape[0])
+    for j in range(steps):
+        depth += alive
+        residual = product(basis[j])
+        diagonal[:, j] = np.asarray(pgd.inner_products(basis[j], residual))
+        for _ in range(2):
+            for vector in basis:
+                residual = _without(residual, vector)
+        length = np.asarray(pgd.row_norms(residual), np.float64)
+        largest = np.maximum(largest, np.maximum(np.abs(diagonal[:, j]), length))
+        alive = alive & (length > negligible * largest)
+        off_diagonal[:, j] = np.where(alive, length, 0.0)
+        basis.append(pgd.unit_rows(jnp.where(jnp.asarray(alive)[:, None], residual, 0.0)))
+    return Tridiagonal(diagonal, off_diagonal, depth)
+
+
+class Eigenvalues(NamedTuple):
+    """The algebraically largest eigenvalues that Lanczos found.
+
+    Attributes:
+      values: [*lead, k], descending; nan where the operator has fewer (see `top_eigenvalues`).
+      residuals: [*lead, k], ||H v - lambda v||: some eigenvalue lies within it.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+
+
+def top_eigenvalues(
+    objective: Objective, k: int = 1, *, rng: Array, steps: int | None = None
+) -> Eigenvalues:
+    r"""The k algebraically largest Hessian eigenvalues, by Lanczos from a random vector.
+
+    Ritz values approach eigenvalues from inside the spectrum; each comes with its residual norm
+    ||H v - lambda v|| = beta_k |s_k|, a bound on the distance to an eigenvalue. As from any single
+    vector, an eigenvalue of multiplicity m is found once.
+
+    Args:
+      objective: from `weight_objective` or `activation_objective`.
+      k: how many, 1 to N.
+      rng: key for the starting vectors.
+      steps: Lanczos steps, each one Hessian product over all batches; None is min(N, 2 k + 20).
+        Memory R N `steps`.
+
+    Raises:
+      ValueError: `k` or `steps` out of range.
+    """
+    checks.integer("k", k, minimum=1)
+    steps = min(objective.dimension, 2 * k + 20) if steps is None else steps
+    checks.integer("steps", steps, minimum=k)
+    if steps > objective.dimension:
+        raise ValueError(f"steps must be at most the dimension {objective.dimension}, got {steps}")
+    start = jax.random.normal(rng, (objective.rows, objective.dimension), objective.dtype)
+    tridiagonal = lanczos(objective.hessian_product, start, steps)
+    values, _, last = tridiagonal.ritz()
+    residuals = tridiagonal.off_diagonal[:, -1:] * last
+    order = np.argsort(-values, axis=1)[:, :k]  # nan, where a Krylov space has ended, comes last
+    return Eigenvalues(
+        objective.shaped(np.take_along_axis(values, order, axis=1)),
+        objective.shaped(np.take_along_axis(residuals, order, axis=1)),
+    )
+
+
+def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
+    r"""Hutchinson's estimate of the Hessian's trace.
+
+        tr H = E[v^T H v],    v_i = +-1 independently.
+
+    Unbiased, with variance 2 sum_{i != j} H_ij^2 a probe: exact for a diagonal Hessian.
+
+    Args:
+      objective: from `weight_objective` or `activation_objective`.
+      rng: a key.
+      probes: number of random vectors, >= 2; one Hessian product over all batches each.
+
+    Returns:
+      Estimate of shape [*lead].
+
+    Raises:
+      ValueError: `probes` out of range.
+
+    Source: Hutchinson, Communications in Statistics 18 (1989).
+    """
+    checks.integer("probes", probes, minimum=2)
+    samples = []
+    for key in jax.random.split(rng, probes):
+        signs = _signs(key, objective)
+        samples.append(np.asarray(pgd.inner_products(signs, objective.hessian_product(signs))))
+    return Estimate(*map(objective.shaped, Estimate.over(np.asarray(samples, np.float64))))
+
+
+class SpectralDensity(NamedTuple):
+    """Density of the Hessian's eigenvalues, smoothed by Gaussians.
+
+    Attributes:
+      grid: eigenvalues t, [G].
+      density: phi(t), [*lead, G]; integrates to 1.
+      standard_error: of the density over probes, [*lead, G].
+      nodes, weights: the quadrature behind it, [*lead, probes, steps]; weights sum to 1, and are 0
+        at nodes of nan, beyond the end of a Krylov space.
+    """
+
+    grid: np.ndarray
+    density: np.ndarray
+    standard_error: np.ndarray
+    nodes: np.ndarray
+    weights: np.ndarray
+
+
+def spectral_density(
+    objective: Objective,
+    *,
+    rng: Array,
+    probes: int = 8,
+    steps: int = 40,
+    points: int = 512,
+    width: float | None = None,
+) -> SpectralDensity:
+    r"""Density of all eigenvalues by stochastic Lanczos quadrature.
+
+        phi(t) = (1/n) sum_p sum_j w_pj N(t; theta_pj, width^2),    w_pj = (e_1^T s_pj)^2,
+
+    with Ritz values theta_pj and vectors s_pj of Lanczos from random sign vectors p = 1..n.
+
+    Args:
+      objective: from `weight_objective` or `activation_objective`.
+      rng: a key.
+      probes: n, >= 2.
+      steps: Lanczos steps a probe, >= 1; at most N are made.
+      points: G, >= 2, evenly over the Ritz values and five widths on both sides.
+      width: of the Gaussians, in units of the eigenvalues; None is 1% of the range of Ritz values.
+
+    Raises:
+      ValueError: a value out of range.
+
+    Source: Ghorbani et al., ICML 2019 (arXiv 1901.10159).
+    """
+    checks.integer("probes", probes, minimum=2)
+    checks.integer("points", points, minimum=2)
+    steps = min(checks.integer("steps", steps, minimum=1), objective.dimension)
+    found = []
+    for key in jax.random.split(rng, probes):
+        tridiagonal = lanczos(objective.hessian_product, _signs(key, objective), steps)
+        found.append(tridiagonal.ritz()[:2])
+    nodes, weights = (np.stack(part, axis=1) for part in zip(*found, strict=True))
+    present = nodes[objective.counts > 0]
+    low, high = np.nanmin(present), np.nanmax(present)
+    if width is None:
+        width = 0.01 * (high - low) or 1e-3
+    check_range("width", width, np.finfo(float).tiny)
+    grid = np.linspace(low - 5 * width, high + 5 * width, points)
+    distance = (grid - np.nan_to_num(nodes)[..., None]) / width  # nan has weight 0
+    bell = np.exp(-0.5 * distance**2) / (width * np.sqrt(2 * np.pi))
+    density = Estimate.over(np.einsum("rps,rpsg->prg", weights, bell))
+    return SpectralDensity(
+        grid, *map(objective.shaped, density), objective.shaped(nodes), objective.shaped(weights)
+    )
+
+
+def worst_case_sharpness(
+    objective: Objective, radius: float, *, steps: int = 1, step_size: float = 1.5
+) -> np.ndarray:
+    r"""How far the loss rises within a ball: max_{||shift|| <= radius} f(shift) - f(0).
+
+    One step is SAM's shift radius grad f / ||grad f||; several are projected ascent with normalised
+    gradients, `lpa_jax.pgd`'s, whose largest loss on the way counts. Either is a lower bound, and
+    zero where the gradient vanishes.
+
+    Args:
+      objective: from `weight_objective` or `activation_objective`.
+      radius: of the l2 ball, in units of the objective's shift, >= 0.
+      steps: ascent steps, >= 1; one gradient over all batches each.
+      step_size: path length of all steps together, in radii.
+
+    Returns:
+      [*lead], in units of the loss.
+
+    Raises:
+      ValueError: a value out of range, or a loss within the ball that is not finite.
+
+    Source: Foret et al., ICLR 2021 (arXiv 2010.01412), equation 2 for one step.
+    """
+    check_range("radius", radius, 0.0)
+    checks.integer("steps", steps, minimum=1)
+    options = pgd.PGDOptions(steps, step_size, "free", "l2", "full").validate()
+    ones = jnp.ones(objective.rows, objective.dtype)
+    shift = jnp.zeros((objective.rows, objective.dimension), objective.dtype)
+    highest = objective.base
+    for _ in range(steps):
+        gradient = objective.gradient(shift)
+        shift = pgd.ascent_step(shift, gradient, ones, radius * ones, None, options)
+        highest = np.maximum(highest, _finite_value(objective, shift, radius))
+    return objective.shaped(highest - objective.base)
+
+
+def average_sharpness(
+    objective: Objective, radius: float, *, rng: Array, samples: int = 16
+) -> Estimate:
+    r"""How far the loss rises on average on a sphere: E_{||shift|| = radius} f(shift) - f(0).
+
+    To second order radius^2 tr H / (2 N). The same radius means the same distance as in
+    `worst_case_sharpness`. Shifts come in pairs of opposite sign, so that the gradient, which
+    averages to nothing, adds no noise.
+
+    Args:
+      objective: from `weight_objective` or `activation_objective`.
+      radius: of the l2 sphere, >= 0.
+      rng: a key.
+      samples: number of pairs, >= 2; two forward passes over all batches each.
+
+    Returns:
+      Estimate of shape [*lead].
+
+    Raises:
+      ValueError: a value out of range, or a loss on the sphere that is not finite.
+    """
+    check_range("radius", radius, 0.0)
+    checks.integer("samples", samples, minimum=2)
+    rises = []
+    for key in jax.random.split(rng, samples):
+        normal = jax.random.normal(key, (objective.rows, objective.dimension), objective.dtype)
+        shift = radius * pgd.unit_rows(normal)
+        pair = [_finite_value(objective, sign * shift, radius) for sign in (1.0, -1.0)]
+        rises.append(np.mean(pair, axis=0) - objective.base)
+    return Estimate(*map(objective.shaped, Estimate.over(np.asarray(rises))))
+
+
+@jax.jit
+def _without(rows: Array, unit: Array) -> Array:
+    """Each row less its component along the row of `unit`."""
+    return rows - pgd.inner_products(rows, unit)[:, None] * unit
+
+
+def _signs(key: Array, objective: Objective) -> Array:
+    return jax.random.rademacher(key, (objective.rows, objective.dimension), objective.dtype)
+
+
+def _finite_value(objective: Objective, shift: Array, radius: float) -> np.ndarray:
+    value = objective.value(shift)
+    if not np.isfinite(value[objective.counts > 0]).all():
+        raise ValueError(f"radius must keep the loss finite, got {radius!r} where it is not")
+    return value
