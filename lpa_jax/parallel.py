@@ -24,10 +24,15 @@ class PlacedBatch:
     """A batch that is checked, split and on its way to the devices; made by `MappedStep.place`.
 
     Attributes:
-      arrays: the batch's arrays as the mapped step takes them.
+      host: the batch as it came; `placed[name]` reads it, so that no one waits for a device.
+      arrays: its arrays as the mapped step takes them.
     """
 
+    host: Mapping[str, Any]
     arrays: Mapping[str, jax.Array]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.host[name]
 
 
 class MappedStep:
@@ -51,7 +56,7 @@ class MappedStep:
           ValueError: labels outside 0..num_classes-1, or a batch that does not split evenly.
         """
         check_batch(batch, num_classes)
-        return PlacedBatch(self._place(batch))
+        return PlacedBatch(batch, self._place(batch))
 
     def __call__(self, state: Any, batch: Mapping[str, Any] | PlacedBatch) -> Any:
         """Runs the step; does not wait for its results."""
