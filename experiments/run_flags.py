@@ -41,9 +41,23 @@ def define_data_flags(dataset: str, profile: str) -> None:
         "dataset",
         dataset,
         f"Data set: {', '.join(data.EMBEDDED)} (embedded), or any TFDS image classification set "
-        "that is prepared in --data_dir, such as cifar10, cifar100, svhn_cropped.",
+        "that is prepared in --data_dir, such as cifar10, cifar100, svhn_cropped; "
+        f"{', '.join(data.PUBLISHED)} from the published list files in --data_dir; with "
+        "--train_list any name.",
     )
-    flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets; TFDS's default if unset.")
+    flags.DEFINE_string(
+        "data_dir",
+        None,
+        "Folder of prepared TFDS sets, TFDS's default if unset; or of the published list files.",
+    )
+    flags.DEFINE_string(
+        "train_list", None, "File of training images, a line each: path within --image_root, label."
+    )
+    flags.DEFINE_string("eval_list", None, "With --train_list: the same for the test images.")
+    flags.DEFINE_string(
+        "image_root", None, "Folder of the images that lists name; for published lists --data_dir."
+    )
+    flags.DEFINE_integer("image_size", 224, "Pixels a side of images from lists.")
     flags.DEFINE_bool(
         "prepare",
         False,
@@ -170,8 +184,12 @@ def settings() -> Settings:
         raise ValueError(f"--milestones must be numbers, got {FLAGS.milestones!r}") from None
     defaults = Settings()
     return Settings(
-        dataset=FLAGS.dataset,
+        dataset=_dataset_name(),
         data_dir=FLAGS.data_dir,
+        train_list=FLAGS.train_list,
+        eval_list=FLAGS.eval_list,
+        image_root=FLAGS.image_root,
+        image_size=FLAGS.image_size,
         evaluate_on=FLAGS.evaluate_on,
         validation_fraction=FLAGS.validation_fraction,
         profile=FLAGS.profile,
@@ -199,6 +217,13 @@ def settings() -> Settings:
     ).check()
 
 
+def _dataset_name() -> str:
+    """`--dataset`; the name of `--train_list` where only that is given."""
+    if FLAGS.train_list is None or FLAGS["dataset"].present:
+        return FLAGS.dataset
+    return pathlib.Path(FLAGS.train_list).stem
+
+
 def saving() -> Saving:
     """Checkpointing from the parsed flags.
 
@@ -216,6 +241,8 @@ def prepare_data() -> None:
     """
     if not FLAGS.prepare:
         return
+    if FLAGS.train_list is not None or FLAGS.dataset in data.PUBLISHED:
+        raise ValueError("--prepare: list files and their images are read as they are")
     print(f"Preparing {FLAGS.dataset} ...", file=sys.stderr, flush=True)
     try:
         data.prepare(FLAGS.dataset, FLAGS.data_dir)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import task_data
 from lpa_jax import data, losses, metrics, models, optimizers
 from lpa_jax.data import augment, long_tail
 
@@ -18,6 +19,10 @@ class Settings:
 
     dataset: str = "mnist5k"
     data_dir: str | None = None
+    train_list: str | None = None
+    eval_list: str | None = None
+    image_root: str | None = None
+    image_size: int = 224
     evaluate_on: str = "test"
     validation_fraction: float = 0.2
     profile: str = "exponential"
@@ -90,6 +95,7 @@ class Settings:
             )
         if self.drw_epoch is not None and self.loss != "ldam":
             raise ValueError(f"--drw_epoch needs --loss=ldam, got --loss={self.loss}")
+        task_data.check_flags(self)
         augment.create(self.augmentation, padding=self.crop_padding)
         return self
 
@@ -105,12 +111,12 @@ class Task:
     Attributes:
       train: training set, long-tailed if the settings say so.
       evaluation: test or validation set.
-      normalization: from the whole training split, so that it is the same for all seeds.
+      normalization: the same for all seeds.
       train_indices: where the training examples stand in the training split.
     """
 
-    train: data.Dataset
-    evaluation: data.Dataset
+    train: task_data.Images
+    evaluation: task_data.Images
     normalization: data.Normalization
     train_indices: np.ndarray
 
@@ -123,20 +129,18 @@ class Task:
 class TaskSource:
     """Loads a data set once and cuts the task of every seed from it.
 
-    With `evaluate_on="validation"` the test split is never opened: a validation set is carved from
-    the training split first, and the long-tailed training set is cut from what is left.
+    With `evaluate_on="validation"` the test split is never opened: where no validation list is
+    published, a validation set is carved from the training split first, and the long-tailed
+    training set is cut from what is left.
     """
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._pool = data.load(settings.dataset, "train", settings.data_dir)
-        self._test = None
-        if settings.evaluate_on == "test":
-            self._test = data.load(settings.dataset, "test", settings.data_dir)
-        self._normalization = data.Normalization.fit(self._pool.images)
+        self._pool, self._evaluation = task_data.open_splits(settings)
+        self._normalization = task_data.normalization(self._pool, settings)
 
     @property
-    def pool(self) -> data.Dataset:
+    def pool(self) -> task_data.Images:
         """The whole training split."""
         return self._pool
 
@@ -145,7 +149,7 @@ class TaskSource:
         settings, labels = self._settings, self._pool.labels
         split_seed = seed if settings.split_seed is None else settings.split_seed
         available = np.arange(len(labels))
-        evaluation = self._test
+        evaluation = self._evaluation
         if evaluation is None:
             available, held_out = data.validation_split(
                 labels, fraction=settings.validation_fraction, seed=split_seed

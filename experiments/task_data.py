@@ -1,0 +1,116 @@
+"""Where the images of a classification run come from: TFDS and embedded sets, or list files."""
+
+from lpa_jax import data
+
+# Image files whose decoded images take at most this many bytes are read into memory once.
+_READ_INTO_MEMORY = 2 * 2**30
+
+Images = data.Dataset | data.ImageFiles
+
+
+def check_flags(settings) -> None:
+    """Refuses list flags that do not fit together.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    published = settings.dataset in data.PUBLISHED and settings.train_list is None
+    listed = published or settings.train_list is not None
+    if settings.eval_list is not None and settings.train_list is None:
+        raise ValueError(f"--eval_list={settings.eval_list} needs --train_list")
+    if settings.image_root is not None and not listed:
+        raise ValueError(
+            f"--image_root={settings.image_root} needs --train_list or --dataset="
+            f"{'|'.join(data.PUBLISHED)}"
+        )
+    if settings.image_size < 1:
+        raise ValueError(f"--image_size must be >= 1, got {settings.image_size!r}")
+    if not listed:
+        return
+    if published and settings.data_dir is None:
+        first = data.PUBLISHED[settings.dataset].lists["train"]
+        raise ValueError(f"--data_dir must be the folder that holds {first}, got none")
+    if not published and settings.image_root is None:
+        raise ValueError("--image_root must be the folder that --train_list starts from, got none")
+    if not published and settings.evaluate_on == "test" and settings.eval_list is None:
+        raise ValueError("--eval_list must be set with --train_list and --evaluate_on=test")
+    if settings.profile != "none":
+        raise ValueError(
+            f"--profile must be none with list files, which say how many images a class has; "
+            f"got {settings.profile!r}"
+        )
+
+
+def open_splits(settings) -> tuple[Images, Images | None]:
+    """The training split and the evaluation split; None where it is to be carved from training.
+
+    A validation list is opened where one is published. The test split is opened only when the run
+    is evaluated on it.
+    """
+    if settings.train_list is not None:
+        return _listed(settings)
+    if settings.dataset in data.PUBLISHED:
+        return _published(settings)
+    train = data.load(settings.dataset, "train", settings.data_dir)
+    if settings.evaluate_on != "test":
+        return train, None
+    return train, data.load(settings.dataset, "test", settings.data_dir)
+
+
+def normalization(train: Images, settings) -> data.Normalization:
+    """That of the training split; of ImageNet for image files, which need not be read for it."""
+    if settings.train_list is not None or settings.dataset in data.PUBLISHED:
+        return data.IMAGENET_NORMALIZATION
+    return data.Normalization.fit(train.images)
+
+
+def train_batches(dataset: Images, seed: int, batch_size: int):
+    """Training batches by step, read ahead where they come from files."""
+    batches = data.batches(dataset, seed, batch_size)
+    return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
+
+
+def evaluation_batches(dataset: Images, batch_size: int):
+    """Evaluation batches by number, read ahead where they come from files."""
+    batches = data.evaluation_batches(dataset, batch_size)
+    return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
+
+
+def _listed(settings) -> tuple[Images, Images | None]:
+    train = data.read_list(
+        settings.train_list,
+        settings.image_root,
+        all_classes=True,
+        name=settings.dataset,
+        image_size=settings.image_size,
+    )
+    if settings.evaluate_on != "test":
+        return _kept(train), None
+    evaluation = data.read_list(
+        settings.eval_list,
+        settings.image_root,
+        num_classes=train.num_classes,
+        name=settings.dataset,
+        image_size=settings.image_size,
+    )
+    return _kept(train), _kept(evaluation)
+
+
+def _published(settings) -> tuple[Images, Images | None]:
+    def opened(split):
+        return _kept(
+            data.open_published(
+                settings.dataset,
+                split,
+                settings.data_dir,
+                image_root=settings.image_root,
+                image_size=settings.image_size,
+            )
+        )
+
+    has_split = settings.evaluate_on in data.PUBLISHED[settings.dataset].lists
+    return opened("train"), opened(settings.evaluate_on) if has_split else None
+
+
+def _kept(files: data.ImageFiles) -> Images:
+    return data.in_memory(files) if files.nbytes <= _READ_INTO_MEMORY else files
