@@ -64,8 +64,6 @@ def resolve_options(tuned: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
         raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
     explicit = run_flags.explicit_options()
-    if FLAGS.layer is not None:
-        explicit["layer"] = FLAGS.layer
     run_options = run_flags.explicit_run_options()
     return {
         method: methods.options_for(method, tuned.get(method, {}), explicit) | run_options

@@ -229,7 +229,7 @@ def test_every_flag_has_a_help_text_and_is_read(request):
 def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):
     output = tmp_path / "hparams.json"
     common = (*TINY, "--methods=erm,lpa", "--trials=2", "--seeds=100", f"--output={output}",
-              f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+              "--assignment=all_positive", "--layer=hidden2", f"--workdir={tmp_path / 'tune'}")  # fmt: skip
     message, out, _ = run("tune", *common, "--num_workers=2", "--worker=1")
     assert message is None and "missing" in out and not output.exists()
     message, *_ = run("tune", *common)
@@ -238,6 +238,8 @@ def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, 
     trials = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("tune/trials/lpa/*"))]
     best = max(trials, key=lambda trial: trial["score"])
     assert chosen["chosen"] == best["options"]
+    fixed = {"lpa.assignment": "all_positive", "lpa.layer": "hidden2"}
+    assert all(fixed.items() <= trial["options"].items() for trial in trials)
     message, _, err = run("long_tail", *TINY, "--methods=lpa", "--seeds=1", f"--hparams={output}",
                           f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None and "tuned on validation" in err
