@@ -257,7 +257,7 @@ def explicit_options() -> dict[str, Any]:
       ValueError: an `--option` that is not PART.OPTION=VALUE.
     """
     options = {name: FLAGS[name].value for name in OPTION_FLAGS}
-    options["lpl.radius"] = FLAGS.lpl_radius
+    options |= {"lpl.radius": FLAGS.lpl_radius, "layer": FLAGS.layer}
     options = {name: value for name, value in options.items() if value is not None}
     for text in FLAGS.option:
         key, equals, value = text.partition("=")
