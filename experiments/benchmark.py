@@ -333,12 +333,12 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def check_writable(path: str) -> None:
-    """Raises ValueError unless a file can be written at `path`; writes nothing."""
+def check_writable(flag: str, path: str) -> None:
+    """Raises ValueError naming `flag` unless a file can be written at `path`; writes nothing."""
     target = pathlib.Path(path).absolute()
     folder = next(parent for parent in target.parents if parent.exists())
     if not path or target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--csv must name a file that can be written, got {path!r}")
+        raise ValueError(f"--{flag} must name a file that can be written, got {path!r}")
 
 
 def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
@@ -352,7 +352,7 @@ def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
     if not FLAGS.methods:
         raise ValueError("--methods must name at least one method, got none")
     if FLAGS.csv is not None:
-        check_writable(FLAGS.csv)
+        check_writable("csv", FLAGS.csv)
     model = models.create(FLAGS.model, FLAGS.num_classes, dtype=FLAGS.dtype)
     layers = FLAGS.layers or model.layers
     for layer in layers:

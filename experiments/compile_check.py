@@ -1,0 +1,317 @@
+r"""A TPU pod without a TPU: compiles the real training step for one and reads what it would do.
+
+    python -m experiments.compile_check --topology=v5e:16x16 --model=resnet32 --layer=stage2
+
+needs the extra `tpu-check` (libtpu) and no TPU. For plain training (ERM) and for LPA side by side
+it prints, for every device of the slice, the FLOPs and their floor (see `experiments.benchmark`),
+the bytes read and written, the memory, every collective with its bytes and the compile time, and
+checks in the compiled text what the method promises:
+
+  * it fits the memory of the device;
+  * PGD forms no parameter gradients: weight gradients are those of ERM, by shape;
+  * encode is not recomputed: below the layer, every convolution and product is one of ERM;
+  * decode runs for K gradient passes more than in ERM, and no more;
+  * what the devices exchange beyond ERM is the class table, [slots, *S] float32 once a gradient
+    pass and once for the class means, with slots = min(C, batch), the class counts, the mean norm,
+    and, where slots < C, the labels; nothing else.
+
+Flags that are lists are multiplied out. `--output` keeps every compiled program, so that a stopped
+run goes on where it was; programs that are there are not compiled again, also not after the code
+changed. `--grid` fills the flags that are not given with the whole grid (320 cases).
+
+It exits with status 1 if a check fails. ResNet-32 takes about 2 minutes a program on two CPU cores,
+WRN-28-10 about 6; no timing of the steps comes out.
+"""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+from absl import app, flags
+
+from experiments import benchmark, files, hlo, methods, tpu
+from experiments.promises import Check, Method, Result, checks
+from lpa_jax import models, pgd
+from lpa_jax.perturbations.lpa import MODES
+
+FLAGS = flags.FLAGS
+DTYPES = ("float32", "bfloat16")
+# What --grid puts in the place of flags that are not given.
+GRID = {
+    "topology": ["v5e:4x4", "v5e:16x16"],
+    "model": ["resnet32", "wrn_28_10"],
+    "dtype": list(DTYPES),
+    "num_classes": ["10", "100", "1000", "8142"],
+    "mode": list(MODES),
+    "steps": ["1", "3", "5"],
+    "shape": list(pgd.SHAPES),
+}
+
+
+def define_flags() -> None:
+    """Flags of this module."""
+    flags.DEFINE_list("topology", ["v5e:16x16"], "TPU slices, KIND:AxB or KIND:AxBxC.")
+    flags.DEFINE_list("model", ["resnet32"], f"Networks: {', '.join(models.names())}.")
+    flags.DEFINE_list("dtype", ["float32"], "Types of the computation: float32, bfloat16.")
+    flags.DEFINE_list("num_classes", ["100"], "Numbers of classes.")
+    flags.DEFINE_list("layer", ["stage2"], "Injection points.")
+    flags.DEFINE_list("mode", ["cold"], f"Modes of lpa: {', '.join(MODES)}.")
+    flags.DEFINE_list("steps", ["3"], "PGD steps of mode cold; the others take 1.")
+    flags.DEFINE_list("shape", ["full"], f"Shapes of the perturbation: {', '.join(pgd.SHAPES)}.")
+    flags.DEFINE_enum("geometry", "signed", pgd.GEOMETRIES, "Half-space of the perturbation.")
+    flags.DEFINE_enum(
+        "assignment", "frequency", methods.ASSIGNMENTS, "Which classes get which sign."
+    )
+    flags.DEFINE_integer("batch_size", 2048, "Examples in a step over all devices.", lower_bound=1)
+    flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
+    flags.DEFINE_integer("channels", 3, "Channels of the images.", lower_bound=1)
+    flags.DEFINE_bool("grid", False, "The whole grid in the flags that are not given.")
+    flags.DEFINE_string("output", None, "JSON file that keeps compiled programs between runs.")
+    flags.DEFINE_bool("markdown", False, "Print one Markdown table instead of a report a case.")
+
+
+class Programs:
+    """Compiles programs, each once; keeps them in a file if there is one.
+
+    Raises:
+      ValueError: the file is not one of this class, or of other versions of jax and libtpu.
+    """
+
+    def __init__(self, path: str | None):
+        self._path = path
+        self._versions = {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
+        }
+        self._programs: dict[str, dict] = {}
+        kept = None if path is None else files.read_json(path)
+        if kept is not None:
+            if not isinstance(kept, dict) or not {"versions", "programs"} <= set(kept):
+                raise ValueError(f"--output: {path!r} is not a file of this program")
+            if kept["versions"] != self._versions:
+                raise ValueError(
+                    f"--output: {path!r} holds programs of {kept['versions']}, "
+                    f"this is {self._versions}"
+                )
+            self._programs = kept["programs"]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._programs
+
+    def get(self, key: str, compile_it) -> tpu.Program:
+        """The program called `key`, compiled now if it has not been before."""
+        if key not in self._programs:
+            self._programs[key] = compile_it().as_dict()
+            if self._path is not None:
+                content = {"versions": self._versions, "programs": self._programs}
+                files.write_json(self._path, content)
+        return tpu.Program.from_dict(self._programs[key])
+
+
+def compile_case(setting: tpu.Setting, method: Method, programs: Programs) -> Result:
+    """Compiles ERM, one gradient pass and the method, as far as `programs` has them not."""
+    slice_ = tpu.topology(setting.topology)
+    # One device's gradient pass is the same program in every slice of its kind.
+    alone = dataclasses.replace(setting, topology=slice_.kind, batch_size=tpu.share(setting))
+    return Result(
+        setting,
+        method,
+        layers=models.create(setting.model, setting.num_classes).layers,
+        row=tpu.table_row(setting, method.layer, method.shape),
+        memory=slice_.memory,
+        erm=programs.get(f"{setting} erm", lambda: tpu.compile_step(setting, {})),
+        gradient_pass=programs.get(
+            f"{alone} gradient pass above {method.layer}",
+            lambda: tpu.compile_gradient_pass(setting, method.layer),
+        ),
+        program=programs.get(
+            f"{setting} {method}, {method.geometry}, {method.assignment}",
+            lambda: tpu.compile_step(setting, method.perturbations(setting)),
+        ),
+    )
+
+
+def report(result: Result, outcome: Sequence[Check]) -> str:
+    """One case as text: numbers side by side, collectives, checks."""
+    setting, method = result.setting, result.method
+    slice_ = tpu.topology(setting.topology)
+    lines = [
+        f"{method}, {method.geometry}, {method.assignment}",
+        f"{setting.model}, {setting.dtype}, {setting.num_classes} classes, batch "
+        f"{setting.batch_size}, {tpu.share(setting)} a device",
+        f"{slice_.name}: {len(slice_.devices)} devices on {slice_.chips} chips, {slice_.kind}, "
+        f"{slice_.memory / tpu.GIB:g} GiB a device",
+    ]
+    if not result.refused:
+        lines += ["", *_side_by_side(result), ""]
+        for name, program in (("ERM", result.erm), ("method", result.program)):
+            lines += [f"{name}: {_describe(exchange)}" for exchange in program.collectives]
+    lines += ["", *(f"{'pass' if c.passed else 'FAIL'}  {c.claim}: {c.seen}" for c in outcome)]
+    return "\n".join(lines)
+
+
+def _side_by_side(result: Result) -> Iterator[str]:
+    erm, own, floor = result.erm, result.program, result.floor
+    numbers = [
+        ("GFLOP", erm.flops / 1e9, own.flops / 1e9),
+        ("GB read and written", erm.bytes_accessed / 1e9, own.bytes_accessed / 1e9),
+        ("MB exchanged", erm.exchanged_bytes / 1e6, own.exchanged_bytes / 1e6),
+        ("collectives", len(erm.collectives), len(own.collectives)),
+        ("MiB memory", erm.memory_bytes / 2**20, own.memory_bytes / 2**20),
+    ]
+    numbers += [
+        (f"  {name}", erm.memory[name] / 2**20, own.memory[name] / 2**20) for name in erm.memory
+    ]
+    numbers += [("compile seconds", erm.compile_s, own.compile_s)]
+    yield f"{'per device':<20} {'ERM':>10} {'method':>10} {'ratio':>8}"
+    for name, plain, value in numbers:
+        ratio = f"{value / plain:8.3f}" if plain else f"{'-':>8}"
+        yield f"{name:<20} {plain:>10.2f} {value:>10.2f} {ratio}"
+        if name == "GFLOP":
+            yield f"{'  floor':<20} {'':>10} {floor * plain:>10.2f} {floor:8.3f}"
+
+
+def _describe(exchange: hlo.Collective) -> str:
+    counts = Counter(map(str, exchange.arrays))
+    largest = sorted(counts, key=lambda text: -hlo.Array.parse(text).bytes)
+    shown = [f"{counts[text]} x {text}" if counts[text] > 1 else text for text in largest[:4]]
+    shown += [f"{len(counts) - 4} other shapes"] if len(counts) > 4 else []
+    return f"{exchange.kind} {exchange.bytes / 1e6:.3f} MB: {', '.join(shown)}"
+
+
+COLUMNS = (
+    "chips", "model", "dtype", "C", "method", "shape", "GFLOP", "x ERM", "floor", "GB", "x ERM",
+    "MB exchanged", "ERM", "collectives", "MiB", "ERM", "compile s", "checks",
+)  # fmt: skip
+
+
+def markdown(results: Sequence[tuple[Result, Sequence[Check]]]) -> str:
+    """All cases as one Markdown table; `checks` is the number passed of the number made."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    for result, outcome in results:
+        setting, method, erm, own = result.setting, result.method, result.erm, result.program
+        steps = f" K={method.steps}" if method.mode == "cold" else ""
+        cells = [
+            tpu.topology(setting.topology).chips, setting.model, setting.dtype,
+            setting.num_classes, f"{method.mode}{steps} at {method.layer}", method.shape,
+        ]  # fmt: skip
+        if result.refused:
+            cells += ["does not fit", *["-"] * (len(COLUMNS) - len(cells) - 2)]
+        else:
+            cells += [
+                f"{own.flops / 1e9:.1f}", f"{own.flops / erm.flops:.3f}", f"{result.floor:.3f}",
+                f"{own.bytes_accessed / 1e9:.2f}",
+                f"{own.bytes_accessed / erm.bytes_accessed:.2f}",
+                f"{own.exchanged_bytes / 1e6:.2f}", f"{erm.exchanged_bytes / 1e6:.2f}",
+                len(own.collectives),
+                f"{own.memory_bytes / 2**20:.0f}", f"{erm.memory_bytes / 2**20:.0f}",
+                f"{own.compile_s:.0f}",
+            ]  # fmt: skip
+        cells += [f"{sum(check.passed for check in outcome)}/{len(outcome)}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def make_cases(values: Mapping[str, Sequence[str]]) -> list[tuple[tpu.Setting, Method]]:
+    """All combinations of the values of the flags in `GRID` and `layer`.
+
+    Raises:
+      ValueError: naming the flag that is out of range.
+    """
+    allowed = {"model": models.names(), "dtype": DTYPES, "mode": MODES, "shape": pgd.SHAPES}
+    for flag, texts in values.items():
+        if not texts:
+            raise ValueError(f"--{flag} must name at least one, got none")
+        for text in texts:
+            if text not in allowed.get(flag, (text,)):
+                raise ValueError(
+                    f"--{flag} must be one of {', '.join(allowed[flag])}, got {text!r}"
+                )
+            low = {"num_classes": 2, "steps": 1}.get(flag, 0)
+            if low and not (text.isdecimal() and int(text) >= low):
+                raise ValueError(f"--{flag} must be a whole number >= {low}, got {text!r}")
+    variants = [
+        (mode, int(steps))
+        for mode in values["mode"]
+        for steps in (values["steps"] if mode == "cold" else ["1"])
+    ]
+    order = ("model", "dtype", "topology", "num_classes", "layer", "shape")
+    return [
+        (
+            tpu.Setting(
+                topology, model, dtype, int(num_classes),
+                FLAGS.batch_size, FLAGS.image_size, FLAGS.channels,
+            ),
+            Method(layer, mode, steps, shape, FLAGS.geometry, FLAGS.assignment),
+        )
+        for model, dtype, topology, num_classes, layer, shape in itertools.product(
+            *(values[name] for name in order)
+        )
+        for mode, steps in variants
+    ]  # fmt: skip
+
+
+def set_up() -> tuple[list[tuple[tpu.Setting, Method]], Programs]:
+    """What the flags ask for.
+
+    Raises:
+      ValueError: naming the flag that is out of range; nothing has been compiled or written then.
+    """
+    names = (*GRID, "layer")
+    filled = {name: GRID[name] for name in GRID if FLAGS.grid and not FLAGS[name].present}
+    cases = make_cases({name: filled.get(name, FLAGS[name].value) for name in names})
+    for setting, method in cases:
+        layers = models.create(setting.model, setting.num_classes).layers
+        if method.layer not in layers:
+            raise ValueError(
+                f"--layer must be one of {', '.join(layers)} for --model={setting.model}, "
+                f"got {method.layer!r}"
+            )
+        tpu.share(setting)
+    # Tracing takes seconds, and what does not fit a model does not fit it with any number of
+    # classes.
+    for setting, method in {setting.model: (setting, method) for setting, method in cases}.values():
+        tpu.abstract_state(setting, method.perturbations(setting))
+    if FLAGS.output is not None:
+        benchmark.check_writable("output", FLAGS.output)
+    return cases, Programs(FLAGS.output)
+
+
+def main(argv: list[str]) -> None:
+    """Compiles every case and prints it."""
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
+        )
+    # The CPU also where a TPU is, which is not needed; no cache, which would spoil compile times.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        cases, programs = set_up()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    results = []
+    for number, (setting, method) in enumerate(cases, start=1):
+        print(
+            f"[{number}/{len(cases)}] {setting.topology} {setting.model} {setting.dtype} "
+            f"C={setting.num_classes} {method}",
+            file=sys.stderr,
+            flush=True,
+        )
+        result = compile_case(setting, method, programs)
+        results.append((result, checks(result)))
+        if not FLAGS.markdown:
+            print(report(*results[-1]), end="\n\n", flush=True)
+    if FLAGS.markdown:
+        print(markdown(results))
+    failed = sum(not check.passed for _, outcome in results for check in outcome)
+    if failed:
+        sys.exit(f"{failed} checks failed")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
