@@ -102,10 +102,10 @@ def single(tree):
     )
 
 
-def run(name, batch=None, state=None, step=STEP, dtype=jnp.float32, **options):
+def run(name, batch=None, state=None, step=STEP, **options):
     """Value, new state and gradient with respect to the parameters."""
     _, first, value_and_grad = problem(name, **options)
-    params = jax.tree.map(lambda v: jnp.asarray(v, dtype), make_params())
+    params = single(make_params())
     batch = single(make_batch() if batch is None else batch)
     (value, state), gradient = value_and_grad(
         params, first if state is None else state, batch, jnp.asarray(step)

@@ -1,5 +1,7 @@
 """RSC against DomainBed's procedure written out in NumPy, one example at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,16 @@ def problem():
     return network, h, generator.integers(0, CLASSES, BATCH).astype(np.int32)
 
 
-def perturbed(perturbation, decode, h, labels, axis_name=None):
+def perturbed(perturbation, decode, h, labels):
     """h~ and the gradient of sum(h~^2) / 2 with respect to h."""
-    targets = jax.nn.one_hot(labels, CLASSES)
+    return jax.jit(functools.partial(on_device, perturbation, decode))(h, labels)
+
+
+def on_device(perturbation, decode, h, labels, axis_name=None):
+    targets, rng = jax.nn.one_hot(labels, CLASSES), jax.random.key(0, impl="rbg")
 
     def half_square(h):
-        site = Site(h, targets, labels, decode, losses.cross_entropy, jax.random.key(0), axis_name)
+        site = Site(h, targets, labels, decode, losses.cross_entropy, rng, axis_name)
         out = perturbation.apply((), site).activation
         return 0.5 * jnp.sum(out**2), out
 
@@ -91,10 +97,10 @@ def test_examples_compete_over_the_whole_mapped_batch(problem):
     whole, _ = perturbed(perturbations.rsc(), decoder(network), h, labels)
     # Sorted by whether they are muted: on one device alone, other examples would be.
     order = np.argsort(np.any(np.asarray(whole) != h, axis=1), kind="stable")
-    shards, _ = jax.vmap(
-        lambda h, labels: perturbed(perturbations.rsc(), decoder(network), h, labels, "batch"),
-        axis_name="batch",
-    )(h[order].reshape(2, -1, FEATURES), labels[order].reshape(2, -1))
+    device = functools.partial(on_device, perturbations.rsc(), decoder(network), axis_name="batch")
+    shards, _ = jax.jit(jax.vmap(device, axis_name="batch"))(
+        h[order].reshape(2, -1, FEATURES), labels[order].reshape(2, -1)
+    )
     np.testing.assert_array_equal(np.asarray(shards).reshape(h.shape), np.asarray(whole)[order])
     assert np.array_equal(shards[0], h[order[: BATCH // 2]]), "all muted ones on one device"
 

@@ -28,8 +28,8 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
 
     Made for the last hidden layer. Quantiles are linearly interpolated, as in DomainBed, and units
     that tie with one are muted: below ReLU layers, where many gradients are zero, that can be more
-    than a share drop_f. No gradient flows through the masks. It costs two forward passes and one
-    backward pass above the injection point.
+    than a share drop_f. No gradient flows through the masks. Both shares must be known when the
+    step is compiled. It costs two forward passes and one backward pass above the injection point.
 
     Args:
       drop_f: share of an example's units to mute, in [0, 1]. 0 is no perturbation, bitwise.
