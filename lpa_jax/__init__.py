@@ -8,12 +8,14 @@ a training step is a pure function of both::
 
 from lpa_jax import (
     data,
+    diagnostics,
     injection,
     losses,
     metrics,
     models,
     optimizers,
     parallel,
+    penalties,
     perturbations,
 )
 from lpa_jax.assignment import (
@@ -26,6 +28,7 @@ from lpa_jax.assignment import (
 )
 from lpa_jax.injection import CutFunctions, Network, decode, encode, inject
 from lpa_jax.losses import cross_entropy
+from lpa_jax.penalties import Penalty
 from lpa_jax.perturbations import (
     Perturbation,
     Site,
@@ -37,6 +40,7 @@ from lpa_jax.perturbations import (
     lpl,
     manifold_mixup,
     mixstyle,
+    rsc,
     spatial_dropout,
 )
 from lpa_jax.pgd import class_perturbation
@@ -47,6 +51,7 @@ __all__ = [
     "Assignment",
     "CutFunctions",
     "Network",
+    "Penalty",
     "Perturbation",
     "Site",
     "TrainState",
@@ -61,6 +66,7 @@ __all__ = [
     "custom",
     "data",
     "decode",
+    "diagnostics",
     "dropout",
     "encode",
     "eval_step",
@@ -77,6 +83,8 @@ __all__ = [
     "models",
     "optimizers",
     "parallel",
+    "penalties",
     "perturbations",
+    "rsc",
     "spatial_dropout",
 ]
