@@ -43,8 +43,10 @@ class MappedStep:
         mapped: Callable[[Any, Mapping[str, Any]], Any],
         place: Callable[[Mapping[str, Any]], Mapping[str, jax.Array]],
         settle: Callable[[Any], Any],
+        num_classes: int | None,
     ):
         self._mapped, self._place, self._settle = mapped, place, settle
+        self._num_classes = num_classes
 
     def place(self, batch: Mapping[str, Any], num_classes: int | None = None) -> PlacedBatch:
         """Checks a host batch and starts its way to the devices, without waiting for it.
@@ -52,10 +54,14 @@ class MappedStep:
         What `__call__` does with a batch first, as a step of its own: a prefetcher does it for the
         next batch while the devices are busy with this one.
 
+        Args:
+          batch: arrays [B, ...] by name.
+          num_classes: C, where the step was not told.
+
         Raises:
-          ValueError: labels outside 0..num_classes-1, or a batch that does not split evenly.
+          ValueError: labels outside 0..C-1, or a batch that does not split evenly.
         """
-        check_batch(batch, num_classes)
+        check_batch(batch, self._num_classes or num_classes)
         return PlacedBatch(batch, self._place(batch))
 
     def __call__(self, state: Any, batch: Mapping[str, Any] | PlacedBatch) -> Any:
@@ -71,6 +77,7 @@ def pmap_step(
     axis_name: str = AXIS_NAME,
     devices: Sequence[jax.Device] | None = None,
     donate_state: bool = False,
+    num_classes: int | None = None,
 ) -> MappedStep:
     """Maps a step over devices: this host's part of the batch in, replicated result out.
 
@@ -81,6 +88,7 @@ def pmap_step(
       devices: the devices; all of them, of every host, if None.
       donate_state: let the new state take the memory of the old one, which cannot be read again.
         The first state needs buffers of its own: see `with_own_buffers`.
+      num_classes: C, against which labels are checked; None reads it from a `TrainState`.
 
     Returns:
       (state, batch) -> results. The state is an ordinary pytree, neither stacked nor unstacked; the
@@ -106,13 +114,17 @@ def pmap_step(
         return jax.device_put(shard_batch(batch, len(local)), split)
 
     def settle(state):
-        first = jax.tree.leaves(state)[:1]
-        if all(getattr(leaf, "sharding", None) == everywhere for leaf in first):
-            return state
         # Where the steps leave it: for a state on one device XLA would compile once more.
-        return jax.device_put(state, everywhere)
+        return jax.tree.map(
+            lambda leaf: (
+                leaf
+                if getattr(leaf, "sharding", None) == everywhere
+                else jax.device_put(leaf, everywhere)
+            ),
+            state,
+        )
 
-    return MappedStep(mapped, place, settle)
+    return MappedStep(mapped, place, settle, num_classes)
 
 
 def pmapped(
@@ -143,20 +155,25 @@ def pmapped(
     )
 
 
-def map_step(step: Callable[..., Any], *, donate_state: bool = False) -> MappedStep:
+def map_step(
+    step: Callable[..., Any], *, donate_state: bool = False, num_classes: int | None = None
+) -> MappedStep:
     """Compiles a step for the devices there are: `jax.jit` for one, `pmap_step` for several.
 
     Args:
       step: (state, batch, axis_name=...) -> results, as for `pmap_step`.
       donate_state: as for `pmap_step`.
+      num_classes: as for `pmap_step`.
     """
     if jax.device_count() > 1:
-        return pmap_step(step, donate_state=donate_state)
+        return pmap_step(step, donate_state=donate_state, num_classes=num_classes)
     compiled = jax.jit(
         lambda state, batch: step(state, batch, axis_name=None),
         donate_argnums=(0,) if donate_state else (),
     )
-    return MappedStep(compiled, lambda batch: jax.device_put(dict(batch)), lambda state: state)
+    return MappedStep(
+        compiled, lambda batch: jax.device_put(dict(batch)), lambda state: state, num_classes
+    )
 
 
 def with_own_buffers(state: Any) -> Any:
