@@ -19,10 +19,10 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any | None:
-    """Reads JSON; None if the file is missing or cut short."""
+    """Reads JSON; None if the file is missing, cut short or no JSON."""
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # deep nesting exhausts the parser's stack
         return None
 
 

@@ -144,6 +144,8 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
             self._set_damaged_aside()
+            if path.exists():
+                raise FileExistsError(f"{path.name} is there, but was not restored")
             unfinished.mkdir()
             array_files.write(unfinished / _ARRAYS, arrays)
             files = manifest.hash_files(unfinished, to_disk=True)

@@ -312,6 +312,12 @@ def test_a_save_or_deletion_that_was_cut_short_leaves_no_checkpoint_behind(copy,
     assert sorted(path.name for path in copy.iterdir()) == ["step_000000010", "step_000000020"]
 
 
+def test_a_checkpoint_that_is_there_is_not_written_over(copy, template):
+    with pytest.raises(CheckpointError, match="step_000000020 is there, but was not restored"):
+        Checkpoints(copy, config=CONFIG).save(20, template)
+    assert restore(copy, template).step == 20
+
+
 def test_only_the_writer_writes(tmp_path):
     reader = Checkpoints(tmp_path / "c", is_writer=False)
     reader.save(1, {"w": jnp.zeros(1)})

@@ -1,0 +1,193 @@
+"""A small run with everything that a checkpoint must hold, for tests that stop and kill it.
+
+    python tests/reliability_worker.py WORKDIR [--every=3steps] [--pace=0.01]
+
+It prints a line when a phase begins, so that a test can strike in it. What it trains: batch norm,
+dropout, momentum under a schedule, carried perturbations, signs from a smoothed confidence, a
+second loss from the third epoch on, and an epoch of which the last batch reaches into the next.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+import traceback
+import warnings
+
+import jax
+import numpy as np
+import optax
+
+import lpa_jax
+from experiments import files, runner
+from experiments.saving import Saving
+from experiments.settings import Settings, Task
+from lpa_jax import array_files, checkpoint, data, losses, parallel, trainer, workdir_lock
+from lpa_jax.interrupts import InterruptedRunError, Interrupts
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import toy
+
+EPOCHS, BATCH, EXAMPLES = 4, 8, 42
+STEPS_PER_EPOCH = 6
+TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
+
+
+def make_task():
+    """A task of 42 training images; its evaluation takes three batches."""
+    labels = np.random.default_rng(1).integers(toy.CLASSES, size=EXAMPLES + 1200)
+    images = toy.batch(labels)["image"]
+    sets = [
+        data.Dataset("toy", images[part], labels[part].astype(np.int32), toy.CLASSES)
+        for part in (slice(EXAMPLES), slice(EXAMPLES, None))
+    ]
+    return Task(*sets, data.Normalization.fit(sets[0].images), np.arange(EXAMPLES))
+
+
+def make_program():
+    """The program of the run, as `runner.make_program` would return it."""
+    perturbations = {
+        "hidden1": lpa_jax.lpa(
+            0.1, steps=2, mode="carry", assignment=lpa_jax.by_confidence(ema=0.9)
+        ),
+        "logits": lpa_jax.lpl(0.5, assignment=lpa_jax.by_confidence()),
+    }
+
+    def step_with(loss):
+        step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations, loss=loss)
+        return parallel.map_step(step)
+
+    rate = optax.cosine_decay_schedule(0.1, TOTAL_STEPS)
+    example = {"image": np.zeros((BATCH, *toy.IMAGE), np.float32)}
+    return runner.Program(
+        method="toy",
+        options={},
+        settings=Settings(epochs=EPOCHS, batch_size=BATCH, evaluate_every=1),
+        init=lambda seed: lpa_jax.TrainState.create(
+            toy.NormalizedMLP(num_classes=toy.CLASSES, dropout=0.2),
+            optax.sgd(rate, momentum=0.9),
+            jax.random.key(seed),
+            example,
+            perturbations,
+        ),
+        stages=((0, step_with(lpa_jax.cross_entropy)), (2, step_with(losses.focal(2.0)))),
+        evaluate=parallel.map_step(lpa_jax.eval_step),
+        effect=None,
+    )
+
+
+def run(folder, every="3steps", **options):
+    """Runs in `folder` to the result; (see `runner.run` for the options)."""
+    saving = Saving(every, keep=2, keep_finished=True)
+    return runner.run(
+        make_program(), make_task(), 0, pathlib.Path(folder), saving=saving, **options
+    )
+
+
+def outcome(folder):
+    """All that a run leaves behind, without times: arrays of the last step, log, result."""
+    folder = pathlib.Path(folder)
+    arrays = array_files.read(folder / f"checkpoints/step_{TOTAL_STEPS:09d}" / "arrays")
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = files.read_json(folder / "result.json")
+    del result["seconds"]
+    for row in (*log, *result["curve"]):
+        del row["examples_per_second"]
+    return {name: value.tobytes() for name, value in arrays.items()}, log, result
+
+
+def announce(owner, name, phase):
+    """Has a function print its phase when it begins and when it ends."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def announced(*args, **kwargs):
+        print(f"begin {phase}", flush=True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            print(f"end {phase}", flush=True)
+
+    setattr(owner, name, announced)
+
+
+def announce_steps(pace):
+    """Has every step print its number; the first of a stage compiles."""
+    train = trainer.train
+
+    def paced(state, stages, *args, **kwargs):
+        def announced(step):
+            def call(state, batch):
+                print(f"begin step {int(state.step) + 1}", flush=True)
+                time.sleep(pace)
+                return step(state, batch)
+
+            return call
+
+        stages = tuple((first, announced(step)) for first, step in stages)
+        return train(state, stages, *args, **kwargs)
+
+    trainer.train = paced
+
+
+def main(arguments):
+    """Runs as a command would; exits with its status."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--every", default="3steps")
+    parser.add_argument("--pace", type=float, default=0.0, help="seconds added to every step")
+    flags = parser.parse_args(arguments)
+    announce(array_files, "write", "save")
+    announce(array_files, "read", "restore")
+    announce(checkpoint.Checkpoints, "_delete", "delete")
+    announce(trainer, "evaluate_batches", "evaluation")
+    announce(files, "write_json", "file")
+    announce_steps(flags.pace)
+    interrupts = Interrupts(lambda name: os.write(1, f"caught {name}\n".encode()))
+    try:
+        with workdir_lock.hold(flags.folder), interrupts:
+            print("begin run", flush=True)
+            run(flags.folder, flags.every, should_stop=interrupts, say=print)
+    except InterruptedRunError:
+        return interrupts.exit_status
+    except (checkpoint.CheckpointError, workdir_lock.LockedError, ValueError) as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    print("done", flush=True)
+    return 0
+
+
+def serve():
+    """Forks a process for every run: it has imported everything, but JAX has not started."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            continue
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(request["environment"])
+        warnings.simplefilter("error")
+        status = 1
+        try:
+            status = main(request["arguments"])
+        except Exception:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        sys.exit(main(sys.argv[1:]))
