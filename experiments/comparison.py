@@ -97,7 +97,9 @@ def train_all(
                 config = runner.configuration(
                     programs[method, tasks[seed].counts], seed, tasks[seed]
                 )
-                run_folder.finished_result(workdir / "runs" / method / f"seed_{seed}", config)
+                folder = workdir / "runs" / method / f"seed_{seed}"
+                run_folder.check_inside(workdir, folder)
+                run_folder.finished_result(folder, config)
         files.write_json(workdir / "flags.json", run_flags.resolved())
         for seed, task in tasks.items():
             meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}

@@ -37,6 +37,12 @@ def check_same_run(folder: pathlib.Path, earlier: Any, config: Mapping[str, Any]
         )
 
 
+def check_inside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Raises ValueError if a symbolic link leads from a run's folder out of the workdir."""
+    if not folder.resolve().is_relative_to(workdir.resolve()):
+        raise ValueError(f"--workdir: {folder} leads out of {workdir} through a symbolic link")
+
+
 class RunFolder:
     """What a run reads from and writes to its folder; without a path, nothing."""
 
