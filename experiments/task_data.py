@@ -1,6 +1,11 @@
 """Where the images of a classification run come from: TFDS and embedded sets, or list files."""
 
+from typing import TYPE_CHECKING
+
 from lpa_jax import data
+
+if TYPE_CHECKING:
+    from experiments.settings import Settings
 
 # Image files whose decoded images take at most this many bytes are read into memory once.
 _READ_INTO_MEMORY = 2 * 2**30
@@ -8,7 +13,7 @@ _READ_INTO_MEMORY = 2 * 2**30
 Images = data.Dataset | data.ImageFiles
 
 
-def check_flags(settings) -> None:
+def check_flags(settings: "Settings") -> None:
     """Refuses list flags that do not fit together.
 
     Raises:
@@ -41,7 +46,7 @@ def check_flags(settings) -> None:
         )
 
 
-def open_splits(settings) -> tuple[Images, Images | None]:
+def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
     """The training split and the evaluation split; None where it is to be carved from training.
 
     A validation list is opened where one is published. The test split is opened only when the run
@@ -57,26 +62,26 @@ def open_splits(settings) -> tuple[Images, Images | None]:
     return train, data.load(settings.dataset, "test", settings.data_dir)
 
 
-def normalization(train: Images, settings) -> data.Normalization:
+def normalization(train: Images, settings: "Settings") -> data.Normalization:
     """That of the training split; of ImageNet for image files, which need not be read for it."""
     if settings.train_list is not None or settings.dataset in data.PUBLISHED:
         return data.IMAGENET_NORMALIZATION
     return data.Normalization.fit(train.images)
 
 
-def train_batches(dataset: Images, seed: int, batch_size: int):
+def train_batches(dataset: Images, seed: int, batch_size: int) -> data.Batches | data.ReadAhead:
     """Training batches by step, read ahead where they come from files."""
     batches = data.batches(dataset, seed, batch_size)
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
 
 
-def evaluation_batches(dataset: Images, batch_size: int):
+def evaluation_batches(dataset: Images, batch_size: int) -> data.EvaluationBatches | data.ReadAhead:
     """Evaluation batches by number, read ahead where they come from files."""
     batches = data.evaluation_batches(dataset, batch_size)
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
 
 
-def _listed(settings) -> tuple[Images, Images | None]:
+def _listed(settings: "Settings") -> tuple[Images, Images | None]:
     train = data.read_list(
         settings.train_list,
         settings.image_root,
@@ -96,8 +101,8 @@ def _listed(settings) -> tuple[Images, Images | None]:
     return _kept(train), _kept(evaluation)
 
 
-def _published(settings) -> tuple[Images, Images | None]:
-    def opened(split):
+def _published(settings: "Settings") -> tuple[Images, Images | None]:
+    def opened(split: str) -> Images:
         return _kept(
             data.open_published(
                 settings.dataset,

@@ -110,7 +110,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
     setting = {
-        "settings": settings.as_dict() | {"data_dir": None},
+        "settings": settings.as_dict() | {"data_dir": None, "image_root": None},
         "seeds": list(tasks),
         "search_seed": FLAGS.search_seed,
         "fixed_options": run_flags.explicit_options(),
