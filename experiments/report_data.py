@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import files
-from experiments.runner import CONFIG, RESULT
+from experiments.run_folder import CONFIG, RESULT
 from experiments.summary import Results, title_of
 
+# Written by a job of a sweep when it ends.
+OUTCOME = "outcome.json"
 # Model selection that decides a domain-generalization run's one accuracy, if it names none itself.
 SELECTION = "training_domain_validation"
 
@@ -74,7 +76,18 @@ def collect(roots: Iterable[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
     for folder in sorted(folders.values(), key=lambda folder: _natural(str(folder))):
         found = read_run(folder)
         (runs if isinstance(found, Run) else problems).append(found)
+    problems += [problem for root in roots for problem in failed_jobs(root)]
     return _without_duplicates(runs, problems)
+
+
+def failed_jobs(root: pathlib.Path) -> list[Problem]:
+    """Jobs of a sweep that ended with an error."""
+    outcomes = [(path.parent, files.read_json(path)) for path in sorted(root.rglob(OUTCOME))]
+    return [
+        Problem(folder, f"failed: {outcome.get('last_line')}")
+        for folder, outcome in outcomes
+        if isinstance(outcome, dict) and outcome.get("exit_status") != 0
+    ]
 
 
 def read_run(folder: pathlib.Path) -> Run | Problem:
@@ -94,10 +107,10 @@ def read_run(folder: pathlib.Path) -> Run | Problem:
         if result.get(key, config[key]) != config[key]:
             return Problem(folder, f"{key} is {config[key]!r} in {CONFIG}, {result[key]!r} in "
                                    f"{RESULT}")  # fmt: skip
-    selections = result.get("selections")
-    if isinstance(selections, dict) and "accuracy" not in result:
-        result = result | {"accuracy": selections.get(SELECTION)}
-    for name, value in {**(selections or {}), "accuracy": result.get("accuracy")}.items():
+    # A selection that was not made is null.
+    made = {k: v for k, v in result.get("selections", {}).items() if v is not None}
+    result = {"accuracy": made.get(SELECTION), **result, "selections": made}
+    for name, value in {**made, "accuracy": result["accuracy"]}.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             return Problem(folder, f"{RESULT} has no finite {name}")
     return Run(folder, config, result, _domain(config, result))
@@ -148,7 +161,7 @@ def slug(title: str) -> str:
 
 def _setting_of(run: Run) -> dict[str, Any]:
     # Class sizes follow from the settings (and, with some splits, from the seed and the domain).
-    apart = ("method", "seed", "options", "test_domain", "train_counts")
+    apart = ("method", "seed", "options", "drawn_options", "test_domain", "train_counts")
     config = {key: value for key, value in run.config.items() if key not in apart}
     if isinstance(config.get("settings"), Mapping):
         config["settings"] = {k: v for k, v in config["settings"].items() if k not in apart}
@@ -192,8 +205,8 @@ def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def selections(setting: Setting) -> tuple[str, ...]:
     """Model selections that every run reports; empty outside domain generalization."""
     runs = [run for members in setting.runs.values() for run in members]
-    names = list(runs[0].result.get("selections", {}))
-    return tuple(n for n in names if all(n in run.result.get("selections", {}) for run in runs))
+    names = runs[0].result["selections"]
+    return tuple(name for name in names if all(name in run.result["selections"] for run in runs))
 
 
 def results_of(setting: Setting) -> dict[str, list[Mapping[str, Any]]]:
