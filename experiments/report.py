@@ -15,7 +15,7 @@ import sys
 
 from absl import app, flags
 
-from experiments import report_data, report_tables, summary
+from experiments import files, report_data, report_html, report_tables, summary
 from experiments.methods import ERM
 
 FLAGS = flags.FLAGS
@@ -25,10 +25,11 @@ def define_flags() -> None:
     """Flags of this module."""
     flags.DEFINE_string("output", "runs/report", "Folder for what is written.")
     flags.DEFINE_string("baseline", ERM, "Method that the others are compared to.")
+    flags.DEFINE_bool("html", False, "Also write report.html, one page with everything in it.")
 
 
 def make(
-    folders: list[pathlib.Path], output: pathlib.Path, baseline: str = ERM
+    folders: list[pathlib.Path], output: pathlib.Path, baseline: str = ERM, page: bool = False
 ) -> list[report_tables.Section]:
     """Reads the runs below the folders and writes the report; returns its sections.
 
@@ -45,6 +46,8 @@ def make(
         raise ValueError(f"no complete run in {names} ({len(problems)} not counted)")
     sections = report_tables.sections(report_data.group(runs), baseline, output)
     report_tables.write(sections, runs, problems, output)
+    if page:
+        files.write_text(output / "report.html", report_html.page(sections, runs, problems))
     return sections
 
 
@@ -55,7 +58,7 @@ def main(argv: list[str]) -> None:
     try:
         if not folders:
             raise ValueError("name at least one folder of results")
-        sections = make(folders, output, FLAGS.baseline)
+        sections = make(folders, output, FLAGS.baseline, FLAGS.html)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for section in sections:

@@ -58,7 +58,7 @@ def write_domain_run(folder, method, seed, test_domain, **selections):
     folder.mkdir(parents=True)
     settings = {"dataset": "rotated_mnist", "model": "small_cnn", "evaluate_on": "test"}
     config = {"method": method, "seed": seed, "options": {}, "settings": settings,
-              "test_domain": test_domain}  # fmt: skip
+              "test_domain": test_domain, "drawn_options": [{"seed": seed}]}  # fmt: skip
     result = {"complete": True, "method": method, "seed": seed, "test_domain": test_domain,
               "domain_accuracy": {"d0": 0.9, "d15": 0.9}, "selections": selections}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,6 +1,7 @@
 """Statistics against values worked out by hand, and reports of made-up result folders."""
 
 import csv
+import html.parser
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import report, report_data, report_tables, statistics, summary
+from experiments import plots, report, report_data, report_html, report_tables, statistics, summary
 
 FLAGS = flags.FLAGS
 
@@ -222,6 +223,7 @@ def test_domains_are_averaged_within_seeds_and_selections_stand_side_by_side(tmp
             made_up_runs.write_domain_run(
                 tmp_path / "runs" / method / f"{seed}" / domain, method, seed, domain,
                 training_domain_validation=accuracy, oracle=accuracy + 0.01,
+                leave_one_domain_out=None,
             )  # fmt: skip
     made_up_runs.write_domain_run(tmp_path / "runs/half", "coral", 1, "d2",
                                   training_domain_validation=0.1, oracle=0.1)  # fmt: skip
@@ -261,13 +263,16 @@ def test_nothing_to_report_is_one_line_exit_1_and_no_file(tmp_path, command, fol
 
 
 def test_many_methods_get_a_map_of_classes_instead_of_bars_too_thin_to_see(tmp_path):
-    count = 40
-    made_up_runs.write_many(tmp_path / "runs", {f"m{i:02}": [0.5] for i in range(count)})
-    report.make([tmp_path / "runs"], tmp_path / "out", baseline="m00")
-    path = next((tmp_path / "out" / "figures").glob("*_per_class.png"))
-    width, height = np.frombuffer(path.read_bytes()[16:24], dtype=">u4")
-    assert height > 0.3 * 150 * count, "one line a method"
-    assert width < 2000
+    run = {"train_counts": [30, 10, 3], "per_class_accuracy": [0.9, 0.5, 0.1]}
+    for count in (3, 31):
+        results = {f"m{i:02}": [run] for i in range(count)}
+        assert plots.per_class_accuracy(results, tmp_path / f"{count}.png")
+    (_, low), (width, high) = (
+        np.frombuffer((tmp_path / f"{count}.png").read_bytes()[16:24], dtype=">u4")
+        for count in (3, 31)
+    )
+    assert high > 0.3 * 150 * 31 > low, "one line a method in the map only"
+    assert width < 1500
 
 
 def test_the_short_table_keeps_its_columns_and_the_long_one_its_legend():
@@ -289,3 +294,53 @@ def test_runs_csv_has_one_line_a_run(made):
     result = json.loads((folder / "result.json").read_text())
     assert float(rows[0]["accuracy"]) == pytest.approx(result["accuracy"])
     assert report_tables.ranges([3]) == "3"
+
+
+class PageReader(html.parser.HTMLParser):
+    """Collects what a page would load, and its tags, and checks that they close."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.open, self.names = [], [], {}
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.names[tag] = [*self.names.get(tag, []), attributes]
+        self.loaded += [attributes[key] for key in ("src", "href") if key in attributes]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_no_other_file_and_holds_tables_figures_and_environment(tmp_path, command):
+    effect = [{"epoch": e, "train/loss": 1.0, "effect/hidden1/loss_change/positive": 0.1 * e}
+              for e in (1, 2)]  # fmt: skip
+    for seed in (0, 1):
+        options = {"<lpa.radius>": 0.25 + seed}
+        made_up_runs.write(tmp_path / f"runs/{seed}", "lpa", seed, 0.5, options=options,
+                           curve=effect, environment={"jax": "9.9.9"})  # fmt: skip
+    message, *_ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}", "--html")
+    text = (tmp_path / "out" / "report.html").read_text()
+    reader = PageReader()
+    reader.feed(text)
+    assert message is None and reader.open == []
+    assert all(url.startswith(("data:image/png;base64,", "#")) for url in reader.loaded)
+    assert "url(" not in text and "@import" not in text and "script" not in reader.names
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in reader.names[
+        "meta"
+    ]
+    figures = list((tmp_path / "out" / "figures").glob("*.png"))
+    assert len(reader.names["img"]) == len(figures) == 4
+    assert any(figure.name.endswith("effects.png") for figure in figures)
+    assert "&lt;lpa.radius&gt;: 0.25, 1.25" in text and "prefers-color-scheme: dark" in text
+    assert "9.9.9" in text and report_html.git_revision() in text
+    assert "<td>imbalance</td><td>10.0</td>" in text
+
+
+def test_without_git_the_revision_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert report_html.git_revision() == "unknown"
