@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from experiments import files, plots, report_data, statistics, summary
+from experiments import files, plots, published, report_data, statistics, summary
 from experiments.report_data import Problem, Run, Setting
 from experiments.summary import Results, Summary
+
+PUBLISHED = (
+    "published: accuracies of other authors' runs; sources and protocols in `experiments/recipes`. "
+    "Seeds, subsets and details differ."
+)
 
 
 class Section(NamedTuple):
@@ -47,19 +52,18 @@ def sections(settings: Sequence[Setting], baseline: str, output: pathlib.Path) -
     for setting in settings:
         if not setting.domains:
             results = report_data.results_of(setting)
-            made.append(_section(setting, setting.title, results, (), baseline, output))
+            made.append(_section(setting, None, results, (), baseline, output))
             continue
         for selection in report_data.selections(setting) or (None,):
             results, left_out = report_data.domain_results(setting, selection)
-            title = f"{setting.title}, {selection or report_data.SELECTION}".replace("_", " ")
             if results:
-                made.append(_section(setting, title, results, left_out, baseline, output))
+                made.append(_section(setting, selection, results, left_out, baseline, output))
     return made
 
 
 def _section(
     setting: Setting,
-    title: str,
+    selection: str | None,
     results: Results,
     left_out: Sequence[str],
     baseline: str,
@@ -68,6 +72,9 @@ def _section(
     # The baseline first; the sort is stable.
     results = dict(sorted(results.items(), key=lambda item: item[0] != baseline))
     numbers = summary.summarize(results, baseline)
+    title = setting.title
+    if selection is not None:
+        title += f", {selection.replace('_', ' ')}"
     slug = report_data.slug(title)
     config = setting.config.get("settings", setting.config)
     drawn = (
@@ -87,9 +94,11 @@ def _section(
         for caption, name, draw in drawn
         if draw(path := output / "figures" / f"{slug}_{name}.png")
     )
-    return Section(
-        title, slug, setting, results, numbers, {}, (*notes(numbers), *left_out), figures
+    comparable = (
+        {} if selection not in (None, report_data.SELECTION) else published.accuracies(config)
     )
+    lines = (*notes(numbers), *left_out, *([PUBLISHED] if comparable else []))
+    return Section(title, slug, setting, results, numbers, comparable, lines, figures)
 
 
 def notes(table: Summary) -> list[str]:
@@ -169,7 +178,7 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
                 "test_domain": run.domain,
                 "accuracy": run.result["accuracy"],
                 **run.result.get("group_accuracy", {}),
-                **run.result.get("selections", {}),
+                **run.result["selections"],
                 "seconds": run.result.get("seconds", math.nan),
             }
             for run in runs
