@@ -1,6 +1,7 @@
 """LPA: one learned perturbation per class at a hidden layer, expansive or contractive."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def lpa(
     step_size: float = 1.5,
     scale: str = "relative",
     negative_scale: float = 1.0,
+    memory_limit: int | None = 2**30,
 ) -> Perturbation:
     r"""Learning to Perturb Activations: h~_i = h_i + delta_{y_i}, with delta_c learned by PGD.
 
@@ -71,9 +73,13 @@ def lpa(
       scale: `"relative"` multiplies the radius by the batch mean of ||h_i|| (of the channel means
         for `shape="channel"`, in the chosen norm); `"absolute"` by 1.
       negative_scale: factor on the radius of classes with s_c = -1, >= 0.
+      memory_limit: bytes that the table of all C perturbations, which `"carry"` and `"free"` keep
+        on every device, may take; None for any number. `"cold"` keeps none: its tables have a row
+        for each class of the batch at most.
 
     Raises:
-      ValueError: an option out of range; `steps` other than 1 with `mode="free"`.
+      ValueError: an option out of range; `steps` other than 1 with `mode="free"`; from
+        `TrainState.create`, a table larger than `memory_limit`.
 
     Source: the abstract of arXiv 2605.29525 fixes class-level perturbation of a hidden layer by
     PGD, expansive or contractive; the rest is this library's choice.
@@ -91,6 +97,7 @@ def lpa(
         mode,
         scale,
         negative_scale,
+        memory_limit,
     )
 
 
@@ -102,6 +109,7 @@ def class_level(
     mode: str,
     scale: str,
     negative_scale: float,
+    memory_limit: int | None = None,
 ) -> Perturbation:
     """The perturbation that `lpa` and `lpl` share; see `lpa` for the arguments."""
     check_range("radius", radius, 0.0)
@@ -109,12 +117,16 @@ def class_level(
     for argument, value, allowed in (("mode", mode, MODES), ("scale", scale, SCALES)):
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+    if memory_limit is not None:
+        check_range("memory_limit", memory_limit, 0)
     options.validate()
     if mode == "free" and options.steps != 1:
         raise ValueError(f"steps must be 1 with mode='free', got {options.steps!r}")
     if vanishes(radius) or options.steps == 0:
         return identity(name)
-    method = _ClassLevel(radius, options, assignment, mode, scale, negative_scale)
+    method = _ClassLevel(
+        radius, options, assignment, mode, scale, negative_scale, name, memory_limit
+    )
     update = method.update if mode == "free" else None
     return Perturbation(name, method.init, method.apply, update)
 
@@ -162,6 +174,8 @@ class _ClassLevel:
     mode: str
     scale: str
     negative_scale: float
+    name: str
+    memory_limit: int | None
 
     def init(self, activation: jax.ShapeDtypeStruct, num_classes: int) -> State:
         self.assignment.check_num_classes(num_classes)
@@ -169,11 +183,27 @@ class _ClassLevel:
         state = {}
         if self.mode != "cold":
             rows = jax.eval_shape(lambda h: pgd.reduce_to_shape(h, self.options.shape), activation)
+            self._check_memory(rows.shape[1:], num_classes, dtype)
             state["delta"] = jnp.zeros((num_classes, *rows.shape[1:]), dtype)
         if self._remembers_confidence:
             state["confidence"] = jnp.zeros(num_classes, jnp.float32)
             state["known"] = jnp.zeros(num_classes, bool)
         return state
+
+    def _check_memory(self, row: tuple[int, ...], num_classes: int, dtype: jnp.dtype) -> None:
+        def table_bytes(row):
+            return num_classes * math.prod(row) * dtype.itemsize
+
+        if self.memory_limit is None or table_bytes(row) <= self.memory_limit:
+            return
+        smaller = "mode='cold' keeps none"
+        if math.prod(row) > row[-1]:
+            smaller = f"shape='channel' keeps {_bytes(table_bytes(row[-1:]))}, {smaller}"
+        raise ValueError(
+            f"{self.name} with mode={self.mode!r}, shape={self.options.shape!r} keeps a table of "
+            f"{num_classes} classes x {row}, {_bytes(table_bytes(row))}, more than "
+            f"memory_limit={_bytes(self.memory_limit)}; {smaller}"
+        )
 
     def apply(self, state: State, site: Site) -> Applied:
         activation = jax.lax.stop_gradient(site.activation)
@@ -290,6 +320,10 @@ class _ClassLevel:
             class_mean = pgd.class_means(reduced, labels, counts, site.axis_name)
             cone = pgd.cone_directions(class_mean, sign, self.options.geometry)
         return _Problem(slots, labels, counts, sign, radius, cone)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.4g} MB"
 
 
 def _batch_confidence(site: Site, logits: Array) -> tuple[Array, Array]:
