@@ -24,7 +24,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --paper: #16181c; --line: #3a3f47;
   --soft: #22262c; --link: #8ab8ee; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; color: var(--text);
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; color: var(--text);
   background: var(--paper); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 a { color: var(--link); }
@@ -35,9 +35,9 @@ th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; }
 th { background: var(--soft); }
 th:first-child, td:first-child { text-align: left; }
 .numbers th:first-child, .numbers td:first-child { position: sticky; left: 0;
-  background: var(--soft); max-width: 45vw; white-space: normal; }
+  background: var(--soft); min-width: min(42vw, 13rem); max-width: 42vw; white-space: normal; }
 tr + tr td { border-top: 1px solid var(--line); }
-.pairs td { text-align: left; white-space: normal; vertical-align: top; }
+.pairs th, .pairs td { text-align: left; white-space: normal; vertical-align: top; }
 figure { margin: 1.25rem 0; }
 figure .wide { background: #fff; }
 img { display: block; width: 100%; min-width: 38rem; max-width: 62rem; margin: 0 auto;

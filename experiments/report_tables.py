@@ -122,10 +122,11 @@ def notes(table: Summary) -> list[str]:
         if len(tested) * statistics.smallest_p(row.comparison.pairs) > 1 - statistics.CONFIDENCE
     ]
     if hopeless:
+        where = "all methods" if len(hopeless) == len(tested) else ", ".join(hopeless)
         lines.append(
             "Too few common seeds for a Holm-corrected p-value below 0.05, however large the "
             f"difference (n seeds give at least 2^(1-n), the smallest of {len(tested)} p-values is "
-            f"multiplied by {len(tested)}): {', '.join(hopeless)}."
+            f"multiplied by {len(tested)}): {where}."
         )
     equal = [row.method for row in compared if row.comparison.low == row.comparison.high]
     if equal:
