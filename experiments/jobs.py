@@ -22,7 +22,8 @@ from experiments.report_data import OUTCOME
 JOB, LOG, RUN = "job.json", "log.txt", "run"
 # Exit statuses of experiments.job_run, beside 0 and 1.
 LOCKED, INTERRUPTED = 75, 130
-GRACE_SECONDS = 20.0
+# Enough to finish a step and save a checkpoint.
+GRACE_SECONDS = 60.0
 
 DONE, SKIPPED, FAILED, RUNNING, STOPPED = "done", "skipped", "failed", "running", "interrupted"
 STATUSES = (DONE, SKIPPED, RUNNING, STOPPED, FAILED)

@@ -243,14 +243,14 @@ def summarize(outcomes: Sequence[jobs.Outcome]) -> str:
 
 def main(argv: list[str]) -> None:
     """Entry point; exits with status 1 if a job failed or was interrupted."""
+    # A scheduler that stops the sweep gets the same clean end as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     workdir = pathlib.Path(FLAGS.workdir)
     try:
         sweep = described(argv[1:])
         planned = jobs.plan(workdir, *sweep)
         check_flags(planned)
         jobs.prepare(planned)
-        # A scheduler that stops the sweep gets the same clean end as Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         outcomes = run(planned, workdir)
         try:
             report.make([workdir / "jobs"], workdir / "report", FLAGS.baseline, page=True)
