@@ -1,0 +1,98 @@
+"""Many hosts: how processes find each other, and which part of a batch is whose.
+
+Everything else about several hosts lies in the mapped step (`lpa_jax.parallel`), which is the same
+on one host and on many: the mapped axis runs over the devices of all of them.
+"""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def connect(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    initialization_timeout: int = 300,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Joins the processes of a run, before anything else asks JAX for a device.
+
+    On TPU pods, under Slurm and under Open MPI no argument is needed: the environment knows them.
+    Elsewhere all three are.
+
+    Where a process dies or stops, JAX's runtime ends the others with SIGABRT: at once if it was
+    process 0, which the others hold a connection to, within `heartbeat_timeout` otherwise. So it
+    does after `initialization_timeout` (and up to 6 seconds) where one never comes.
+
+    Args:
+      coordinator_address: host:port of process 0; the port must be free there.
+      num_processes: how many processes there are.
+      process_id: this process, 0..num_processes-1.
+      initialization_timeout: whole seconds to wait for the others.
+      heartbeat_timeout: whole seconds of silence after which a process counts as dead.
+
+    Raises:
+      ValueError: an argument out of range, some of the three without the others where the
+        environment does not supply them, or a call after JAX has started.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    for name, value in (
+        ("initialization_timeout", initialization_timeout),
+        ("heartbeat_timeout", heartbeat_timeout),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be a whole number of seconds >= 1, got {value!r}")
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"num_processes must be >= 1, got {num_processes!r}")
+    if process_id is not None and not 0 <= process_id < (num_processes or np.inf):
+        last = "" if num_processes is None else f"..{num_processes - 1}"
+        raise ValueError(f"process_id must lie in 0{last}, got {process_id!r}")
+    if coordinator_address is not None and not _is_host_and_port(coordinator_address):
+        raise ValueError(f"coordinator_address must be host:port, got {coordinator_address!r}")
+    try:
+        jax.distributed.initialize(
+            *given,
+            cluster_detection_method=None if None in given else "deactivate",
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the processes cannot be joined: {reason}") from None
+
+
+def _is_host_and_port(address: str) -> bool:
+    host, colon, port = address.rpartition(":")
+    return bool(host and colon and port.isdecimal() and 0 < int(port) < 2**16)
+
+
+def host_slice() -> tuple[int, int]:
+    """(process_index, process_count), as the batches in `lpa_jax.data` take it.
+
+    >>> host_slice()
+    (0, 1)
+    """
+    return jax.process_index(), jax.process_count()
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that prints and writes files.
+
+    >>> is_first_host()
+    True
+    """
+    return jax.process_index() == 0
+
+
+def any_host(flag: bool) -> bool:
+    """Whether `flag` is true on any host; all hosts must ask at the same place.
+
+    >>> any_host(False), any_host(True)
+    (False, True)
+    """
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -1,0 +1,90 @@
+"""Starts, ends and watches the processes of `hosts_worker.py`."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+HEARTBEAT = 6
+TESTS = pathlib.Path(__file__).parent
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(task, count, arguments, only=None):
+    """Starts processes 0..count-1 of a run (or `only` some of them), one CPU device each."""
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "XLA_FLAGS": "",
+    }
+    coordinator = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", str(TESTS / "hosts_worker.py"), task, coordinator,
+             str(count), str(process), *arguments(process)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in (range(count) if only is None else only)
+    ]  # fmt: skip
+
+
+def outcome(process, timeout):
+    """(exit status, stdout, stderr) of a process that must end within `timeout` seconds."""
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, errors
+
+
+def check_fault(number, fault, fail_at=None):
+    """Does `fault` to process `number` of two; the other ends soon, non-zero, with one plain line.
+
+    `fault` is a signal, or None where the process raises an exception by itself.
+    """
+
+    def arguments(process):
+        return [str(HEARTBEAT), *([str(fail_at)] if process == number and fail_at else [])]
+
+    processes = launch("loop", 2, arguments)
+    faulty, other = processes[number], processes[1 - number]
+    try:
+        for process in processes:
+            # Gloo says on standard output how many peers it has found.
+            assert any(line == "ready\n" for line in process.stdout), process.stderr.read()
+        started = time.monotonic()
+        if fault is not None:
+            faulty.send_signal(fault)
+        status, _, errors = outcome(other, timeout=HEARTBEAT + 20)
+        assert time.monotonic() - started < HEARTBEAT + 5
+        assert status != 0
+        assert errors.count("\n") == 1 and "lost the connection to another process" in errors, (
+            errors
+        )
+        if fault is None:
+            status, _, errors = outcome(faulty, timeout=5)
+            assert status == 1 and errors == "error: something broke\n"
+        if fault == signal.SIGSTOP:
+            faulty.send_signal(signal.SIGCONT)
+            status, _, errors = outcome(faulty, timeout=HEARTBEAT + 5)
+            assert status != 0 and errors.count("\n") == 1, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()

@@ -1,0 +1,31 @@
+"""Two processes, one of them lost in every way: the other ends in time and says so in one line."""
+
+import signal
+import time
+
+import hosts
+import pytest
+
+pytestmark = pytest.mark.stress
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_lost_process_ends_the_other(number, fault):
+    hosts.check_fault(number, fault)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_exception_in_one_process_ends_both(number):
+    hosts.check_fault(number, None, fail_at=20)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_peer_that_never_comes_is_not_waited_for_longer_than_asked(number):
+    started = time.monotonic()
+    (process,) = hosts.launch("loop", 2, lambda process: [str(hosts.HEARTBEAT)], only=[number])
+    status, _, errors = hosts.outcome(process, timeout=60)
+    # Two seconds to start Python; the runtime takes up to six beyond the timeout.
+    assert time.monotonic() - started < hosts.HEARTBEAT + 10
+    assert status != 0
+    assert errors == "error: not all processes came within --initialization_timeout=6 s\n"

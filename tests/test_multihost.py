@@ -1,0 +1,116 @@
+"""Several processes over loopback: the result is that of one, and no one outlives the others."""
+
+import pathlib
+import signal
+
+import hosts
+import hosts_worker
+import numpy as np
+import pytest
+
+from experiments import runtime_log
+from lpa_jax import multihost
+
+SETUPS = tuple(hosts_worker.setups())
+TWO_AND_FOUR = [2, pytest.param(4, marks=pytest.mark.stress)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return hosts_worker.results()
+
+
+@pytest.fixture(scope="module", params=TWO_AND_FOUR)
+def together(request, tmp_path_factory):
+    """What every one of the processes found, in one launch for all methods."""
+    folder = tmp_path_factory.mktemp("hosts")
+    processes = hosts.launch(
+        "train", request.param, lambda process: [str(folder / f"{process}.npz")]
+    )
+    outcomes = [hosts.outcome(process, timeout=300) for process in processes]
+    assert [status for status, _, _ in outcomes] == [0] * request.param, outcomes
+    # Nothing is said where nothing is wrong.
+    assert all(errors == "" for _, _, errors in outcomes), outcomes
+    return [
+        dict(np.load(pathlib.Path(folder, f"{process}.npz"), allow_pickle=False))
+        for process in range(request.param)
+    ]
+
+
+@pytest.mark.parametrize("name", [*SETUPS, "evaluation"])
+def test_same_global_batch_gives_the_same_result_as_in_one_process(alone, together, name):
+    paths = {path for path in alone if path.startswith(f"{name}/")} - {f"{name}/compilations"}
+    assert len(paths) > 4
+    for path in paths:
+        for found in together:
+            np.testing.assert_allclose(found[path], alone[path], rtol=1e-5, atol=2e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_all_processes_hold_the_same_state_bit_for_bit(together, name):
+    first, *others = together
+    for path in (path for path in first if path.startswith(f"{name}/")):
+        for found in others:
+            np.testing.assert_array_equal(found[path], first[path], err_msg=path)
+
+
+def test_perturbations_are_at_work(alone):
+    kernel = "/['params']['hidden2']['dense']['kernel']"
+    assert np.max(np.abs(alone["cold lpa and lpl" + kernel] - alone["erm" + kernel])) > 1e-3
+    for layer in ("hidden1", "hidden2"):
+        delta = alone[f"carried and free lpa/['perturbation_state'][{layer!r}]['delta']"]
+        assert delta.shape[0] == hosts_worker.MANY and np.sum(np.any(delta != 0, axis=1)) > 16
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_steps_after_the_first_compile_nothing_on_several_hosts(together, name):
+    first, *others = together[0][f"{name}/compilations"]
+    assert first > 0 and not np.any(others)
+
+
+def test_every_example_is_evaluated_once(together):
+    assert together[0]["evaluation/['loss'][1]"] == hosts_worker.EVALUATED
+
+
+def test_when_the_first_process_is_killed_the_other_ends_with_one_plain_line():
+    hosts.check_fault(number=0, fault=signal.SIGKILL)
+
+
+def test_runtime_log_passes_everything_but_the_end_of_the_run():
+    lines = ["E0101 something else", "W0101 x.cc:1] more", ""]
+    assert list(runtime_log.plain_lines(lines, "lost", "late")) == lines
+    fatal = f"F0101 1 2 client.h:80] {runtime_log.FATAL}. absl::Status: DEADLINE_EXCEEDED"
+    trace = [
+        "",
+        "RPC: /xla.coordination.CoordinationService/RegisterTask",
+        "*** Check failure",
+        "@",
+    ]
+    found = list(runtime_log.plain_lines([lines[0], fatal, *trace], "lost", "late"))
+    assert found == [lines[0], "error: late"]
+    own = runtime_log.LAST_LINE + "error: out of data"
+    assert list(runtime_log.plain_lines([fatal, own, *trace], "lost", "late")) == [
+        "error: out of data"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("here:1", 2, 2), "process_id must lie in 0..1, got 2"),
+        (("here:1", 2, -1), "process_id must lie in 0..1, got -1"),
+        (("here:1", 0, 0), "num_processes must be >= 1, got 0"),
+        (("here", 2, 0), "coordinator_address must be host:port, got 'here'"),
+        (("here:99999", 2, 0), "coordinator_address must be host:port, got 'here:99999'"),
+        (("here:1", 2, 0, 0), "initialization_timeout must be a whole number of seconds >= 1"),
+        (("here:1", 2, 0, 1, 0), "heartbeat_timeout must be a whole number of seconds >= 1"),
+        # JAX has started already; a call that got as far as it would wait for process 1.
+        (("here:1", 2, 0), "the processes cannot be joined: jax.distributed.initialize"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anyone_waits(alone, arguments, message):
+    names = ("coordinator_address", "num_processes", "process_id")
+    names += ("initialization_timeout", "heartbeat_timeout")
+    with pytest.raises(ValueError, match=message) as refusal:
+        multihost.connect(**dict(zip(names, arguments, strict=False)))
+    assert "\n" not in str(refusal.value)
