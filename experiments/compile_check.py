@@ -17,7 +17,8 @@ checks in the compiled text what the method promises:
 
 Flags that are lists are multiplied out. `--output` keeps every compiled program, so that a stopped
 run goes on where it was; programs that are there are not compiled again, also not after the code
-changed. `--grid` fills the flags that are not given with the whole grid (320 cases).
+changed. `--grid` fills the flags that are not given with the whole grid (320 cases); with
+`--nocompile --markdown` it is the table of what has been compiled so far.
 
 It exits with status 1 if a check fails. ResNet-32 takes about 2 minutes a program on two CPU cores,
 WRN-28-10 about 6; no timing of the steps comes out.
@@ -29,6 +30,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import app, flags
@@ -71,6 +73,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("channels", 3, "Channels of the images.", lower_bound=1)
     flags.DEFINE_bool("grid", False, "The whole grid in the flags that are not given.")
     flags.DEFINE_string("output", None, "JSON file that keeps compiled programs between runs.")
+    flags.DEFINE_bool("compile", True, "Compile what --output lacks; if not, leave cases out.")
     flags.DEFINE_bool("markdown", False, "Print one Markdown table instead of a report a case.")
 
 
@@ -111,25 +114,41 @@ class Programs:
         return tpu.Program.from_dict(self._programs[key])
 
 
+class Keys(NamedTuple):
+    """Under which names `Programs` keeps the programs of a case."""
+
+    erm: str
+    gradient_pass: str
+    program: str
+
+    @classmethod
+    def of(cls, setting: tpu.Setting, method: Method) -> "Keys":
+        """The names for one case."""
+        # One device's gradient pass is the same program in every slice of its kind.
+        kind, share = tpu.topology(setting.topology).kind, tpu.share(setting)
+        alone = dataclasses.replace(setting, topology=kind, batch_size=share)
+        return cls(
+            f"{setting} erm",
+            f"{alone} gradient pass above {method.layer}",
+            f"{setting} {method}, {method.geometry}, {method.assignment}",
+        )
+
+
 def compile_case(setting: tpu.Setting, method: Method, programs: Programs) -> Result:
     """Compiles ERM, one gradient pass and the method, as far as `programs` has them not."""
-    slice_ = tpu.topology(setting.topology)
-    # One device's gradient pass is the same program in every slice of its kind.
-    alone = dataclasses.replace(setting, topology=slice_.kind, batch_size=tpu.share(setting))
+    keys = Keys.of(setting, method)
     return Result(
         setting,
         method,
         layers=models.create(setting.model, setting.num_classes).layers,
         row=tpu.table_row(setting, method.layer, method.shape),
-        memory=slice_.memory,
-        erm=programs.get(f"{setting} erm", lambda: tpu.compile_step(setting, {})),
+        memory=tpu.topology(setting.topology).memory,
+        erm=programs.get(keys.erm, lambda: tpu.compile_step(setting, {})),
         gradient_pass=programs.get(
-            f"{alone} gradient pass above {method.layer}",
-            lambda: tpu.compile_gradient_pass(setting, method.layer),
+            keys.gradient_pass, lambda: tpu.compile_gradient_pass(setting, method.layer)
         ),
         program=programs.get(
-            f"{setting} {method}, {method.geometry}, {method.assignment}",
-            lambda: tpu.compile_step(setting, method.perturbations(setting)),
+            keys.program, lambda: tpu.compile_step(setting, method.perturbations(setting))
         ),
     )
 
@@ -293,6 +312,8 @@ def main(argv: list[str]) -> None:
         cases, programs = set_up()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if not FLAGS.compile:
+        cases = [case for case in cases if all(key in programs for key in Keys.of(*case))]
     results = []
     for number, (setting, method) in enumerate(cases, start=1):
         print(

@@ -329,7 +329,7 @@ def test_a_small_pod_keeps_every_promise_and_a_second_run_compiles_nothing(
     assert method.exchanged_bytes == erm.exchanged_bytes + 4 * (3 * 10 * 256 + 10 + 1)
 
     monkeypatch.setattr(tpu, "compile_step", None)
-    message, out = run(*arguments, "--markdown")
+    message, out = run(*arguments, "--markdown", "--nocompile", "--mode=cold,carry")
     assert message is None
     assert [line.split(" | ")[-1] for line in out.splitlines()[2:]] == ["6/6 |"] * 2
 
