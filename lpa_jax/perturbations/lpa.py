@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lpa_jax import pgd
 from lpa_jax.assignment import Assignment, by_confidence
+from lpa_jax.perturbations import radius_target as targeting
 from lpa_jax.perturbations.base import (
     Applied,
     Feedback,
@@ -39,6 +40,7 @@ def lpa(
     step_size: float = 1.5,
     scale: str = "relative",
     negative_scale: float = 1.0,
+    radius_target: float | None = None,
     memory_limit: int | None = 2**30,
 ) -> Perturbation:
     r"""Learning to Perturb Activations: h~_i = h_i + delta_{y_i}, with delta_c learned by PGD.
@@ -73,6 +75,11 @@ def lpa(
       scale: `"relative"` multiplies the radius by the batch mean of ||h_i|| (of the channel means
         for `shape="channel"`, in the chosen norm); `"absolute"` by 1.
       negative_scale: factor on the radius of classes with s_c = -1, >= 0.
+      radius_target: loss change in nats, > 0, to which the radius is slowly adapted, by a factor
+        for each sign group that starts at 1 (`perturbations/radius_target.py`); for the negative
+        one the target, too, is multiplied by `negative_scale`. None keeps the radius. Costs no pass
+        with `"cold"` where nothing above is perturbed; `"free"`, and `"carry"` without a
+        `confidence` assignment, take one forward pass more.
       memory_limit: bytes that the table of all C perturbations, which `"carry"` and `"free"` keep
         on every device, may take; None for any number. `"cold"` keeps none: its tables have a row
         for each class of the batch at most.
@@ -98,6 +105,7 @@ def lpa(
         scale,
         negative_scale,
         memory_limit,
+        radius_target,
     )
 
 
@@ -110,6 +118,7 @@ def class_level(
     scale: str,
     negative_scale: float,
     memory_limit: int | None = None,
+    radius_target: float | None = None,
 ) -> Perturbation:
     """The perturbation that `lpa` and `lpl` share; see `lpa` for the arguments."""
     check_range("radius", radius, 0.0)
@@ -119,13 +128,15 @@ def class_level(
             raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
     if memory_limit is not None:
         check_range("memory_limit", memory_limit, 0)
+    if radius_target is not None:
+        targeting.check_target(radius_target)
     options.validate()
     if mode == "free" and options.steps != 1:
         raise ValueError(f"steps must be 1 with mode='free', got {options.steps!r}")
     if vanishes(radius) or options.steps == 0:
         return identity(name)
     method = _ClassLevel(
-        radius, options, assignment, mode, scale, negative_scale, name, memory_limit
+        radius, options, assignment, mode, scale, negative_scale, name, memory_limit, radius_target
     )
     update = method.update if mode == "free" else None
     return Perturbation(name, method.init, method.apply, update)
@@ -176,6 +187,7 @@ class _ClassLevel:
     negative_scale: float
     name: str
     memory_limit: int | None
+    radius_target: float | None
 
     def init(self, activation: jax.ShapeDtypeStruct, num_classes: int) -> State:
         self.assignment.check_num_classes(num_classes)
@@ -188,6 +200,8 @@ class _ClassLevel:
         if self._remembers_confidence:
             state["confidence"] = jnp.zeros(num_classes, jnp.float32)
             state["known"] = jnp.zeros(num_classes, bool)
+        if self.radius_target is not None:
+            state["radius_scale"] = targeting.initial_scale()
         return state
 
     def _check_memory(self, row: tuple[int, ...], num_classes: int, dtype: jnp.dtype) -> None:
@@ -250,6 +264,18 @@ class _ClassLevel:
         delta = jax.lax.stop_gradient(delta)
         perturbed = pgd.add_to_members(site.activation, delta, labels)
         aux = {"sign": sign, "radius": radius, "present": present}
+        if self.radius_target is not None:
+            aux["radius_scale"] = state["radius_scale"]
+            adapted = targeting.adapt(
+                state["radius_scale"],
+                site,
+                sign,
+                unperturbed=site.decode(activation) if logits is None else logits,
+                perturbed=perturbed,
+                target=self.radius_target,
+                negative_scale=self.negative_scale,
+            )
+            state = {**state, "radius_scale": adapted}
         return Applied(perturbed, site.targets, jax.lax.stop_gradient(state), aux)
 
     def update(self, state: State, site: Site, feedback: Feedback) -> State:
@@ -301,6 +327,8 @@ class _ClassLevel:
             confidence, _ = _batch_confidence(site, logits)
         sign, multiplier = self.assignment(confidence, present)
         radius = self.radius * multiplier * jnp.where(sign < 0, self.negative_scale, 1.0)
+        if self.radius_target is not None:
+            radius = radius * targeting.by_class(state["radius_scale"], sign)
         if self.scale == "relative":
             activation = jax.lax.stop_gradient(site.activation)
             reduced = pgd.reduce_to_shape(

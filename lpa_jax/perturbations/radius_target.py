@@ -1,0 +1,145 @@
+r"""The radius that keeps the loss change of a sign group near a target: `radius_target` of `lpa`.
+
+A radius means different things at different layers, models, stages of training and augmentations;
+the loss change that it causes compares between them. In every step, for each sign group g,
+
+    change_g = mean over the group's classes in the batch of  s_c (J_c(delta_c) - J_c(0)),
+    wanted_+ = target,     wanted_- = min(negative_scale * target, J_- / 2),
+    log scale_g  <-  log scale_g + RATE * clip( log(wanted_g / change_g), -1, 1 ),
+
+with J_- the mean of J_c(0) over the negative classes: no perturbation lowers a loss by more than
+all of it. The radius of the next step is multiplied by scale_g, within [1/BOUND, BOUND]. Where
+change_g <= 0 the clipped term is 1, where it is not finite -1; a group without a class in the batch
+keeps its scale. A radius ten times too small or too large is within a tenth of right after about
+75 steps.
+
+All of this is a choice of this library; the papers tune a fixed radius.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax import pgd
+from lpa_jax.perturbations.base import Site
+from lpa_jax.tracing import is_known
+
+RATE = 0.05
+BOUND = 100.0
+# The two sign groups, in the order of every pair in this module.
+GROUP_SIGNS = (1.0, -1.0)
+
+Array = jax.Array
+
+
+def check_target(target: float) -> None:
+    """Raises ValueError unless the target is finite and > 0, or traced.
+
+    >>> check_target(0.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: radius_target must be finite and > 0 (nats), got 0.0
+    """
+    if is_known(target) and not (np.isfinite(target) and target > 0):
+        raise ValueError(f"radius_target must be finite and > 0 (nats), got {target!r}")
+
+
+def initial_scale() -> Array:
+    """The factors on the radius of positive and negative classes before the first step, [2]."""
+    return jnp.ones(2, jnp.float32)
+
+
+def by_class(scale: Array, sign: Array) -> Array:
+    """The factor of each class, [2] and signs [C] -> [C]."""
+    return jnp.where(sign < 0, scale[1], scale[0])
+
+
+def sign_group_means(
+    values: Array, labels: Array, sign: Array, axis_name: str | None = None
+) -> tuple[Array, Array]:
+    """Means over the classes of each sign group of the class means, over the global batch.
+
+    Every class counts the same, whatever its share of the batch.
+
+    Args:
+      values: [B].
+      labels: [B] integers in 0..C-1.
+      sign: s_c in {-1, 0, +1}, [C].
+      axis_name: mapped axis over which the global batch is spread, or None.
+
+    Returns:
+      Means [2], 0 for a group without a class in the batch, and whether it has one, [2].
+
+    >>> values, labels = jnp.array([1.0, 3.0, 8.0, 5.0]), jnp.array([0, 0, 1, 2])
+    >>> means, exists = sign_group_means(values, labels, jnp.array([1.0, 1.0, 0.0, -1.0]))
+    >>> means.tolist(), exists.tolist()  # class 2 has no sign, class 3 no member
+    ([5.0, 0.0], [True, False])
+    """
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    counts = pgd.class_counts(labels, sign.shape[0], axis_name)
+    class_means = pgd.class_means(values, labels, counts, axis_name)
+    member = (sign[None, :] == jnp.asarray(GROUP_SIGNS)[:, None]) & (counts > 0)[None, :]
+    sizes = jnp.sum(member, axis=1)
+    totals = jnp.sum(jnp.where(member, class_means[None, :], 0.0), axis=1)
+    return totals / jnp.maximum(sizes, 1), sizes > 0
+
+
+def measured_change(
+    before: Array, after: Array, labels: Array, sign: Array, axis_name: str | None = None
+) -> tuple[Array, Array]:
+    """change_g of the module docstring, and whether the group has a class in the batch, both [2].
+
+    Args:
+      before: loss of every example without the perturbation, [B].
+      after: with it, [B].
+      labels: [B].
+      sign: [C].
+      axis_name: mapped axis of the global batch or None.
+    """
+    means, exists = sign_group_means(after - before, labels, sign, axis_name)
+    return jnp.asarray(GROUP_SIGNS) * means, exists
+
+
+def next_scale(scale: Array, change: Array, wanted: Array, exists: Array) -> Array:
+    """One update of the factors, equation in the module docstring; all arguments [2].
+
+    >>> ones, exists = jnp.ones(2), jnp.array([True, False])
+    >>> next_scale(ones, change=ones, wanted=10 * ones, exists=exists).round(3).tolist()
+    [1.0509999990463257, 1.0]
+    """
+    seen = jnp.where(change > 0, change, 1.0)
+    growth = jnp.where(change > 0, jnp.clip(jnp.log(wanted / seen), -1.0, 1.0), 1.0)
+    growth = jnp.where(jnp.isfinite(change), growth, -1.0)
+    adapted = jnp.clip(scale * jnp.exp(RATE * growth), 1.0 / BOUND, BOUND)
+    return jnp.where(exists & (wanted > 0), adapted, scale).astype(scale.dtype)
+
+
+def adapt(
+    scale: Array,
+    site: Site,
+    sign: Array,
+    *,
+    unperturbed: Array,
+    perturbed: Array,
+    target: float,
+    negative_scale: float,
+) -> Array:
+    """The factors for the next step, equal on every device, from this step's loss change.
+
+    Args:
+      scale: the factors of this step, [2].
+      site: what the perturbation sees.
+      sign: s_c, [C].
+      unperturbed: logits without the perturbation, [B, C].
+      perturbed: h~_i, [B, *S]. Its logits cost nothing where nothing above is perturbed: the pass
+        to them is the training pass, and XLA computes it once.
+      target: of the positive classes, in nats.
+      negative_scale: factor on the target of the negative ones.
+    """
+    targets = jax.lax.stop_gradient(site.targets)
+    before = site.loss(jax.lax.stop_gradient(unperturbed), targets)
+    after, _ = site.losses_and_logits(jax.lax.stop_gradient(perturbed))
+    change, exists = measured_change(before, after, site.labels, sign, site.axis_name)
+    loss, _ = sign_group_means(before, site.labels, sign, site.axis_name)
+    wanted = jnp.stack([jnp.asarray(target), jnp.minimum(negative_scale * target, loss[1] / 2)])
+    return next_scale(scale, change, wanted, exists)
