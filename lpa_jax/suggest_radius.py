@@ -1,0 +1,184 @@
+"""The radius at which a perturbation changes the loss by a chosen amount, measured on one batch."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax import injection, pgd
+from lpa_jax.diagnostics import observe
+from lpa_jax.losses import cross_entropy
+from lpa_jax.perturbations import Perturbation, lpa
+from lpa_jax.perturbations.radius_target import measured_change, sign_group_means
+
+GROUPS = ("positive", "negative")
+
+Array = jax.Array
+_POINTS_PER_DECADE = 2
+
+
+def suggest_radius(
+    model: Any,
+    variables: injection.Variables,
+    batch: Mapping[str, Array],
+    layer: str,
+    *,
+    target: float = 0.5,
+    group: str = "positive",
+    method: Callable[..., Perturbation] = lpa,
+    loss: Callable[[Array, Array], Array] = cross_entropy,
+    rng: Array | None = None,
+    low: float = 1e-4,
+    high: float = 1e3,
+    tolerance: float = 0.05,
+    **options: Any,
+) -> float:
+    r"""The radius at which the class-level loss change of a sign group has a chosen size.
+
+    A radius means different things at different layers, models and augmentations; the loss change
+    that it causes compares between them. With delta_c(r) the perturbation of class c at radius r,
+
+        change(r) = mean over the group's classes in the batch of  s_c (J_c(delta_c(r)) - J_c(0)),
+
+    J_c the mean loss of the class's members: how much positive perturbation raises the loss, or
+    negative lowers it. Radii are gone through upwards, two a decade, until the change reaches the
+    target, and the interval is then bisected; so where the change is no monotone function of the
+    radius, this is the smallest radius on that grid's scale. The network acts in training mode, as
+    it does under the perturbation. Everything is compiled once, with the radius as an argument.
+
+    Of a trained or half-trained network: at initialisation all classes have the same loss, and a
+    given change takes a far larger radius than it does later.
+
+    Args:
+      model: a staged model or a `Network`; `state.network` of a `TrainState`.
+      variables: `{"params": ..., ...}`, left alone; `state.variables` of a `TrainState`.
+      batch: `{"image": [B, ...], "label": [B] integers}`, all of which counts; the more examples,
+        the less the answer depends on them.
+      layer: injection point.
+      target: change wanted, in nats, > 0.
+      group: `"positive"` (s_c = +1) or `"negative"` (s_c = -1), whose change cannot exceed its
+        loss.
+      method: factory of a perturbation that states signs: (radius, **options) -> Perturbation, such
+        as `lpa` or `lpl`. The radius that it is given is traced.
+      loss: (logits [B, C], targets [B, C]) -> [B].
+      rng: key for dropout; `jax.random.key(0)` if None.
+      low: smallest radius that is looked at.
+      high: largest radius that is looked at.
+      tolerance: the change at the answer is within this share of the target.
+      **options: of `method`, for example `assignment=lpa_jax.by_frequency(counts)`, `steps`,
+        `geometry`. `mode` must be `"cold"`, the default: the others start from a carried delta.
+
+    Returns:
+      The radius, to be given to `method` with the same options.
+
+    Raises:
+      ValueError: an argument out of range; unknown layer; no class of the group in the batch; a
+        loss that is not finite; a change above the target at `low`, below it up to `high`, or one
+        that jumps over it.
+
+    Source: this library's; the papers tune the radius.
+
+    >>> model = injection.CutFunctions(lambda p, x: x, lambda p, h: h @ p)  # logits = hidden
+    >>> batch = {"image": jnp.eye(3), "label": jnp.arange(3)}
+    >>> def linear_loss(logits, targets):  # of the true class alone: changes by the radius itself
+    ...     return -jnp.sum(logits * targets, axis=-1)
+    >>> from lpa_jax import all_positive
+    >>> suggestion = suggest_radius(
+    ...     model, {"params": jnp.eye(3)}, batch, "hidden", target=0.5, tolerance=0.01,
+    ...     loss=linear_loss, assignment=all_positive(), geometry="free", scale="absolute")
+    >>> abs(suggestion - 0.5) < 0.005
+    True
+    """
+    network = injection.as_network(model)
+    _check_arguments(target, group, low, high, tolerance, options)
+    batch = {"image": jnp.asarray(batch["image"]), "label": jnp.asarray(batch["label"])}
+    _check_batch(network, variables, batch, layer)
+    index = GROUPS.index(group)
+    rng = jax.random.key(0) if rng is None else rng
+
+    @jax.jit
+    def measure(variables, batch, radius):
+        perturbations = {layer: method(radius, **options)}
+        seen = observe(network, variables, batch, perturbations, rng=rng, loss=loss, train=True)
+        before, after, sign = seen[layer].loss_before, seen[layer].loss_after, seen[layer].sign
+        if sign is None:
+            raise ValueError(
+                f"method must give classes a sign, {perturbations[layer].name} does not"
+            )
+        change, exists = measured_change(before, after, batch["label"], sign)
+        base, _ = sign_group_means(before, batch["label"], sign)
+        return change[index], base[index], exists[index]
+
+    def change_at(radius):
+        change = float(measure(variables, batch, np.float32(radius))[0])
+        if not math.isfinite(change):
+            raise ValueError(
+                f"the loss must be finite, but changes by {change} at radius {radius:.3g}"
+            )
+        return change
+
+    _, base, exists = measure(variables, batch, np.float32(low))
+    if not exists:
+        raise ValueError(f"group={group!r} has no class in the batch")
+    if not math.isfinite(base):
+        raise ValueError(f"the loss must be finite, but is {float(base)} without perturbation")
+    lower, upper = _bracket(change_at, target, low, high, tolerance, float(base))
+    return _bisect(change_at, target, lower, upper, tolerance)
+
+
+def _bracket(change_at, target, low, high, tolerance, base) -> tuple[float, float]:
+    """Neighbours on a logarithmic grid between which the change first reaches the target."""
+    points = 1 + math.ceil(_POINTS_PER_DECADE * math.log10(high / low))
+    lower, largest = low, (-math.inf, low)
+    for radius in np.geomspace(low, high, points).tolist():
+        change = change_at(radius)
+        if radius == low and change > target * (1 + tolerance):
+            raise ValueError(f"low={low:g} must be smaller: the loss changes by {change:.3g} there")
+        if change >= target:
+            return lower, radius
+        lower, largest = radius, max(largest, (change, radius))
+    raise ValueError(
+        f"target={target:g} is not reached up to high={high:g}: the loss, {base:.3g} unperturbed, "
+        f"changes by {largest[0]:.3g} at most, at radius {largest[1]:.3g}"
+    )
+
+
+def _bisect(change_at, target, lower, upper, tolerance) -> float:
+    """A radius in between where the change is the target within the tolerance."""
+    change, radius = change_at(upper), upper
+    while abs(change - target) > tolerance * target:
+        if upper / lower < 1 + 1e-5:
+            raise ValueError(
+                f"target={target:g} is not reached: the change of the loss jumps over it, "
+                f"to {change_at(upper):.3g}, at radius {upper:.3g}"
+            )
+        radius = math.sqrt(lower * upper)
+        change = change_at(radius)
+        if change < target:
+            lower = radius
+        else:
+            upper = radius
+    return radius
+
+
+def _check_arguments(target, group, low, high, tolerance, options) -> None:
+    for name, value in (("target", target), ("low", low), ("high", high), ("tolerance", tolerance)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    if not low < high:
+        raise ValueError(f"low must be smaller than high, got low={low:g} and high={high:g}")
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {group!r}")
+    if options.get("mode", "cold") != "cold":
+        raise ValueError(f"mode must be 'cold' to suggest a radius, got {options['mode']!r}")
+
+
+def _check_batch(network, variables, batch, layer) -> None:
+    injection.check_layer(network.layers, layer)
+    if not batch["label"].size:
+        raise ValueError("batch must hold at least one example, got none")
+    shapes = injection.activation_shapes(network, variables, batch["image"], [injection.LOGITS])
+    pgd.check_labels(batch["label"], shapes[injection.LOGITS].shape[-1])
