@@ -28,6 +28,7 @@ SAM_RHO = 0.05
 # Numbers that decide no shape and no control flow: arguments of a compiled step.
 _TRACEABLE = (
     "radius",
+    "radius_target",
     "negative_scale",
     "rate",
     "sigma",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import files, methods, run_flags, runner, search
+from experiments import files, methods, radius_center, run_flags, runner, search
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
 from lpa_jax import models, trainer
@@ -35,6 +35,14 @@ def define_flags() -> None:
         "Seeds that every trial is averaged over; keep test seeds out.",
     )
     flags.DEFINE_integer("search_seed", 0, "Seed of the random search.")
+    flags.DEFINE_enum(
+        "radius_center",
+        "range",
+        list(radius_center.CENTERS),
+        "Where the radii of LPA and LPL are drawn: in the fixed range of experiments.search, or "
+        "within a factor of 10 around the one that lpa_jax.suggest_radius finds after a short ERM "
+        "warm-up on the first seed.",
+    )
     flags.DEFINE_string("workdir", "runs/tune", "Folder of the trials.")
     flags.DEFINE_string("output", "", "File for the chosen hyperparameters; not written if empty.")
     flags.DEFINE_integer("worker", 0, "Which share of the trials this process runs.")
@@ -48,13 +56,20 @@ def define_flags() -> None:
 
 
 def run_trial(
-    method: str, trial: int, settings: Settings, tasks: dict[int, Any], progress: RunProgress
+    method: str,
+    trial: int,
+    settings: Settings,
+    tasks: dict[int, Any],
+    progress: RunProgress,
+    suggestions: radius_center.Suggestions | None = None,
 ) -> dict[str, Any]:
     """Trains one draw of options with every seed; a diverged trial scores null."""
     hidden = models.create(settings.model, next(iter(tasks.values())).train.num_classes).layers[
         1:-1
     ]
     drawn = search.draw(method, trial, hidden, FLAGS.search_seed)
+    if suggestions is not None:
+        drawn = suggestions.recentred(method, drawn)
     options = methods.options_for(method, drawn, run_flags.explicit_options())
     accuracies = []
     try:
@@ -115,6 +130,13 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         "search_seed": FLAGS.search_seed,
         "fixed_options": run_flags.explicit_options(),
     }
+    suggestions = None
+    if FLAGS.radius_center == "suggest":
+        setting["radius_center"] = FLAGS.radius_center
+        first = min(tasks)
+        suggestions = radius_center.Suggestions(
+            settings, tasks[first], first, setting["fixed_options"]
+        )
     setting = files.plain(setting)
     earlier = files.read_json(workdir / "setting.json")
     if earlier not in (None, setting):
@@ -129,7 +151,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
     ]
     with RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet) as progress:
         for method, trial in todo:
-            outcome = run_trial(method, trial, settings, tasks, progress)
+            outcome = run_trial(method, trial, settings, tasks, progress, suggestions)
             files.write_json(trial_path(workdir, method, trial), outcome)
     chosen = choose(workdir, FLAGS.methods, FLAGS.trials)
     if chosen is None:

@@ -1,0 +1,118 @@
+"""Where a search for a radius looks: around the one that changes the loss by a chosen amount.
+
+A radius means different things at different layers and models, so one range for all of them is
+either wide or wrong. `--radius_center=suggest` moves the range of LPA's and LPL's radius to within
+a factor of 10 around `lpa_jax.suggest_radius`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from experiments import methods, runner, search, task_data
+from experiments.assembly import assemble
+from experiments.settings import Settings, Task
+from lpa_jax import models, parallel
+from lpa_jax.injection import LOGITS
+from lpa_jax.suggest_radius import suggest_radius
+
+CENTERS = ("range", "suggest")
+SPREAD = 10.0
+# Before training all classes have the same loss: the network is trained for this share of the
+# epochs by plain ERM first.
+WARMUP = 0.1
+_PARTS = ("lpa", "lpl")
+_BATCH_SIZE = 256
+
+
+class Suggestions:
+    """Suggested radii by part and layer, each measured once: a pure function of task and seed."""
+
+    def __init__(
+        self, settings: Settings, task: Task, seed: int, explicit: Mapping[str, Any]
+    ) -> None:
+        """Measures nothing yet.
+
+        Args:
+          settings: of the search.
+          task: whose training images the networks see.
+          seed: of the warm-up.
+          explicit: options from flags, which hold in every trial.
+        """
+        self._settings, self._task, self._seed, self._explicit = settings, task, seed, explicit
+        self._layers = models.create(settings.model, task.train.num_classes).layers
+        self._warm = None
+        self._centers: dict[tuple[str, str], float] = {}
+
+    def recentred(self, method: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's draw with every radius of LPA and LPL moved around its suggestion.
+
+        Raises:
+          ValueError: there is no radius to suggest.
+        """
+        drawn = dict(drawn)
+        for part in methods.parse(method):
+            if part.name not in _PARTS:
+                continue
+            options = methods.options_for(method, drawn, self._explicit)
+            layer = part.layer or options.get(f"{part.name}.layer", LOGITS)
+            key = f"{part.name}.radius"
+            space = search.part_space(part.name, self._layers[1:-1])["radius"]
+            drawn[key] = around(drawn[key], space, self._center(part.name, layer, options))
+        return drawn
+
+    def _center(self, name: str, layer: str, options: Mapping[str, Any]) -> float:
+        if (name, layer) not in self._centers:
+            self._centers[name, layer] = self._suggest(name, layer, options)
+        return self._centers[name, layer]
+
+    def _suggest(self, name, layer, options) -> float:
+        cold = {key: value for key, value in options.items() if key != f"{name}.mode"}
+
+        def method(radius):
+            traced = cold | {f"{name}.radius": radius}
+            assembled = assemble(
+                f"{name}@{layer}",
+                traced,
+                layers=self._layers,
+                layer=None,
+                counts=self._task.counts,
+            )
+            return assembled.perturbations[layer]
+
+        state = self._warm_state()
+        examples = min(_BATCH_SIZE, len(self._task.train))
+        batch = task_data.train_batches(self._task.train, self._seed, examples)[0]
+        image = self._task.normalization.apply(batch["image"])
+        try:
+            return suggest_radius(
+                state.network, state.variables, {**batch, "image": image}, layer, method=method
+            )
+        except ValueError as error:
+            raise ValueError(f"--radius_center=suggest: {name} at {layer}: {error}") from None
+
+    def _warm_state(self):
+        if self._warm is None:
+            settings, train = self._settings, self._task.train
+            program = runner.make_program(methods.ERM, {}, settings, self._task)
+            batches = task_data.train_batches(train, self._seed, settings.batch_size)
+            state = program.init(self._seed)
+            epochs = max(1, round(WARMUP * settings.epochs))
+            for step in range(epochs * batches.steps_per_epoch):
+                state, _ = program.stages[0][1](state, batches[step])
+                if parallel.must_block():
+                    jax.block_until_ready(state)
+            self._warm = jax.device_get(state)
+        return self._warm
+
+
+def around(radius: float, space: search.LogUniform, center: float) -> float:
+    """The value around `center` that stands where `radius` stands in its range.
+
+    >>> around(0.1, search.LogUniform(0.01, 1.0), center=3.0)  # in the middle
+    3.0
+    """
+    place = math.log(radius / space.low) / math.log(space.high / space.low)
+    return float(f"{center * SPREAD ** (2 * place - 1):.3g}")
