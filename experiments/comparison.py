@@ -4,22 +4,22 @@ Trains every method with every seed, skipping what is finished, prints one table
 figures, logs and the configuration.
 """
 
+import contextlib
 import os
 import pathlib
-import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import files, methods, plots, run_flags, run_folder, runner, summary
+from experiments import entry_point, files, methods, plots, run_flags, run_folder, runner, summary
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
-from lpa_jax import checkpoint, data, trainer, workdir_lock
-from lpa_jax.interrupts import InterruptedRunError, Interrupts
+from lpa_jax import data, multihost, workdir_lock
+from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 HPARAMS_FOLDER = pathlib.Path(__file__).parent / "hparams"
@@ -78,7 +78,9 @@ def train_all(
     interrupts: Interrupts,
 ) -> dict[str, list[dict[str, Any]]]:
     """Trains every method with every seed, skipping runs whose results are there."""
-    workdir_lock.refuse_if_held(workdir)  # before data are read
+    first = multihost.is_first_host()
+    if first:
+        workdir_lock.refuse_if_held(workdir)  # before data are read
     saving = run_flags.saving()
     seeds = run_flags.seeds(FLAGS.seeds)
     source = TaskSource(settings)
@@ -91,7 +93,7 @@ def train_all(
         for method in options
         for seed in seeds
     }
-    with workdir_lock.hold(workdir), interrupts:
+    with workdir_lock.hold(workdir) if first else contextlib.nullcontext(), interrupts:
         for method in options:
             for seed in seeds:
                 config = runner.configuration(
@@ -104,9 +106,12 @@ def train_all(
         for seed, task in tasks.items():
             meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}
             path = workdir / "splits" / f"seed_{seed}.json"
-            data.save_indices(path, task.train_indices, source.pool.labels, meta)
+            if first:
+                data.save_indices(path, task.train_indices, source.pool.labels, meta)
         results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
-        with RunProgress(len(options) * len(seeds), settings.epochs, FLAGS.quiet) as progress:
+        with RunProgress(
+            len(options) * len(seeds), settings.epochs, FLAGS.quiet or not first
+        ) as progress:
             # Seeds outermost: an interrupted job leaves complete pairs.
             for seed in seeds:
                 for method in options:
@@ -130,7 +135,9 @@ def train_all(
 
 
 def report(results: summary.Results, settings: Settings, workdir: pathlib.Path) -> None:
-    """Prints the table and writes it with the figures."""
+    """Prints the table and writes it with the figures; the first host does."""
+    if not multihost.is_first_host():
+        return
     sizes = f"{settings.profile} {settings.imbalance:g}:1"
     if settings.profile == "none":
         sizes = f"{settings.per_class or 'all'} training images a class"
@@ -156,37 +163,16 @@ def report(results: summary.Results, settings: Settings, workdir: pathlib.Path) 
 
 def run(experiment: str, argv: list[str]) -> None:
     """Does what the flags say; exits with one line where they are wrong or the user interrupts."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
-        )
-    interrupts = Interrupts(_announce)
-    try:
+
+    def compare(interrupts):
         settings = run_flags.settings()
         run_flags.apply_runtime_flags()
         tuned, origin = tuned_hparams(experiment, settings)
         options = resolve_options(tuned)
-        if not FLAGS.quiet:
+        if not FLAGS.quiet and multihost.is_first_host():
             print(f"Hyperparameters: {origin}", file=sys.stderr)
         run_flags.prepare_data()
         workdir = pathlib.Path(FLAGS.workdir)
         report(train_all(settings, options, workdir, interrupts), settings, workdir)
-    except (
-        ValueError,
-        OSError,
-        trainer.NonFiniteLossError,
-        checkpoint.CheckpointError,
-        workdir_lock.LockedError,
-    ) as error:
-        sys.exit(f"error: {error}")
-    except InterruptedRunError as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
-        sys.exit(interrupts.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
-
-def _announce(signal_name: str) -> None:
-    # Straight to the descriptor: a signal may come in the middle of a print.
-    os.write(2, f"{signal_name}: saving at the next safe point\n".encode())
+    entry_point.run(argv, compare)

@@ -2,10 +2,11 @@
 
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments import files
 from experiments.saving import Saving
+from lpa_jax import multihost
 from lpa_jax.checkpoint import Checkpoints, Restored, Totals, differences
 
 RESULT = "result.json"
@@ -13,17 +14,29 @@ CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 
 
-def finished_result(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+class Names(NamedTuple):
+    """What the files of a run are called: results that reports count have the usual names."""
+
+    config: str = CONFIG
+    result: str = RESULT
+
+
+USUAL = Names()
+
+
+def finished_result(
+    folder: pathlib.Path, config: Mapping[str, Any], names: Names = USUAL
+) -> dict[str, Any] | None:
     """The result of an earlier run in this folder, or None if it is missing or incomplete.
 
     Raises:
       ValueError: the folder holds a run with another configuration; names what differs.
     """
-    earlier = files.read_json(folder / CONFIG)
+    earlier = files.read_json(folder / names.config)
     if earlier is None:
         return None
     check_same_run(folder, earlier, config)
-    result = files.read_json(folder / RESULT)
+    result = files.read_json(folder / names.result)
     return result if isinstance(result, dict) and result.get("complete") else None
 
 
@@ -46,11 +59,22 @@ def check_inside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
 class RunFolder:
     """What a run reads from and writes to its folder; without a path, nothing."""
 
-    def __init__(self, path: pathlib.Path | None, config: Mapping[str, Any], saving: Saving):
-        self._path, self._config, self._saving = path, config, saving
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        config: Mapping[str, Any],
+        saving: Saving,
+        names: Names = USUAL,
+    ):
+        self._path, self._config, self._saving, self._names = path, config, saving, names
         self._checkpoints = None
         if path is not None:
-            self._checkpoints = Checkpoints(path / CHECKPOINTS, config=config, keep=saving.keep)
+            self._checkpoints = Checkpoints(
+                path / CHECKPOINTS,
+                config=config,
+                keep=saving.keep,
+                is_writer=multihost.is_first_host(),
+            )
 
     def result(self) -> dict[str, Any] | None:
         """The result if the run has finished.
@@ -60,7 +84,7 @@ class RunFolder:
         """
         if self._path is None:
             return None
-        result = finished_result(self._path, self._config)
+        result = finished_result(self._path, self._config, self._names)
         # A kill may have come between the result and the end of the checkpoints.
         if result is not None and not result.get("checkpoints_kept", True):
             self._checkpoints.remove()
@@ -78,7 +102,7 @@ class RunFolder:
         restored = self._checkpoints.restore(state)
         for line in () if restored is None else restored.rejected:
             say(line)
-        files.write_json(self._path / CONFIG, self._config)
+        files.write_json(self._path / self._names.config, self._config)
         return restored or Restored(0, state, None, {}, ())
 
     def save(self, state: Any, totals: Totals, notes: Mapping[str, Any]) -> None:
@@ -99,7 +123,7 @@ class RunFolder:
         """Writes the result; checkpoints go unless they are wanted. Returns it as plain values."""
         result = files.plain({**result, "checkpoints_kept": self._saving.keep_finished})
         if self._path is not None:
-            files.write_json(self._path / RESULT, result)
+            files.write_json(self._path / self._names.result, result)
             if not self._saving.keep_finished:
                 self._checkpoints.remove()
         return result

@@ -1,0 +1,56 @@
+"""What every experiment's `main` does around its work: arguments, errors and signals."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import app
+
+from experiments import distributed
+from lpa_jax import checkpoint, trainer, workdir_lock
+from lpa_jax.interrupts import InterruptedRunError, Interrupts
+
+
+def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
+    """Does the work; exits with one line where the flags are wrong or the user interrupts.
+
+    Args:
+      argv: the command line after flags are parsed, of which nothing may be left.
+      work: called with what says whether to stop; it opens its block where that may be asked.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
+        )
+    try:
+        hosts = distributed.hosts_from_flags()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    with distributed.session(hosts):
+        _work(work)
+
+
+def _work(work: Callable[[Interrupts], None]) -> None:
+    interrupts = Interrupts(_announce)
+    try:
+        work(interrupts)
+    except (
+        ValueError,
+        OSError,
+        trainer.NonFiniteLossError,
+        checkpoint.CheckpointError,
+        workdir_lock.LockedError,
+    ) as error:
+        sys.exit(f"error: {error}")
+    except InterruptedRunError as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        sys.exit(interrupts.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _announce(signal_name: str) -> None:
+    # Straight to the descriptor: a signal may come in the middle of a print.
+    os.write(2, f"{signal_name}: saving at the next safe point\n".encode())
