@@ -6,7 +6,7 @@ values of them, so that methods differ in their own options alone.
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,13 +38,24 @@ class Choice:
         return self.values[rng.integers(len(self.values))]
 
 
-RUN_SPACE = {
+Space = LogUniform | Choice
+
+RUN_SPACE: dict[str, Space] = {
     "learning_rate": LogUniform(0.005, 0.1),
     "weight_decay": LogUniform(1e-4, 5e-3),
 }
+# DomainBed's, for Adam: on its MNIST sets, and on photographs.
+ADAM_SMALL: dict[str, Space] = {
+    "learning_rate": LogUniform(10**-4.5, 10**-2.5),
+    "weight_decay": Choice((0.0,)),
+}
+ADAM_LARGE: dict[str, Space] = {
+    "learning_rate": LogUniform(1e-5, 10**-3.5),
+    "weight_decay": LogUniform(1e-6, 1e-2),
+}
 
 
-def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, LogUniform | Choice]:
+def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
     """Ranges of a perturbation's own options.
 
     Args:
@@ -93,17 +104,24 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, LogUniform 
         "vrex": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
         "spectral_decoupling": {"weight": LogUniform(1e-3, 1.0)},
     }
-    return spaces[name]
+    # A perturbation that a user registered has only its layer to search.
+    return spaces.get(name, layer)
 
 
-def draw(method: str, trial: int, hidden_layers: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """The options of a trial, a pure function of (seed, method, trial).
+def draw(
+    method: str,
+    trial: int,
+    hidden_layers: Sequence[str],
+    seed: int = 0,
+    run_space: Mapping[str, Space] = RUN_SPACE,
+) -> dict[str, Any]:
+    """The options of a trial, a pure function of (seed, method, trial) and the ranges.
 
     >>> draw("erm", 0, ["hidden1"]) == draw("erm", 0, ["hidden1"])
     True
     """
     shared = np.random.default_rng([seed, trial])
-    options = {name: space.draw(shared) for name, space in RUN_SPACE.items()}
+    options = {name: space.draw(shared) for name, space in run_space.items()}
     for part in methods.parse(method):
         # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
         rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])

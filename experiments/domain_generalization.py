@@ -1,0 +1,348 @@
+r"""Domain generalization: does a network recognise classes in a domain that it never saw?
+
+    python -m experiments.domain_generalization
+
+trains ERM, CORAL, LPA and CORAL+LPA by DomainBed's protocol on RotatedMNIST, made of 5000 images:
+each of the six domains is held out in turn, 80% of every other domain is trained on, with 3 paired
+seeds: about 10 minutes on a CPU core. Three model selections are reported side by side:
+
+- training-domain validation: the mean accuracy on the 20% of each training domain held back;
+- leave-one-domain-out (with --leave_two_out, which trains a network for every pair of domains): the
+  mean accuracy on training domains that were left out as well;
+- oracle: the test domain's own 20%, after the last step. It looks at the test domain.
+
+With --draws=1 hyperparameters are fixed (`experiments.domain_tune` finds them) and only checkpoints
+are selected; with --draws=20 each method draws as many sets of hyperparameters, anew for each seed,
+and selection chooses among them, as in the publication. On an accelerator, DomainBed's own scale:
+
+    python -m experiments.domain_generalization --dataset=PACS --data_dir=DIR --model=resnet50 \
+        --layer=stage4 --train_steps=5000 --batch_size=32 --evaluate_every=250 --draws=20 \
+        --augmentation=crop+flip --crop_padding=16 --leave_two_out
+
+Its published figures start from ImageNet weights, which this project does not have.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from experiments import (
+    comparison,
+    domain_flags,
+    domain_report,
+    domain_selection,
+    entry_point,
+    files,
+    methods,
+    run_flags,
+    run_folder,
+    search,
+)
+from experiments.domain_protocol import Network, Trainings
+from experiments.domain_selection import Selected, Training
+from experiments.domain_settings import DomainSettings, DomainSource
+from experiments.progress import RunProgress
+from lpa_jax import models, trainer, workdir_lock
+from lpa_jax.interrupts import Interrupts
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Flags of this module."""
+    domain_flags.define_flags("runs/domain_generalization")
+    flags.DEFINE_list("seeds", ["3"], "Number of seeds, or a list of them; paired over methods.")
+    flags.DEFINE_integer("draws", 1, "Sets of hyperparameters of each method; 1: fixed ones.")
+    flags.DEFINE_bool(
+        "leave_two_out", False, "Also train without each pair of domains, for cross-validation."
+    )
+    flags.DEFINE_string(
+        "hparams",
+        "auto",
+        "File of tuned hyperparameters from experiments.domain_tune; auto takes the one that comes "
+        "with the project for this data set and model, none takes the methods' defaults.",
+    )
+    flags.adopt_module_key_flags(domain_flags)
+    flags.adopt_module_key_flags(run_flags)
+
+
+class Run(NamedTuple):
+    """What is reported for a method, a seed and a test domain.
+
+    Attributes:
+      method: its name.
+      seed: of the run.
+      test: the test domain.
+      draws: options, one set a draw.
+    """
+
+    method: str
+    seed: int
+    test: str
+    draws: tuple[Mapping[str, Any], ...]
+
+    def folder(self, workdir: pathlib.Path) -> pathlib.Path:
+        """Where its result stands."""
+        return workdir / "runs" / self.method / f"test_{self.test}" / f"seed_{self.seed}"
+
+
+class Tuned(NamedTuple):
+    """Hyperparameters found by tuning.
+
+    Attributes:
+      pooled: by method, the best on average over the test domains that were tuned with.
+      by_domain: by method and test domain, from networks that never saw that domain.
+      origin: where they come from.
+    """
+
+    pooled: Mapping[str, Mapping[str, Any]]
+    by_domain: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    origin: str
+
+    def options(self, method: str, test: str) -> Mapping[str, Any]:
+        """Those of a method for a test domain."""
+        return self.by_domain.get(method, {}).get(test, self.pooled.get(method, {}))
+
+
+def tuned_hparams(settings: DomainSettings) -> Tuned:
+    """What --hparams names.
+
+    Raises:
+      ValueError: no such file, or not one of `experiments.domain_tune`.
+    """
+    if FLAGS.hparams == "none" or FLAGS.draws > 1:
+        return Tuned({}, {}, "drawn" if FLAGS.draws > 1 else "the methods' defaults")
+    path = pathlib.Path(FLAGS.hparams)
+    if FLAGS.hparams == "auto":
+        path = (
+            comparison.HPARAMS_FOLDER
+            / f"domain_generalization_{settings.dataset}_{settings.model}.json"
+        )
+        if not path.exists():
+            return Tuned({}, {}, f"the methods' defaults (nothing tuned for {path.stem})")
+    pooled = methods.load_tuned(path)
+    entries = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    by_domain = {
+        method: {domain: found["options"] for domain, found in entry["by_test_domain"].items()}
+        for method, entry in entries.items()
+        if "by_test_domain" in entry
+    }
+    return Tuned(pooled, by_domain, f"tuned on validation, {path.name}")
+
+
+def plan(settings: DomainSettings, tests: Sequence[str], tuned: Tuned) -> list[Run]:
+    """All runs; seeds outermost, so that an interrupted job leaves complete pairs.
+
+    Raises:
+      ValueError: naming the flag that does not fit.
+    """
+    if FLAGS.draws < 1:
+        raise ValueError(f"--draws must be >= 1, got {FLAGS.draws}")
+    if FLAGS.draws > 1 and FLAGS.hparams not in ("auto", "none"):
+        raise ValueError(f"--draws={FLAGS.draws} draws hyperparameters: --hparams must be none")
+    if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
+        raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
+    explicit, run_options = domain_flags.explicit_options(), run_flags.explicit_run_options()
+    hidden, space = models.create(settings.model, 2).layers[1:-1], domain_flags.run_space()
+
+    def options(method, seed, test, draw):
+        found = tuned.options(method, test)
+        if FLAGS.draws > 1:
+            found = search.draw(method, draw, hidden, seed, space)
+        return methods.options_for(method, found, explicit) | run_options
+
+    return [
+        Run(method, seed, test, tuple(options(method, seed, test, d) for d in range(FLAGS.draws)))
+        for seed in run_flags.seeds(FLAGS.seeds)
+        for method in FLAGS.methods
+        for test in tests
+    ]
+
+
+def networks(run: Run, draw: int, domains: Sequence[str]) -> Iterator[Network]:
+    """The networks of a run's draw: without the test domain, and without each pair with it."""
+    options = run.draws[draw]
+    yield Network(run.method, options, (run.test,), run.seed)
+    for other in domains if FLAGS.leave_two_out else ():
+        if other != run.test:
+            # In the set's order: both domains of a pair share the network.
+            pair = tuple(domain for domain in domains if domain in (run.test, other))
+            yield Network(run.method, options, pair, run.seed)
+
+
+def configuration(run: Run, settings: DomainSettings) -> dict[str, Any]:
+    """Everything that decides a run's result, as plain values."""
+    config = {
+        "method": run.method,
+        "seed": run.seed,
+        "test_domain": run.test,
+        "options": run.draws[0] if len(run.draws) == 1 else {},
+        "settings": settings.as_dict() | {"draws": len(run.draws)},
+    }
+    if len(run.draws) > 1:
+        config["drawn_options"] = list(run.draws)
+    return files.plain(config)
+
+
+def earlier_result(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> Any | None:
+    """A complete result that has the cross-validation, if that is asked for.
+
+    Raises:
+      ValueError: the folder holds another run.
+    """
+    result = run_folder.finished_result(run.folder(workdir), config)
+    wanted = domain_selection.LEAVE_ONE_DOMAIN_OUT
+    if result is not None and FLAGS.leave_two_out and result["selections"].get(wanted) is None:
+        return None
+    return result
+
+
+def train_all(
+    settings: DomainSettings,
+    source: DomainSource,
+    runs: Sequence[Run],
+    workdir: pathlib.Path,
+    interrupts: Interrupts,
+) -> list[dict[str, Any]]:
+    """Trains what is missing and selects; returns the results in the order of the runs."""
+    workdir_lock.refuse_if_held(workdir)
+    trainings = Trainings(
+        settings,
+        source,
+        workdir / "trainings",
+        FLAGS.layer,
+        saving=run_flags.saving(),
+        should_stop=interrupts,
+    )
+    configs = {id(run): configuration(run, settings) for run in runs}
+    found = {id(run): earlier_result(run, configs[id(run)], workdir) for run in runs}
+    missing = [run for run in runs if found[id(run)] is None]
+    todo = _check_all(trainings, missing, source.names)
+    progress = RunProgress(todo, settings.intervals, FLAGS.quiet)
+    with workdir_lock.hold(workdir), interrupts, progress:
+        files.write_json(workdir / "flags.json", run_flags.resolved())
+        for group in _groups(missing):
+            for run in group:
+                files.write_json(run.folder(workdir) / run_folder.CONFIG, configs[id(run)])
+            trained = {id(run): [] for run in group}
+            for draw in range(FLAGS.draws):
+                for run in group:
+                    for network in networks(run, draw, source.names):
+                        outcome = trainings.run(network, progress, may_diverge=FLAGS.draws > 1)
+                        training = Training(frozenset(network.held_out), draw, outcome["records"])
+                        trained[id(run)].append((training, outcome["seconds"]))
+            for run in group:
+                result = files.plain(select(run, trained[id(run)], source.names))
+                files.write_json(run.folder(workdir) / run_folder.RESULT, result)
+                found[id(run)] = result
+    return [found[id(run)] for run in runs]
+
+
+def _check_all(trainings: Trainings, runs: Sequence[Run], domains: Sequence[str]) -> int:
+    """Number of networks to train.
+
+    Raises:
+      ValueError: one cannot be trained as asked, or its folder holds another: nothing is written.
+    """
+    places = set()
+    for run in runs:
+        for draw in range(len(run.draws)):
+            for network in networks(run, draw, domains):
+                if trainings.finished(network) is None:
+                    places.add(trainings.place(network))
+                trainings.program(network).check(network.options)
+    return len(places)
+
+
+def _groups(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one method and seed: draws go around all of their test domains."""
+    groups: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.seed), []).append(run)
+    return list(groups.values())
+
+
+def select(
+    run: Run, trained: Sequence[tuple[Training, float]], domains: Sequence[str]
+) -> dict[str, Any]:
+    """The result of a run from all its networks.
+
+    Raises:
+      trainer.NonFiniteLossError: every draw diverged.
+    """
+    trainings = [training for training, _ in trained]
+    selected = domain_selection.select(trainings, run.test, domains)
+    chosen = selected[domain_selection.TRAINING_DOMAIN_VALIDATION]
+    if chosen is None:
+        raise trainer.NonFiniteLossError(
+            f"every draw of {run.method} diverged without domain {run.test}, seed {run.seed}"
+        )
+    testing = {t.draw: t for t in trainings if t.held_out == {run.test}}
+
+    def described(choice: Selected):
+        return choice._asdict() | {"options": run.draws[choice.draw]}
+
+    known = {name: choice for name, choice in selected.items() if choice is not None}
+    return {
+        "complete": True,
+        "method": run.method,
+        "seed": run.seed,
+        "test_domain": run.test,
+        "options": run.draws[chosen.draw],
+        "accuracy": chosen.accuracy,
+        "selections": {
+            name: None if choice is None else choice.accuracy for name, choice in selected.items()
+        },
+        "selected": {name: described(choice) for name, choice in known.items()},
+        "draws": len(run.draws),
+        "diverged": sum(not training.records for training in testing.values()),
+        "records": testing[chosen.draw].records,
+        "seconds": sum(seconds for training, seconds in trained if len(training.held_out) == 1),
+    }
+
+
+def _notes(tuned: Tuned, tests: Sequence[str], domains: Sequence[str]) -> list[str]:
+    """What limits the comparison."""
+    notes = []
+    trained_on = [
+        test for test in tests
+        if any(m in tuned.pooled and test not in tuned.by_domain.get(m, {}) for m in FLAGS.methods)
+    ]  # fmt: skip
+    if trained_on:
+        notes.append(
+            "Hyperparameters for these test domains were tuned on networks that trained on them, "
+            f"by validation images of theirs, too: {', '.join(trained_on)}."
+        )
+    if len(tests) < len(domains):
+        notes.append(f"Test domains are {len(tests)} of {len(domains)}.")
+    return notes
+
+
+def compare(interrupts: Interrupts) -> None:
+    """Does what the flags say."""
+    settings = domain_flags.settings()
+    run_flags.apply_runtime_flags()
+    tuned = tuned_hparams(settings)
+    source = DomainSource(settings)
+    tests = domain_flags.domains_to_test(source.names)
+    runs = plan(settings, tests, tuned)
+    if not FLAGS.quiet:
+        print(f"Hyperparameters: {tuned.origin}", file=sys.stderr)
+    workdir = pathlib.Path(FLAGS.workdir)
+    results = train_all(settings, source, runs, workdir, interrupts)
+    title = f"{settings.dataset}, {settings.model}, accuracy on test domains"
+    domain_report.write(results, title, _notes(tuned, tests, source.names), workdir)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    entry_point.run(argv, compare)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

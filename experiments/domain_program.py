@@ -1,0 +1,202 @@
+"""A method compiled for training on several domains: once, whichever domains and numbers."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.assembly import Assembled, assemble, traceable
+from experiments.domain_settings import DomainSettings, DomainSource
+from experiments.methods import POSTHOC, loss_names, parse, part_options
+from lpa_jax import losses, metrics, models, optimizers, parallel, penalties, trainer
+from lpa_jax.data import augment
+from lpa_jax.injection import as_network
+from lpa_jax.step import TrainState, eval_step, lpa_step
+
+
+class _Mixed(NamedTuple):
+    """A method with its options put in."""
+
+    parts: Assembled
+    optimizer: optax.GradientTransformation
+    loss_stages: tuple[tuple[int, losses.Loss], ...]
+
+
+class Program:
+    """A method for a number of training domains, compiled once.
+
+    The method's numbers (radii, rates, the learning rate) are arguments of the compiled steps, so
+    that all draws and all held-out domains share them; what else the options say is compiled in.
+
+    Args:
+      method: its name.
+      options: its options; other programs' numbers may differ from them, nothing else.
+      settings: settings of the run.
+      source: the domains.
+      num_domains: D, how many are trained on.
+      counts: training images of each class, for what depends on them (`needs_counts`).
+      layer: where perturbations without a layer of their own stand.
+
+    Raises:
+      ValueError: naming the flag or option that does not fit.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        options: Mapping[str, Any],
+        settings: DomainSettings,
+        source: DomainSource,
+        num_domains: int,
+        counts: Sequence[int],
+        layer: str | None = None,
+    ):
+        _check_domains(method, settings, num_domains)
+        self._method, self._settings, self._options = method, settings, dict(options)
+        self._num_domains, self._counts, self._layer = num_domains, counts, layer
+        model = models.create(settings.model, source.num_classes, dtype=settings.dtype)
+        self._network = as_network(model)
+        self._normalize = source.normalization.apply
+        shape = (num_domains * settings.batch_size, *source.image_shape)
+        self._example = {"image": np.zeros(shape, np.float32)}
+        known = self._mix(options)
+        self._stages = tuple(
+            (first, parallel.map_step(functools.partial(self._train_step, stage)))
+            for stage, (first, _) in enumerate(known.loss_stages)
+        )
+        self._evaluate = parallel.map_step(self._evaluate_step)
+        # No number has a part in the first state: one compilation does for all.
+        self._create = jax.jit(functools.partial(self._created, known))
+        # Refuses layers that do not fit before anything is written or compiled.
+        jax.eval_shape(self._create, jax.random.key(0))
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming the option, where a number is out of range."""
+        self._mix(options)
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        return self._create(jax.random.key(seed))
+
+    def _created(self, known: _Mixed, rng: jax.Array) -> TrainState:
+        return TrainState.create(
+            self._network,
+            # Static in the compiled steps, which bring an optimizer with their numbers.
+            known.optimizer,
+            rng,
+            self._example,
+            known.parts.perturbations,
+            known.parts.penalties,
+        )
+
+    def stages(self, options: Mapping[str, Any]) -> tuple[tuple[int, trainer.Step], ...]:
+        """(First interval, step) pairs."""
+        numbers = self._numbers(options)
+
+        def bound(mapped):
+            def step(state, batch):
+                (state, _), pairs = mapped((state, numbers), batch)
+                return state, pairs
+
+            return step
+
+        return tuple((first, bound(mapped)) for first, mapped in self._stages)
+
+    def evaluation(self, options: Mapping[str, Any]) -> Callable[..., metrics.Pair]:
+        """(state, batch) -> accuracy, as a pair."""
+        numbers = self._numbers(options)
+        return lambda state, batch: self._evaluate((state, numbers), batch)
+
+    def _numbers(self, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return {name: jnp.float32(options[name]) for name in traceable(self._method, options)}
+
+    def _mix(self, options: Mapping[str, Any]) -> _Mixed:
+        settings = self._settings
+        parts = assemble(
+            self._method,
+            options,
+            layers=self._network.layers,
+            layer=self._layer,
+            counts=self._counts,
+            epochs=settings.intervals,
+            total_steps=settings.train_steps,
+            num_domains=self._num_domains,
+        )
+        optimizer = _optimizer(settings, options)
+        if parts.sam_rho is not None:
+            optimizer = optimizers.sam(optimizer, parts.sam_rho)
+        return _Mixed(parts, optimizer, parts.loss_stages or ((0, losses.cross_entropy),))
+
+    def _train_step(self, stage, state_and_numbers, batch, axis_name=None):
+        state, numbers = state_and_numbers
+        mixed = self._mix(self._options | numbers)
+        transform = augment.create(self._settings.augmentation, padding=self._settings.crop_padding)
+        new_state, pairs = lpa_step(
+            state.replace(optimizer=mixed.optimizer),
+            batch,
+            perturbations=mixed.parts.perturbations,
+            penalties=mixed.parts.penalties,
+            loss=mixed.loss_stages[stage][1],
+            augment=lambda *of: self._normalize(transform(*of)),
+            axis_name=axis_name,
+        )
+        return (new_state.replace(optimizer=state.optimizer), numbers), pairs
+
+    def _evaluate_step(self, state_and_numbers, batch, axis_name=None):
+        state, numbers = state_and_numbers
+        adjust = self._mix(self._options | numbers).parts.adjust_logits
+        batch = {**batch, "image": self._normalize(batch["image"])}
+        pairs = eval_step(state, batch, adjust_logits=adjust, axis_name=axis_name)
+        return pairs["accuracy"]
+
+
+def _check_domains(method: str, settings: DomainSettings, num_domains: int) -> None:
+    compared = [p.name for p in parse(method) if p.name in penalties.names()
+                and "num_domains" in penalties.options(p.name)]  # fmt: skip
+    if compared and num_domains < 2:
+        raise ValueError(
+            f"--methods: {compared[0]} in {method!r} compares training domains, but only "
+            f"{num_domains} of {settings.dataset} would be trained on"
+        )
+    if num_domains < 1:
+        raise ValueError(f"--leave_two_out: {settings.dataset} has no third domain to train on")
+    examples, devices = num_domains * settings.batch_size, jax.device_count()
+    if examples % devices:
+        raise ValueError(
+            f"--batch_size={settings.batch_size}: {num_domains} domains make {examples} examples "
+            f"a step, which do not split evenly over {devices} devices"
+        )
+
+
+def _optimizer(settings: DomainSettings, options: Mapping[str, Any]):
+    rate = optimizers.schedule(
+        settings.schedule,
+        options.get("learning_rate", settings.learning_rate),
+        total_steps=settings.train_steps,
+    )
+    return optimizers.create(
+        settings.optimizer,
+        rate,
+        weight_decay=options.get("weight_decay", settings.weight_decay),
+        clip_norm=settings.clip_norm,
+        decay_biases_and_norms=settings.decay_biases_and_norms,
+    )
+
+
+def needs_counts(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether class sizes, which differ between held-out domains, are compiled into the program.
+
+    >>> needs_counts("lpa", {"lpa.assignment": "confidence"}), needs_counts("logit_adjusted", {})
+    (False, True)
+    """
+    for part in parse(method):
+        if part.name in (*loss_names(), POSTHOC):
+            return True
+        rule = options.get(f"{part.name}.assignment", "frequency")
+        if "assignment" in part_options(part.name) and rule == "frequency":
+            return True
+    return False
