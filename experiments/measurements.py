@@ -1,0 +1,331 @@
+"""What `landscape` measures of one trained model: plain values, their errors, and curves."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import methods, task_data, trained
+from experiments.assembly import assemble
+from experiments.trained import Model
+from lpa_jax import diagnostics, metrics, models, pgd
+from lpa_jax.diagnostics import corruptions
+from lpa_jax.injection import check_layer
+
+Array = jax.Array
+Batches = Sequence[Mapping[str, Array]]
+# {"values": {name: number}, "errors": {name: the estimator's standard error}, curves and maps}
+Measured = dict[str, Any]
+
+# Perturbations whose growth is measured, and the bound beside them.
+PROBES = ("lpa", "adversarial", "random", "bound")
+# All parts see the same directions, probes and starting vectors for every model.
+_KEY = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """How to measure; the flags of the same names explain the fields."""
+
+    measure_on: str = "train"
+    measure_batches: int = 4
+    measure_batch_size: int = 256
+    measure_layers: tuple[str, ...] = ()
+    eigenvalues: int = 3
+    lanczos_steps: int = 25
+    probes: int = 32
+    sharpness_radius: float = 0.05
+    average_radius: float = 1.0
+    activation_radius: float = 0.1
+    directions: int = 3
+    resolution: int = 15
+    span: float = 1.0
+    probe_radius: float = 0.1
+    power_iterations: int = 30
+    corruptions: tuple[str, ...] = corruptions.names()
+    severities: tuple[int, ...] = (1, 3, 5)
+
+    def check(self, model: str) -> "Measuring":
+        """Returns itself, with all hidden layers of the model where none is named.
+
+        Raises:
+          ValueError: one line naming the first flag that is out of range.
+        """
+        for name, low in (
+            ("measure_batches", 1),
+            ("measure_batch_size", 2),
+            ("eigenvalues", 1),
+            ("lanczos_steps", self.eigenvalues),
+            ("probes", 2),
+            ("directions", 1),
+            ("resolution", 3),
+            ("power_iterations", 1),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"--{name} must be >= {low}, got {getattr(self, name)}")
+        for name in (
+            "sharpness_radius", "average_radius", "activation_radius", "span", "probe_radius"
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} must be finite and > 0, got {value!r}")
+        for name in self.corruptions:
+            if name not in corruptions.names():
+                known = ", ".join(corruptions.names())
+                raise ValueError(f"--corruptions must be among {known}, got {name!r}")
+        for severity in self.severities:
+            if severity not in range(1, 6):
+                raise ValueError(f"--severities must be from 1 to 5, got {severity}")
+        if not (self.corruptions and self.severities):
+            empty = "severities" if self.corruptions else "corruptions"
+            raise ValueError(f"--{empty} must name at least one")
+        layers = models.create(model, 2).layers
+        for layer in self.measure_layers:
+            try:
+                check_layer(layers, layer)
+            except ValueError as error:
+                raise ValueError(f"--measure_layers: {error}") from None
+        return dataclasses.replace(self, measure_layers=self.measure_layers or layers[1:-1])
+
+    def batches(self, model: Model) -> Batches:
+        """The images that are measured on."""
+        dataset = model.task.train if self.measure_on == "train" else model.task.evaluation
+        return trained.batches(model.task, dataset, self.measure_batch_size, self.measure_batches)
+
+
+def flatness(model: Model, how: Measuring) -> Measured:
+    """Top eigenvalues, trace and sharpness in weight space, plain and filter-normalised."""
+    key, found = jax.random.key(_KEY), how.batches(model)
+    values, errors = {}, {}
+    for prefix, normalized in (("", False), ("normalized ", True)):
+        objective = diagnostics.weight_objective(
+            model.network, model.variables, found, filter_normalized=normalized
+        )
+        values["loss"] = objective.base[0]
+        steps = min(how.lanczos_steps, objective.dimension)
+        top = diagnostics.top_eigenvalues(objective, how.eigenvalues, rng=key, steps=steps)
+        for k in range(how.eigenvalues):
+            values[f"{prefix}lambda{k + 1}"] = top.values[k]
+            errors[f"{prefix}lambda{k + 1}"] = top.residuals[k]
+        trace = diagnostics.trace(objective, rng=key, probes=how.probes)
+        average = diagnostics.average_sharpness(objective, how.average_radius, rng=key)
+        for name, estimate in (("trace", trace), ("average", average)):
+            values[prefix + name] = estimate.value
+            errors[prefix + name] = estimate.standard_error
+        values[f"{prefix}worst case"] = diagnostics.worst_case_sharpness(
+            objective, how.sharpness_radius, steps=5
+        )
+    return {"values": values, "errors": errors}
+
+
+def activation(model: Model, how: Measuring) -> Measured:
+    """Largest eigenvalue, trace and worst case in activation space, layer by layer."""
+    found, values, errors = how.batches(model), {}, {}
+    for layer in how.measure_layers:
+        norm = float(_mean_norm(model.network, model.variables, found[0]["image"], layer=layer))
+        measured = diagnostics.activation_flatness(
+            model.network,
+            model.variables,
+            found,
+            layer,
+            radius=how.activation_radius * norm,
+            rng=jax.random.key(_KEY),
+        )
+        values[f"{layer} norm"] = norm
+        for name, estimate in (
+            ("lambda1", measured.largest_eigenvalue),
+            ("trace", measured.trace),
+            ("worst case", measured.worst_case),
+        ):
+            values[f"{layer} {name}"] = estimate.value
+            errors[f"{layer} {name}"] = estimate.standard_error
+    return {"values": values, "errors": errors}
+
+
+def line(model: Model, how: Measuring) -> Measured:
+    """The loss along random filter-normalised directions, [directions, 2 resolution + 1]."""
+    objective, directions, _ = _plane(model, how, how.directions)
+    steps = np.linspace(-how.span, how.span, 2 * how.resolution + 1)
+    losses = np.stack([diagnostics.loss_slice(objective, d[None], [steps]) for d in directions])
+    ends = losses[:, [0, -1]].mean()
+    return {
+        "values": {"rise at the ends": ends - losses[:, how.resolution].mean()},
+        "errors": {},
+        "steps": steps,
+        "losses": losses,
+    }
+
+
+def plane(model: Model, how: Measuring) -> Measured:
+    """The loss over a plane of two such directions, [resolution, resolution]."""
+    objective, directions, steps = _plane(model, how, 2)
+    losses = diagnostics.loss_slice(objective, directions, [steps, steps])
+    return {"values": {}, "errors": {}, "steps": steps, "losses": losses}
+
+
+def amplification(model: Model, how: Measuring) -> Measured:
+    """Mean gains from every layer to every later one, and the local bound, on one full batch."""
+    network, variables, key = model.network, model.variables, jax.random.key(_KEY)
+    batch, layers = _full(how.batches(model))[0], network.layers
+    maps = {probe: np.full((len(layers), len(layers)), np.nan) for probe in PROBES}
+    for row, layer in enumerate(layers[:-1]):
+        probe = partial(_probed, layer=layer, counts=model.task.counts, radius=how.probe_radius)
+        deltas = {
+            name: probe(network, variables, batch, key, name=name).delta
+            for name in ("lpa", "adversarial")
+        }
+        deltas["random"] = diagnostics.random_directions(key, deltas["lpa"])
+        for name, delta in deltas.items():
+            gains = _gains(network, variables, batch["image"], delta, layer=layer)
+            for target, gain in gains.items():
+                mean = metrics.compute(metrics.mean(gain, jnp.isfinite(gain)))
+                maps[name][row, layers.index(target)] = mean
+        for target in diagnostics.layers_above(network, layer):
+            bound = diagnostics.local_bound(
+                network,
+                variables,
+                batch["image"],
+                layer,
+                target,
+                rng=key,
+                iterations=how.power_iterations,
+            )
+            maps["bound"][row, layers.index(target)] = bound.sigma.mean()
+    values = {
+        f"{name} {layer}": maps[name][row, -1]
+        for name in PROBES
+        for row, layer in enumerate(layers[:-1])
+    }
+    return {"values": values, "errors": {}, "layers": layers, "maps": maps}
+
+
+def geometry(model: Model, how: Measuring) -> Measured:
+    """What LPA's perturbation does to every class at every measured layer of the model."""
+    found, key = _full(how.batches(model)), jax.random.key(_KEY)
+    counts = model.task.counts
+    values, classes = {}, {}
+    for layer in how.measure_layers:
+        total = None
+        for batch in found:
+            seen = _probed(
+                model.network, model.variables, batch, key,
+                name="lpa", layer=layer, counts=counts, radius=how.probe_radius,
+            )  # fmt: skip
+            pairs = diagnostics.class_geometry(seen, batch["label"], len(counts))
+            total = pairs if total is None else metrics.add(total, pairs)
+        classes[layer] = metrics.compute(total)
+        agreed = diagnostics.agreement(classes[layer])
+        for name in ("loss_and_norm", "sign_and_loss", "sign_and_norm", "correlation"):
+            values[f"{layer} {name}"] = getattr(agreed, name)
+    return {"values": values, "errors": {}, "classes": classes}
+
+
+def calibration(model: Model, how: Measuring) -> Measured:
+    """Accuracy, likelihood and calibration on the evaluation images, and on corrupted ones."""
+    clean = trained.outputs(model)
+    curve = diagnostics.reliability(clean.logits, clean.labels)
+    values = {
+        "accuracy": _accuracy(clean),
+        "nll": diagnostics.negative_log_likelihood(clean.logits, clean.labels),
+        "ece": curve.expected_calibration_error,
+        "adaptive ece": diagnostics.expected_calibration_error(
+            clean.logits, clean.labels, adaptive=True
+        ),
+    }
+    by_severity = {}
+    for name in how.corruptions:
+        by_severity[name] = [
+            _accuracy(trained.outputs(model, _corrupted(model, name, severity)))
+            for severity in how.severities
+        ]
+        values[f"accuracy {name}"] = np.mean(by_severity[name])
+    values["accuracy corrupted"] = np.mean(list(by_severity.values()))
+    reliability = {"confidence": curve.confidence, "accuracy": curve.accuracy, "count": curve.count}
+    return {
+        "values": values,
+        "errors": {},
+        "by_severity": by_severity,
+        "severities": how.severities,
+        "reliability": reliability,
+    }
+
+
+_IMAGES = ("measure_on", "measure_batches", "measure_batch_size")
+_SLICE = (*_IMAGES, "resolution", "span")
+# name -> (function, fields of `Measuring` that decide its result)
+MEASUREMENTS: dict[str, tuple[Callable[[Model, Measuring], Measured], tuple[str, ...]]] = {
+    "flatness": (
+        flatness,
+        (*_IMAGES, "eigenvalues", "lanczos_steps", "probes", "sharpness_radius", "average_radius"),
+    ),
+    "activation": (activation, (*_IMAGES, "measure_layers", "activation_radius")),
+    "line": (line, (*_SLICE, "directions")),
+    "plane": (plane, _SLICE),
+    "amplification": (amplification, (*_IMAGES, "probe_radius", "power_iterations")),
+    "geometry": (geometry, (*_IMAGES, "measure_layers", "probe_radius")),
+    "calibration": (calibration, ("corruptions", "severities")),
+}
+
+
+def _plane(model, how, count):
+    objective = diagnostics.weight_objective(model.network, model.variables, how.batches(model))
+    directions = diagnostics.filter_normalized_directions(
+        jax.random.key(_KEY), model.variables["params"], count
+    )
+    return objective, directions, np.linspace(-how.span, how.span, how.resolution)
+
+
+def _full(batches: Batches) -> Batches:
+    """Those without padding, of which there is one at least: a class's mean counts every row."""
+    return [batch for batch in batches if np.all(batch["mask"])]
+
+
+def _corrupted(model: Model, name: str, severity: int):
+    """Evaluation batches whose images are corrupted before they are normalised."""
+    task, start = model.task, 0
+    size = min(500, len(task.evaluation))
+    for batch in task_data.evaluation_batches(task.evaluation, size):
+        positions = np.arange(start, start + size)
+        images = _corruption(name, severity)(jax.random.key(_KEY), batch["image"], positions)
+        start += size
+        yield {**batch, "image": task.normalization.apply(images)}
+
+
+@cache
+def _corruption(name: str, severity: int):
+    return jax.jit(corruptions.create(name, severity))
+
+
+def _accuracy(found: trained.Outputs) -> float:
+    return float(np.mean(found.logits.argmax(axis=1) == found.labels))
+
+
+@partial(jax.jit, static_argnames=("network", "name", "layer", "counts", "radius"))
+def _probed(network, variables, batch, rng, *, name, layer, counts, radius):
+    """What `lpa` or `adversarial` does at a layer of any network, however that was trained."""
+    options = {f"{name}.radius": radius} | ({"lpa.mode": "cold"} if name == "lpa" else {})
+    method = f"{name}@{layer}"
+    parts = assemble(
+        method,
+        methods.options_for(method, options, {}),
+        layers=network.layers,
+        layer=None,
+        counts=counts,
+    )
+    return diagnostics.observe(network, variables, batch, parts.perturbations, rng=rng)[layer]
+
+
+@partial(jax.jit, static_argnames=("network", "layer"))
+def _gains(network, variables, inputs, delta, *, layer):
+    return diagnostics.gains(network, variables, inputs, layer, delta)
+
+
+@partial(jax.jit, static_argnames=("network", "layer"))
+def _mean_norm(network, variables, inputs, *, layer):
+    h, _ = network.advance(variables, inputs, {}, layer, train=False, rng=None)
+    return jnp.mean(pgd.row_norms(h.astype(pgd.perturbation_dtype(h))))
