@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,4 +55,6 @@ class RunLog:
     def _add_events(self, row: Mapping[str, Any]) -> None:
         for name, value in row.items():
             if name not in ("step", "epoch") and value is not None:  # None: an empty group
-                self._events.add_scalar(name, value, row["step"])
+                # TensorBoard takes no other characters; domains are called +90% and the like.
+                tag = re.sub(r"[^\w./-]", "_", name)
+                self._events.add_scalar(tag, value, row["step"])

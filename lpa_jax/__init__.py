@@ -45,6 +45,7 @@ from lpa_jax.perturbations import (
 )
 from lpa_jax.pgd import class_perturbation
 from lpa_jax.step import TrainState, eval_step, lpa_step
+from lpa_jax.suggest_radius import suggest_radius
 
 __version__ = "0.1.0"
 __all__ = [
@@ -87,4 +88,5 @@ __all__ = [
     "perturbations",
     "rsc",
     "spatial_dropout",
+    "suggest_radius",
 ]

@@ -155,7 +155,8 @@ def perturbation_effect(
       rng: key for dropout and random perturbations.
 
     Returns:
-      (sum, count) pairs named `layer/loss_change/group` and `layer/norm_ratio/group`.
+      (sum, count) pairs named `layer/loss_change/group`, `layer/norm_ratio/group` and, of methods
+      that have one, `layer/radius/group` (in units of the activation).
     """
     seen = observe(
         network, variables, batch, perturbations, rng=rng, states=states, loss=loss, train=True
@@ -167,6 +168,8 @@ def perturbation_effect(
             "loss_change": observation.loss_after - observation.loss_before,
             "norm_ratio": _norm_ratio(observation),
         }
+        if observation.radius is not None:
+            values["radius"] = observation.radius[labels]
         sign = jnp.zeros(labels.shape)
         if observation.sign is not None:
             sign = observation.sign[labels]
