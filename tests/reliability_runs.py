@@ -64,9 +64,9 @@ class Run:
         return self.log.read_text().splitlines() if self.log.exists() else []
 
     def wait_for(self, line, occurrence=1):
-        """Waits until the run prints a line for the n-th time; False if it ends before."""
+        """Waits for the n-th line that is this or goes on with a space; False if it ends before."""
         deadline = time.monotonic() + PATIENCE
-        while self.lines().count(line) < occurrence:
+        while sum(f"{found} ".startswith(f"{line} ") for found in self.lines()) < occurrence:
             if not pathlib.Path(f"/proc/{self.pid}/cmdline").read_bytes():  # a zombie
                 return False
             assert time.monotonic() < deadline, self.lines()[-5:]

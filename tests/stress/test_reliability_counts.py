@@ -33,7 +33,7 @@ KILLS_PER_CHAIN = 5
 # Phase -> share of the kills; a kill strikes at a random moment of what follows.
 PHASES = {
     "begin save": 0.3,
-    "begin step 1": 0.1,  # compiling
+    "begin step": 0.1,  # the first of a process compiles
     "begin restore": 0.1,
     "end restore": 0.1,
     "begin delete": 0.1,
