@@ -153,7 +153,7 @@ def main(arguments):
             run(flags.folder, flags.every, should_stop=interrupts, say=print)
     except InterruptedRunError:
         return interrupts.exit_status
-    except (checkpoint.CheckpointError, workdir_lock.LockedError, ValueError) as error:
+    except (checkpoint.CheckpointError, workdir_lock.LockedError, ValueError, OSError) as error:
         print(f"error: {error}", flush=True)
         return 1
     print("done", flush=True)
