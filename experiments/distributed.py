@@ -8,6 +8,7 @@ which outlives this one, lets all other lines through and says in one line what 
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import subprocess
@@ -62,6 +63,8 @@ def hosts_from_flags() -> Hosts | None:
     Raises:
       ValueError: naming the flag that is missing.
     """
+    if "multihost" not in FLAGS:
+        return None
     names = ("coordinator_address", "num_processes", "process_id")
     missing = [name for name in names if FLAGS[name].value is None]
     if len(missing) == len(names) and not FLAGS.multihost:
@@ -79,43 +82,53 @@ def session(hosts: Hosts | None) -> Iterator[None]:
     """Joins the run's processes for the block; a failure in it ends this process at once.
 
     At once, since on the usual way out JAX waits for the other processes, which in turn wait for
-    this one. The exit status is that of the `SystemExit`, 1 for other exceptions; 134 (SIGABRT)
-    where JAX's runtime noticed first that another process is gone.
+    this one. The exit status is 1 then, 134 (SIGABRT) where JAX's runtime noticed first that
+    another process is gone.
+
+    Args:
+      hosts: how the processes find each other; None for a run of one process.
 
     Raises:
-      SystemExit: the processes cannot be joined.
+      SystemExit: raised in the block with a status, not a message; all processes end so.
     """
     if hosts is None:
         yield
         return
     with _plain_runtime_log(hosts):
+        logging.getLogger("jax").setLevel(logging.WARNING)
         try:
             multihost.connect(**dataclasses.asdict(hosts))
-            yield
+            end = None
+            try:
+                yield
+            except SystemExit as stop:
+                # A status without words is an end that all processes have agreed upon.
+                if isinstance(stop.code, str):
+                    raise
+                end = stop
             jax.distributed.shutdown()
         except BaseException as error:
             _leave(error)
+    if end is not None:
+        raise end
 
 
 def _leave(error: BaseException) -> None:
-    status = 1
-    message = f"error: {type(error).__name__}: {error}"
     lost = any(sign in str(error) for sign in LOST_SIGNS)
-    if isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else 1
-        message = error.code if isinstance(error.code, str) else None
+    if lost:
+        message = f"error: {LOST}"
+    elif isinstance(error, SystemExit):
+        message = str(error.code)
     elif isinstance(error, ValueError):
         message = f"error: {error}"
-    elif not lost:
+    else:
         traceback.print_exception(error)
-    if lost:
-        status, message = 1, f"error: {LOST}"
-    if message is not None:
-        line = runtime_log.LAST_LINE + " ".join(message.split()) + "\n"
-        os.write(2, line.encode(errors="replace"))
+        message = f"error: {type(error).__name__}: {error}"
+    line = runtime_log.LAST_LINE + " ".join(message.split()) + "\n"
+    os.write(2, line.encode(errors="replace"))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(1)
 
 
 @contextlib.contextmanager

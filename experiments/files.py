@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from lpa_jax.atomic import write_text
+from lpa_jax import atomic, multihost
 
-__all__ = ["plain", "read_json", "write_json", "write_text"]
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file atomically; of several hosts the first one alone."""
+    if multihost.is_first_host():
+        atomic.write_text(path, text)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes JSON atomically; non-finite numbers become null, NumPy values plain ones."""
+    """Writes JSON like `write_text`; non-finite numbers become null, NumPy values plain ones."""
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 

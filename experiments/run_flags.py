@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import methods
+from experiments import distributed, methods
 from experiments.saving import Saving
 from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
 from lpa_jax import data, losses, models, optimizers, pgd
@@ -105,6 +105,12 @@ def define_training_flags() -> None:
         "augmentation", "none", "none, or a sum of crop, flip and cutout, such as crop+flip."
     )
     flags.DEFINE_integer("crop_padding", 2, "Pixels by which crop may shift the image.")
+    flags.DEFINE_integer(
+        "accumulate", 1, "Parts of a device's share of a batch, one in memory at a time."
+    )
+    flags.DEFINE_bool(
+        "sync_batch_norm", False, "Normalise by the statistics of the batch of all devices."
+    )
     flags.DEFINE_enum("loss", "cross_entropy", losses.names(), "Training loss.")
     flags.DEFINE_integer(
         "drw_epoch", None, "With --loss=ldam: epoch from which classes are re-weighted (DRW)."
@@ -134,6 +140,9 @@ def define_runtime_flags() -> None:
         "Keep the last and the best checkpoint of a finished run, to have its weights.",
     )
     flags.DEFINE_bool("quiet", False, "No progress, only the result.")
+    distributed.define_flags()
+    # --helpshort shows the flags that a module adopts.
+    flags.adopt_module_key_flags(distributed)
 
 
 def apply_runtime_flags() -> None:
@@ -211,6 +220,8 @@ def settings() -> Settings:
         decay_factor=FLAGS.decay_factor,
         augmentation=FLAGS.augmentation,
         crop_padding=FLAGS.crop_padding,
+        accumulate=FLAGS.accumulate,
+        sync_batch_norm=FLAGS.sync_batch_norm,
         loss=FLAGS.loss,
         drw_epoch=FLAGS.drw_epoch,
         evaluate_every=FLAGS.evaluate_every,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,11 +17,13 @@ from experiments.recording import RunLog
 from experiments.run_folder import RunFolder
 from experiments.saving import Saving
 from experiments.settings import Settings, Task, shot_groups
-from lpa_jax import losses, metrics, models, optimizers, parallel, trainer
+from lpa_jax import data, losses, metrics, models, multihost, optimizers, parallel, trainer
+from lpa_jax.accumulation import accumulate
 from lpa_jax.data import augment
 from lpa_jax.diagnostics import perturbation_effect
 from lpa_jax.injection import as_network
 from lpa_jax.interrupts import InterruptedRunError
+from lpa_jax.prefetch import Prefetched
 from lpa_jax.step import TrainState, eval_step, lpa_step
 
 DEFAULT_SAVING = Saving()
@@ -41,6 +42,7 @@ class Program(NamedTuple):
       settings: the settings, with the method's own learning rate and weight decay.
       init: (seed) -> initial train state.
       stages: (first epoch, step) pairs.
+      place: (batch) -> the batch on its way to the devices, as the steps take it.
       evaluate: evaluation step.
       effect: (state, batch) -> effect of the perturbations, or None without any.
     """
@@ -50,6 +52,7 @@ class Program(NamedTuple):
     settings: Settings
     init: Callable[[int], TrainState]
     stages: tuple[tuple[int, trainer.Step], ...]
+    place: Callable[[Mapping[str, Any]], parallel.PlacedBatch]
     evaluate: Callable[..., Any]
     effect: Callable[..., Any] | None
 
@@ -66,11 +69,13 @@ def make_program(
     Raises:
       ValueError: naming the flag that does not fit.
     """
-    model = models.create(settings.model, task.train.num_classes, dtype=settings.dtype)
+    num_classes = task.train.num_classes
+    model = models.create(settings.model, num_classes, dtype=settings.dtype)
+    trained_model = over_devices(settings, model)
     recipe = _Recipe(method, settings, task, as_network(model).layers, layer)
     options = dict(options)
     known = recipe.mix(options)  # refuses bad values before anything is compiled
-    numbers = {name: jnp.float32(options[name]) for name in traceable(method, options)}
+    numbers = {name: np.float32(options[name]) for name in traceable(method, options)}
     batch_shape = (settings.batch_size, *task.train.image_shape)
     example = {"image": np.zeros(batch_shape, np.float32)}
     normalize = task.normalization.apply
@@ -102,7 +107,7 @@ def make_program(
     @jax.jit
     def effect(state, numbers, batch):
         return perturbation_effect(
-            state.network,
+            as_network(model),  # measured on one device, whatever it was trained on
             state.variables,
             state.perturbation_state,
             {**batch, "image": normalize(batch["image"])},
@@ -112,7 +117,9 @@ def make_program(
         )
 
     def stage_step(stage):
-        mapped = parallel.map_step(functools.partial(train_step, stage))
+        mapped = parallel.map_step(
+            functools.partial(train_step, stage), donate_state=True, num_classes=num_classes
+        )
 
         def step(state, batch):
             (state, _), pairs = mapped((state, numbers), batch)
@@ -120,27 +127,45 @@ def make_program(
 
         return step
 
-    mapped_evaluation = parallel.map_step(evaluate)
+    mapped_evaluation = parallel.map_step(evaluate, num_classes=num_classes)
     return Program(
         method=method,
         options=options,
         settings=settings,
-        init=lambda seed: TrainState.create(
-            model,
-            known.optimizer,
-            jax.random.key(seed),
-            example,
-            known.parts.perturbations,
-            known.parts.penalties,
+        init=lambda seed: parallel.with_own_buffers(
+            TrainState.create(
+                trained_model,
+                known.optimizer,
+                jax.random.key(seed),
+                example,
+                known.parts.perturbations,
+                known.parts.penalties,
+            )
         ),
         stages=tuple(
             (first, stage_step(stage)) for stage, (first, _) in enumerate(known.loss_stages)
         ),
+        place=mapped_evaluation.place,
         evaluate=lambda state, batch: mapped_evaluation((state, numbers), batch),
         effect=(lambda state, batch: effect(state, numbers, batch))
         if _fixed(known.parts.perturbations)
         else None,
     )
+
+
+def over_devices(settings: Settings, model: models.StagedModel) -> Any:
+    """The model as it is trained: its batch norms synchronised, its passes in parts."""
+    if settings.sync_batch_norm:
+        try:
+            model = models.create(
+                settings.model,
+                model.num_classes,
+                dtype=settings.dtype,
+                axis_name=parallel.batch_axis(),
+            )
+        except ValueError as error:
+            raise ValueError(f"--sync_batch_norm: {error}") from None
+    return accumulate(model, settings.accumulate)
 
 
 class _Mixed(NamedTuple):
@@ -213,6 +238,9 @@ def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
     settings = program.settings.as_dict()
     for folder in ("data_dir", "image_root"):
         settings.pop(folder)
+    for name in ("accumulate", "sync_batch_norm"):  # not there when earlier runs were made
+        if settings[name] == getattr(Settings, name):
+            settings.pop(name)
     return files.plain(
         {
             "method": program.method,
@@ -259,6 +287,7 @@ def run(
       lpa_jax.checkpoint.CheckpointError: no room to save, or no intact checkpoint to go on from.
       InterruptedRunError: `should_stop` said so; the same call goes on from there.
     """
+    should_stop = multihost.AgreedStop(should_stop)
     run_folder = RunFolder(folder, configuration(program, seed, task), saving)
     earlier = run_folder.result()
     if earlier is not None:
@@ -273,10 +302,16 @@ def run(
     eval_batches = task_data.evaluation_batches(
         task.evaluation, _evaluation_batch_size(len(task.evaluation))
     )
-    probe = train_batches[0]
+    # The same for all hosts; nobody's share of the global batch.
+    probe = data.batches(task.train, seed, settings.batch_size)[0]
     steps_per_epoch = train_batches.steps_per_epoch
     record = None
-    with RunLog(folder, restored.notes.get("rows", ())) as log:
+    with (
+        RunLog(
+            folder if multihost.is_first_host() else None, restored.notes.get("rows", ())
+        ) as log,
+        Prefetched(train_batches, program.place) as train_batches,
+    ):
         for state, record in trainer.train(
             restored.state,
             program.stages,
@@ -292,7 +327,7 @@ def run(
             ),
             should_save=saving.schedule(steps_per_epoch, settings.epochs * steps_per_epoch),
             should_stop=should_stop,
-            block_every_step=jax.local_device_count() > 1,
+            block_every_step=parallel.must_block(),
         ):
             scalars = _scalars(record)
             if record.evaluation is not None:
@@ -325,7 +360,7 @@ def _effects(program: Program, state: TrainState, probe: Mapping[str, Any]) -> d
 
 def _evaluation_batch_size(size: int) -> int:
     """At most 500 (activations of larger batches fall out of cache), a multiple of the devices."""
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     return -(-min(size, 500) // devices) * devices
 
 

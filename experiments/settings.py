@@ -44,6 +44,8 @@ class Settings:
     decay_factor: float = 0.2
     augmentation: str = "none"
     crop_padding: int = 2
+    accumulate: int = 1
+    sync_batch_norm: bool = False
     loss: str = "cross_entropy"
     drw_epoch: int | None = None
     evaluate_every: int = 5
@@ -71,6 +73,7 @@ class Settings:
             ("epochs", 1),
             ("batch_size", 1),
             ("evaluate_every", 1),
+            ("accumulate", 1),
             ("imbalance", 1),
             ("learning_rate", 0),
             ("weight_decay", 0),

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lpa_jax import data
+from lpa_jax import data, multihost
 
 if TYPE_CHECKING:
     from experiments.settings import Settings
@@ -70,14 +70,14 @@ def normalization(train: Images, settings: "Settings") -> data.Normalization:
 
 
 def train_batches(dataset: Images, seed: int, batch_size: int) -> data.Batches | data.ReadAhead:
-    """Training batches by step, read ahead where they come from files."""
-    batches = data.batches(dataset, seed, batch_size)
+    """This host's training batches by step, read ahead where they come from files."""
+    batches = data.batches(dataset, seed, batch_size, host_slice=multihost.host_slice())
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
 
 
 def evaluation_batches(dataset: Images, batch_size: int) -> data.EvaluationBatches | data.ReadAhead:
-    """Evaluation batches by number, read ahead where they come from files."""
-    batches = data.evaluation_batches(dataset, batch_size)
+    """This host's evaluation batches by number, read ahead where they come from files."""
+    batches = data.evaluation_batches(dataset, batch_size, host_slice=multihost.host_slice())
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
 
 

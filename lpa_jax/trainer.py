@@ -107,7 +107,7 @@ def train(
                 jax.block_until_ready(pairs)
             unchecked.append({name: pairs[name] for name in _WATCHED if name in pairs})
             totals = pairs if totals is None else metrics.add(totals, pairs)
-            examples += len(batch["label"])
+            examples += len(batch["label"]) * jax.process_count()
             stop = should_stop()
             if stop or should_save(done):
                 check_finite(unchecked, done - len(unchecked), state.params)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import importlib
 import io
 import json
@@ -11,10 +12,23 @@ import shutil
 import pytest
 from absl import flags
 
-from experiments import assembly, balanced, comparison, long_tail, run_flags, tune
+from experiments import (
+    assembly,
+    balanced,
+    comparison,
+    distributed,
+    long_tail,
+    run_flags,
+    runner,
+    tune,
+)
 from experiments.methods import RUN_OPTIONS
+from lpa_jax import models
 
 FLAGS = flags.FLAGS
+HOST_FLAGS = tuple(field.name for field in dataclasses.fields(distributed.Hosts))
+# Flags that are read by name, in a loop over them.
+BY_NAME = (*run_flags.OPTION_FLAGS, *RUN_OPTIONS, *HOST_FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -217,11 +231,12 @@ def test_every_flag_has_a_help_text_and_is_read(request):
         request.addfinalizer(forget_flags)
         module.define_flags()
         sources = "".join(
-            pathlib.Path(m.__file__).read_text() for m in (module, comparison, run_flags)
+            pathlib.Path(m.__file__).read_text()
+            for m in (module, comparison, run_flags, distributed)
         )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name
-            read = f"FLAGS.{name}" in sources or name in (*run_flags.OPTION_FLAGS, *RUN_OPTIONS)
+            read = f"FLAGS.{name}" in sources or name in BY_NAME
             assert read, f"--{name} is never read"
         forget_flags()
 
@@ -229,7 +244,8 @@ def test_every_flag_has_a_help_text_and_is_read(request):
 def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):
     output = tmp_path / "hparams.json"
     common = (*TINY, "--methods=erm,lpa", "--trials=2", "--seeds=100", f"--output={output}",
-              "--assignment=all_positive", "--layer=hidden2", f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+              "--assignment=all_positive", "--layer=hidden2",
+              f"--workdir={tmp_path / 'tune'}")  # fmt: skip
     message, out, _ = run("tune", *common, "--num_workers=2", "--worker=1")
     assert message is None and "missing" in out and not output.exists()
     message, *_ = run("tune", *common)
@@ -258,3 +274,19 @@ def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path)
                       "--clip_norm=0", f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert "the gradient's norm is nan at step" in message
     assert not list((tmp_path / "job").glob("**/result.json"))
+
+
+def test_accumulation_and_synchronised_batch_norm_reach_the_model():
+    settings = runner.Settings(model="small_cnn", accumulate=3, sync_batch_norm=True)
+    plain = models.create("small_cnn", 5)
+    network = runner.over_devices(settings, plain)
+    # On one device there is no axis to synchronise over.
+    assert (network.micro_batches, network.network.model) == (3, plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.parallel, "batch_axis", lambda: "devices")
+        network = runner.over_devices(settings, plain)
+    assert network.network.model.axis_name == "devices"
+    with pytest.raises(ValueError, match="--sync_batch_norm: option 'axis_name' is unknown to"):
+        runner.over_devices(runner.Settings(sync_batch_norm=True), models.create("mlp", 5))
+    with pytest.raises(ValueError, match="--accumulate must be finite and >= 1, got 0"):
+        runner.Settings(accumulate=0).check()

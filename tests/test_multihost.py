@@ -1,5 +1,6 @@
 """Several processes over loopback: the result is that of one, and no one outlives the others."""
 
+import dataclasses
 import pathlib
 import signal
 
@@ -7,9 +8,12 @@ import hosts
 import hosts_worker
 import numpy as np
 import pytest
+from absl import flags
 
-from experiments import runtime_log
+from experiments import distributed, runtime_log
 from lpa_jax import multihost
+
+FLAGS = flags.FLAGS
 
 SETUPS = tuple(hosts_worker.setups())
 TWO_AND_FOUR = [2, pytest.param(4, marks=pytest.mark.stress)]
@@ -92,6 +96,46 @@ def test_runtime_log_passes_everything_but_the_end_of_the_run():
     assert list(runtime_log.plain_lines([fatal, own, *trace], "lost", "late")) == [
         "error: out of data"
     ]
+
+
+@pytest.fixture
+def parsed():
+    """Parses a command line's flags about hosts."""
+    distributed.define_flags()
+    yield lambda *arguments: FLAGS(["test", *arguments])
+    for name in ("multihost", *(field.name for field in dataclasses.fields(distributed.Hosts))):
+        delattr(FLAGS, name)
+    FLAGS.unparse_flags()
+
+
+def test_flags_say_how_processes_find_each_other(parsed):
+    parsed()
+    assert distributed.hosts_from_flags() is None
+    parsed("--coordinator_address=here:1", "--num_processes=2", "--process_id=1")
+    assert distributed.hosts_from_flags() == distributed.Hosts("here:1", 2, 1)
+
+
+def test_a_missing_flag_is_named_unless_the_cluster_knows_it(parsed):
+    parsed("--num_processes=2", "--process_id=1")
+    with pytest.raises(ValueError, match="--coordinator_address is missing: a run of several"):
+        distributed.hosts_from_flags()
+    parsed("--multihost", "--heartbeat_timeout=7")
+    found = distributed.hosts_from_flags()
+    assert (found.coordinator_address, found.num_processes, found.heartbeat_timeout) == (None, 2, 7)
+
+
+def test_a_session_of_one_process_changes_nothing():
+    with pytest.raises(KeyError), distributed.session(None):
+        raise KeyError
+
+
+def test_hosts_agree_on_a_stop_now_and_then_and_never_go_back(monkeypatch):
+    monkeypatch.setattr(multihost.jax, "process_count", lambda: 2)
+    asked = []
+    monkeypatch.setattr(multihost, "any_host", lambda flag: asked.append(flag) or len(asked) == 2)
+    stop = multihost.AgreedStop(lambda: False, every=3)
+    assert [stop() for _ in range(8)] == [False] * 3 + [True] * 5
+    assert asked == [False, False]
 
 
 @pytest.mark.parametrize(
