@@ -14,8 +14,9 @@ trains (or finds in --workdir) every method with every seed and measures, part b
 - calibration: ECE and likelihood on the evaluation images, accuracy on corrupted ones.
 
 For each part it writes PART.csv and PART.md (mean +- standard error over seeds, paired differences
-to ERM) and figures. Finished measurements are kept beside each run and repeated only when a flag
-that decides them changes.
+to ERM) and figures; estimator_error in the CSV is the mean standard error of the estimator within a
+model, of an eigenvalue its Lanczos residual. Finished measurements are kept beside each run and
+repeated only when a flag that decides them changes.
 """
 
 import dataclasses

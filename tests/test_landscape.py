@@ -1,0 +1,163 @@
+"""The landscape experiment: every part of one job, tables, what is measured again, bad input."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from module_call import call
+
+from experiments import landscape, measure_tables, measurements, trained
+from lpa_jax.interrupts import InterruptedRunError
+
+TINY = (
+    "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--seeds=2",
+    "--methods=erm,dropout", "--compilation_cache=", "--quiet", "--measure_batches=1",
+    "--measure_batch_size=32", "--measure_layers=hidden3", "--lanczos_steps=4", "--eigenvalues=2",
+    "--probes=2", "--directions=1", "--resolution=3", "--power_iterations=5",
+    "--corruptions=contrast", "--severities=1,5",
+)  # fmt: skip
+FILES = ("flatness", "activation", "line", "amplification", "geometry", "calibration")
+
+
+def arguments(workdir):
+    return (*TINY, f"--workdir={workdir}", f"--data_dir={workdir.parent.parent / 'tfds'}")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The folder of a finished job, beside the data."""
+    workdir = tmp_path_factory.mktemp("landscape") / "job"
+    assert call(landscape, *arguments(workdir))[0] is None
+    return workdir
+
+
+def measured(job, name, method="erm", seed=0):
+    path = job / "runs" / method / f"seed_{seed}" / "measured" / f"{name}.json"
+    return json.loads(path.read_text())["measured"]
+
+
+def test_every_part_has_a_table_over_seeds_and_a_figure(job):
+    for name in FILES:
+        with (job / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {row["method"] for row in rows} == {"erm", "dropout"}
+        for row in rows:
+            if row["mean"]:
+                seeds = [
+                    measured(job, name, row["method"], s)["values"][row["measure"]] for s in (0, 1)
+                ]
+                assert float(row["mean"]) == pytest.approx(np.mean(seeds), rel=1e-4, abs=1e-12)
+        assert "vs erm" in (job / f"{name}.md").read_text()
+        assert (job / f"{name}.png").stat().st_size > 10_000
+    assert (job / "plane.png").stat().st_size > 10_000
+
+
+def test_lines_and_plane_pass_through_the_loss_that_flatness_is_measured_at(job):
+    loss = measured(job, "flatness")["values"]["loss"]
+    line, plane = measured(job, "line"), measured(job, "plane")
+    assert line["steps"][3] == 0 and line["losses"][0][3] == pytest.approx(loss, rel=1e-6)
+    assert plane["steps"][1] == 0 and plane["losses"][1][1] == pytest.approx(loss, rel=1e-6)
+    # The first direction is the same: the plane's axis is that line, every second point of it.
+    axis = [row[1] for row in plane["losses"]]
+    assert axis == pytest.approx([line["losses"][0][i] for i in (0, 3, 6)], rel=1e-5)
+
+
+def test_the_plane_is_measured_for_the_first_seed_alone(job):
+    assert len(list(job.glob("runs/*/seed_0/measured/plane.json"))) == 2
+    assert not list(job.glob("runs/*/seed_1/measured/plane.json"))
+
+
+def test_no_gain_into_the_linear_head_exceeds_its_largest_singular_value(job):
+    found = measured(job, "amplification")
+    last = found["layers"].index("hidden3")
+    gains = {probe: found["maps"][probe][last][-1] for probe in measurements.PROBES}
+    # Five power iterations may still lie a little below the truth.
+    assert 0 < gains["random"] < gains["bound"] and gains["lpa"] < 1.1 * gains["bound"]
+    for table in found["maps"].values():
+        assert all(value is None for row, line in enumerate(table) for value in line[: row + 1])
+
+
+def test_calibration_is_of_the_model_that_was_evaluated(job):
+    for method in ("erm", "dropout"):
+        result = json.loads((job / "runs" / method / "seed_1" / "result.json").read_text())
+        values = measured(job, "calibration", method, 1)["values"]
+        assert values["accuracy"] == pytest.approx(result["accuracy"], abs=1e-6)
+        assert values["nll"] == pytest.approx(result["loss"], rel=1e-4)
+
+
+def test_geometry_states_signs_and_radii_of_the_probe(job):
+    classes = measured(job, "geometry")["classes"]["hidden3"]
+    present = [c for c, norm in enumerate(classes["delta_norm"]) if norm is not None]
+    assert {classes["sign"][c] for c in present} == {1.0, -1.0}
+    assert all(
+        (classes["loss_change"][c] > 0) == (classes["sign"][c] > 0)
+        for c in present
+        if classes["delta_norm"][c] > 0
+    )
+
+
+def test_only_what_a_changed_flag_decides_is_measured_again(job, monkeypatch):
+    calls = []
+
+    def counted(name):
+        function, fields = measurements.MEASUREMENTS[name]
+
+        def measure(model, how):
+            calls.append((name, model.method, model.seed))
+            return function(model, how)
+
+        return measure, fields
+
+    monkeypatch.setattr(
+        landscape, "MEASUREMENTS", {name: counted(name) for name in measurements.MEASUREMENTS}
+    )
+    parts = "--parts=landscape,calibration"
+    assert call(landscape, *arguments(job), parts)[0] is None
+    assert calls == []
+    (job / "runs" / "erm" / "seed_1" / "measured" / "calibration.json").write_text("{")
+    message, _ = call(landscape, *arguments(job), parts, "--severities=1")
+    assert message is None
+    assert sorted(calls) == [
+        ("calibration", method, seed) for method in ("dropout", "erm") for seed in (0, 1)
+    ]
+
+
+def test_a_signal_stops_between_measurements():
+    with pytest.raises(InterruptedRunError, match="what was measured is kept"):
+        trained.go_on(lambda: True)
+
+
+def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
+    values = {
+        "erm": {0: {"trace": 1.0}, 1: {"trace": 2.0}},
+        "lpa": {0: {"trace": 3.0}, 1: {"trace": 5.0}, 2: {"trace": None}},
+    }
+    row = measure_tables.frame(values, "erm").set_index("method").loc["lpa"]
+    assert (row["seeds"], row["pairs"], row["mean"], row["difference"]) == (2, 2, 4.0, 2.5)
+    assert row["difference_se"] == pytest.approx(0.5)
+    text = measure_tables.markdown(values, ["trace"], "erm", "title")
+    assert "| lpa | 4 +- 1 |" in text and "| lpa | +2.5 +- 0.5 |" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--parts=flat", "error: --parts must be among flatness, activation, landscape, "),
+        ("--parts=", "error: --parts must name at least one"),
+        ("--measure_layers=stage9", "error: --measure_layers: "),
+        ("--eigenvalues=0", "error: --eigenvalues must be >= 1, got 0"),
+        ("--lanczos_steps=2", "error: --lanczos_steps must be >= 3, got 2"),
+        ("--probes=1", "error: --probes must be >= 2, got 1"),
+        ("--sharpness_radius=nan", "error: --sharpness_radius must be finite and > 0, got nan"),
+        ("--probe_radius=0", "error: --probe_radius must be finite and > 0, got 0.0"),
+        ("--corruptions=rain", "error: --corruptions must be among brightness, "),
+        ("--severities=6", "error: --severities must be from 1 to 5, got 6"),
+        ("--severities=one", "error: --severities must be whole numbers, got 'one'"),
+        ("--measure_on=test", "flag --measure_on=test: value should be one of <train|evaluation>"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(tmp_path, argument, expected):
+    message, _ = call(landscape, f"--workdir={tmp_path / 'new'}", "--dataset=digits", argument)
+    assert message.startswith(expected) and "\n" not in message
+    assert not (tmp_path / "new").exists()
