@@ -2,13 +2,12 @@
 
 import shlex
 
+import commands
 import made_up_runs
 import pytest
-from absl import flags
 
-from experiments import job_run, jobs, methods, published, report, sweep
+from experiments import methods, published, report
 
-FLAGS = flags.FLAGS
 SETTINGS = [
     pytest.param(setting, id=setting.name)
     for recipe in published.recipes()
@@ -16,31 +15,10 @@ SETTINGS = [
 ]
 
 
-def jobs_of(arguments, workdir):
-    """The jobs that a command of `experiments.sweep` would run."""
-    before = set(FLAGS)
-    sweep.define_flags()
-    try:
-        rest = FLAGS(["sweep", *arguments])[1:]
-        return jobs.plan(workdir, *sweep.described(rest))
-    finally:
-        for name in set(FLAGS) - before:
-            delattr(FLAGS, name)
-        FLAGS.unparse_flags()
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_flag_and_method_of_a_command_exists(setting, tmp_path):
     for command in setting.commands:
-        python, minus_m, module, *arguments = shlex.split(command)
-        package, experiment = module.split(".")
-        assert (python, minus_m, package) == ("python", "-m", "experiments")
-        if experiment != "sweep":
-            with job_run.parsed(experiment, arguments):
-                pass
-            continue
-        planned = jobs_of(arguments, tmp_path)
-        job_run.check(planned[0].experiment, sorted({job.arguments for job in planned}))
+        commands.check(command, tmp_path)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -51,7 +29,7 @@ def test_a_command_runs_the_setting_and_the_methods_that_figures_are_published_f
         job
         for command in setting.commands
         if "experiments.sweep" in command
-        for job in jobs_of(shlex.split(command)[3:], tmp_path)
+        for job in commands.jobs_of(shlex.split(command)[3:], tmp_path)
     ]
     ran = {argument.removeprefix("--methods=") for job in planned for argument in job.arguments[:1]}
     assert set(setting.figures) <= ran
