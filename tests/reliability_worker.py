@@ -60,6 +60,7 @@ def make_program():
         step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations, loss=loss)
         return parallel.map_step(step)
 
+    evaluate = parallel.map_step(lpa_jax.eval_step)
     rate = optax.cosine_decay_schedule(0.1, TOTAL_STEPS)
     example = {"image": np.zeros((BATCH, *toy.IMAGE), np.float32)}
     return runner.Program(
@@ -74,7 +75,8 @@ def make_program():
             perturbations,
         ),
         stages=((0, step_with(lpa_jax.cross_entropy)), (2, step_with(losses.focal(2.0)))),
-        evaluate=parallel.map_step(lpa_jax.eval_step),
+        place=evaluate.place,
+        evaluate=evaluate,
         effect=None,
     )
 
