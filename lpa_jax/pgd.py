@@ -74,6 +74,15 @@ def over_classes(vector: Array, table: Array) -> Array:
     return jnp.reshape(vector, (-1,) + (1,) * (table.ndim - 1))
 
 
+def as_rows(table: Array) -> Array:
+    """[C, *S] -> [C, S], a view: TPUs pad the last axis of an array to a multiple of 128 entries.
+
+    >>> as_rows(jnp.zeros((10, 8, 8, 32))).shape, as_rows(jnp.zeros(10)).shape
+    ((10, 2048), (10,))
+    """
+    return jnp.reshape(table, (table.shape[0], -1)) if table.ndim > 2 else table
+
+
 def inner_products(a: Array, b: Array) -> Array:
     """Row-wise inner products of two tables, [C, ...] x [C, ...] -> [C]."""
     return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))
@@ -91,8 +100,9 @@ def row_norms(table: Array, norm: str = "l2") -> Array:
 
 def unit_rows(table: Array) -> Array:
     """Every row divided by its l2 norm; zero rows stay zero."""
-    norms = row_norms(table)
-    return table / over_classes(jnp.where(norms > 0, norms, 1.0), table)
+    rows = as_rows(table)
+    norms = row_norms(rows)
+    return jnp.reshape(rows / over_classes(jnp.where(norms > 0, norms, 1.0), rows), table.shape)
 
 
 def reduce_to_shape(values: Array, shape: str, reduction=jnp.mean) -> Array:
@@ -106,8 +116,9 @@ def class_sums(
     values: Array, labels: Array, num_classes: int, axis_name: str | None = None
 ) -> Array:
     """Sums of `values` [B, ...] by label over the global batch -> [C, ...]."""
-    sums = jax.ops.segment_sum(values, labels, num_segments=num_classes)
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    sums = jax.ops.segment_sum(as_rows(values), labels, num_segments=num_classes)
+    sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return jnp.reshape(sums, (num_classes, *values.shape[1:]))
 
 
 def class_means(values: Array, labels: Array, counts: Array, axis_name: str | None = None) -> Array:
@@ -162,13 +173,16 @@ def project(delta: Array, radius: Array, cone: Array | None, norm: str = "l2") -
     [[0.6 0.8]
      [0.  1. ]]
     """
+    shape, delta = delta.shape, as_rows(delta)
     bound = over_classes(radius.astype(delta.dtype), delta)
     if norm == "linf":
         delta = jnp.clip(delta, -bound, bound)
     if cone is not None:
+        cone = as_rows(cone)
         delta = delta - over_classes(jnp.minimum(inner_products(delta, cone), 0.0), delta) * cone
     norms = over_classes(row_norms(delta, norm), delta)
-    return jnp.where(norms > bound, delta * (bound / jnp.where(norms > 0, norms, 1.0)), delta)
+    scaled = jnp.where(norms > bound, delta * (bound / jnp.where(norms > 0, norms, 1.0)), delta)
+    return jnp.reshape(scaled, shape)
 
 
 def ascent_step(
@@ -180,18 +194,22 @@ def ascent_step(
     options: PGDOptions,
 ) -> Array:
     """One signed, normalised gradient step, then the projection; `delta=None` stands for zero."""
+    shape, gradient = gradient.shape, as_rows(gradient)
     direction = unit_rows(gradient) if options.norm == "l2" else jnp.sign(gradient)
     length = sign * radius * (options.step_size / max(options.steps, 1))
     step = over_classes(length.astype(gradient.dtype), gradient) * direction
-    return project(step if delta is None else delta + step, radius, cone, options.norm)
+    moved = step if delta is None else as_rows(delta) + step
+    return jnp.reshape(project(moved, radius, cone, options.norm), shape)
 
 
 def add_to_members(activations: Array, delta: Array | None, labels: Array) -> Array:
     """h_i + delta_{y_i} in the activation's own dtype; `delta=None` adds nothing."""
     if delta is None:
         return activations
-    delta = jnp.where(delta == 0, -0.0, delta)  # h + 0.0 would turn -0.0 into 0.0
-    return (activations.astype(delta.dtype) + delta[labels]).astype(activations.dtype)
+    rows = as_rows(delta)
+    rows = jnp.where(rows == 0, -0.0, rows)  # h + 0.0 would turn -0.0 into 0.0
+    members = jnp.reshape(rows[labels], (-1, *delta.shape[1:]))
+    return (activations.astype(delta.dtype) + members).astype(activations.dtype)
 
 
 def class_gradient(
