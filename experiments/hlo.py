@@ -39,6 +39,7 @@ _CALLS = re.compile(
 )
 _LABELS = re.compile(r"\bdim_labels=(?P<left>\w+)_(?P<right>\w+)->\w+")
 _DOT = re.compile(r"\blhs_contracting_dims=\{(\d+)\}, rhs_contracting_dims=\{(\d+)\}")
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 
 
@@ -168,12 +169,23 @@ def _walk(computations: dict[str, list[Instruction]], name: str) -> Iterator[Ins
 
 
 def collectives(instructions: Iterable[Instruction]) -> list[Collective]:
-    """The exchanges between devices; an asynchronous pair counts once, with its final results."""
-    return [
-        Collective(kind, instruction.results)
-        for instruction in instructions
-        if (kind := instruction.operation.removesuffix("-done")) in COLLECTIVES
-    ]
+    """The exchanges between devices.
+
+    One that runs beside computation counts once: as the second half of an asynchronous pair, or as
+    the first of the links that TPU programs put into the fusions which hide it.
+    """
+    found = []
+    chains = set()
+    for instruction in instructions:
+        kind = instruction.operation.removesuffix("-done")
+        if kind not in COLLECTIVES:
+            continue
+        if (chain := _CHAIN.search(instruction.rest)) is not None:
+            if chain[1] in chains:
+                continue
+            chains.add(chain[1])
+        found.append(Collective(kind, instruction.results))
+    return found
 
 
 def contractions(instructions: Iterable[Instruction]) -> list[Contraction]:

@@ -60,6 +60,9 @@ ENTRY %main (p: f32[8,4], q: f32[4,3], l: s32[2]) -> f32[4,3] {
   %done = f32[6]{0} all-reduce-done(%start)
   %async = ((s32[2]{0}), s32[8]{0}) async-start(%l), calls=%gathering
   %finished = s32[8]{0} async-done(%async), calls=%gathering
+  %link = s32[1,8]{1,0} all-gather(%l), channel_id=2, frontend_attributes={chain_id="0"}
+  %next = s32[1,8]{1,0} all-gather(%l), channel_id=2, frontend_attributes={chain_id="0"}
+  %other = s32[1,6]{1,0} all-gather(%l), channel_id=2, frontend_attributes={chain_id="1"}
   %loop = (f32[8,4]{1,0}) while(%p), condition=%add, body=%body
   ROOT %result = f32[4,3]{1,0} copy(%weights)
 }
@@ -73,14 +76,20 @@ def instructions():
 
 def test_collectives_count_once_with_the_bytes_of_their_results(instructions):
     found = hlo.collectives(instructions)
-    assert [exchange.kind for exchange in found] == ["all-reduce", "all-reduce", "all-gather"]
+    assert [exchange.kind for exchange in found] == ["all-reduce"] * 2 + ["all-gather"] * 3
     assert [str(array) for array in found[0].arrays] == [
         "f32[10,64]",
         "pred[3]",
         "f32[]",
         "bf16[5]",
     ]
-    assert [exchange.bytes for exchange in found] == [4 * 640 + 3 + 4 + 2 * 5, 4 * 6, 4 * 8]
+    assert [exchange.bytes for exchange in found] == [
+        4 * 640 + 3 + 4 + 2 * 5,
+        4 * 6,
+        4 * 8,
+        4 * 8,
+        4 * 6,
+    ]
 
 
 def test_contractions_have_their_layer_and_part_and_fusions_count_a_call_each(instructions):
