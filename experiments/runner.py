@@ -42,9 +42,9 @@ class Program(NamedTuple):
       settings: the settings, with the method's own learning rate and weight decay.
       init: (seed) -> initial train state.
       stages: (first epoch, step) pairs.
-      place: (batch) -> the batch on its way to the devices, as the steps take it.
       evaluate: evaluation step.
       effect: (state, batch) -> effect of the perturbations, or None without any.
+      place: (batch) -> what the steps take, made ahead: the batch on its way to the devices.
     """
 
     method: str
@@ -52,9 +52,9 @@ class Program(NamedTuple):
     settings: Settings
     init: Callable[[int], TrainState]
     stages: tuple[tuple[int, trainer.Step], ...]
-    place: Callable[[Mapping[str, Any]], parallel.PlacedBatch]
     evaluate: Callable[..., Any]
     effect: Callable[..., Any] | None
+    place: Callable[[Mapping[str, Any]], Any] = lambda batch: batch
 
 
 def make_program(

@@ -278,7 +278,7 @@ def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path)
 
 def test_accumulation_and_synchronised_batch_norm_reach_the_model():
     settings = runner.Settings(model="small_cnn", accumulate=3, sync_batch_norm=True)
-    plain = models.create("small_cnn", 5)
+    plain = models.create("small_cnn", 5, dtype="float32")
     network = runner.over_devices(settings, plain)
     # On one device there is no axis to synchronise over.
     assert (network.micro_batches, network.network.model) == (3, plain)
