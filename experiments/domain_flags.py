@@ -6,7 +6,13 @@ from absl import flags
 
 from experiments import run_flags
 from experiments.domain_settings import DomainSettings
-from experiments.search import ADAM_LARGE, ADAM_SMALL, RUN_SPACE, LogUniform, Space
+from experiments.search import (
+    ADAM_LARGE,
+    ADAM_SMALL,
+    CONVOLUTIONAL_RADII,
+    LogUniform,
+    Space,
+)
 from lpa_jax import data, models, optimizers
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
@@ -133,17 +139,19 @@ def domains_to_test(names: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def run_space() -> dict[str, Space]:
-    """Ranges of the learning rate and weight decay.
+def search_ranges() -> dict[str, Space]:
+    """Ranges of what is drawn, where they are not those of the other experiments.
 
     Raises:
       ValueError: a learning rate range that is none.
     """
-    space = RUN_SPACE
+    ranges: dict[str, Space] = {}
     if FLAGS.optimizer == "adamw":
-        space = ADAM_LARGE if FLAGS.dataset in FOLDER_SETS else ADAM_SMALL
+        ranges |= ADAM_LARGE if FLAGS.dataset in FOLDER_SETS else ADAM_SMALL
+    if FLAGS.model != "mlp":
+        ranges |= CONVOLUTIONAL_RADII
     if not FLAGS.learning_rate_range:
-        return space
+        return ranges
     try:
         low, high = (float(text) for text in FLAGS.learning_rate_range)
         if not 0 < low <= high < float("inf"):
@@ -153,7 +161,7 @@ def run_space() -> dict[str, Space]:
         raise ValueError(
             f"--learning_rate_range must be two numbers, 0 < LOW <= HIGH, got {given!r}"
         ) from None
-    return space | {"learning_rate": LogUniform(low, high)}
+    return ranges | {"learning_rate": LogUniform(low, high)}
 
 
 def explicit_options() -> dict[str, Any]:

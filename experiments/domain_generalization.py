@@ -22,6 +22,7 @@ and selection chooses among them, as in the publication. On an accelerator, Doma
 Its published figures start from ImageNet weights, which this project does not have.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -46,7 +47,7 @@ from experiments.domain_protocol import Network, Trainings
 from experiments.domain_selection import Selected, Training
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.progress import RunProgress
-from lpa_jax import models, trainer, workdir_lock
+from lpa_jax import models, multihost, trainer, workdir_lock
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
@@ -147,12 +148,12 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: Tuned) -> list[R
     if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
         raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
     explicit, run_options = domain_flags.explicit_options(), run_flags.explicit_run_options()
-    hidden, space = models.create(settings.model, 2).layers[1:-1], domain_flags.run_space()
+    hidden, ranges = models.create(settings.model, 2).layers[1:-1], domain_flags.search_ranges()
 
     def options(method, seed, test, draw):
         found = tuned.options(method, test)
         if FLAGS.draws > 1:
-            found = search.draw(method, draw, hidden, seed, space)
+            found = search.draw(method, draw, hidden, seed, ranges)
         return methods.options_for(method, found, explicit) | run_options
 
     return [
@@ -209,7 +210,9 @@ def train_all(
     interrupts: Interrupts,
 ) -> list[dict[str, Any]]:
     """Trains what is missing and selects; returns the results in the order of the runs."""
-    workdir_lock.refuse_if_held(workdir)
+    first = multihost.is_first_host()
+    if first:
+        workdir_lock.refuse_if_held(workdir)
     trainings = Trainings(
         settings,
         source,
@@ -222,8 +225,9 @@ def train_all(
     found = {id(run): earlier_result(run, configs[id(run)], workdir) for run in runs}
     missing = [run for run in runs if found[id(run)] is None]
     todo = _check_all(trainings, missing, source.names)
-    progress = RunProgress(todo, settings.intervals, FLAGS.quiet)
-    with workdir_lock.hold(workdir), interrupts, progress:
+    progress = RunProgress(todo, settings.intervals, FLAGS.quiet or not first)
+    lock = workdir_lock.hold(workdir) if first else contextlib.nullcontext()
+    with lock, interrupts, progress:
         files.write_json(workdir / "flags.json", run_flags.resolved())
         for group in _groups(missing):
             for run in group:
@@ -330,12 +334,13 @@ def compare(interrupts: Interrupts) -> None:
     source = DomainSource(settings)
     tests = domain_flags.domains_to_test(source.names)
     runs = plan(settings, tests, tuned)
-    if not FLAGS.quiet:
+    if not FLAGS.quiet and multihost.is_first_host():
         print(f"Hyperparameters: {tuned.origin}", file=sys.stderr)
     workdir = pathlib.Path(FLAGS.workdir)
     results = train_all(settings, source, runs, workdir, interrupts)
     title = f"{settings.dataset}, {settings.model}, accuracy on test domains"
-    domain_report.write(results, title, _notes(tuned, tests, source.names), workdir)
+    if multihost.is_first_host():
+        domain_report.write(results, title, _notes(tuned, tests, source.names), workdir)
 
 
 def main(argv: list[str]) -> None:

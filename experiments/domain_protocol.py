@@ -25,7 +25,7 @@ from experiments.progress import RunProgress
 from experiments.recording import RunLog
 from experiments.run_folder import Names, RunFolder, finished_result
 from experiments.saving import Saving
-from lpa_jax import data, metrics, parallel, trainer
+from lpa_jax import data, metrics, multihost, parallel, trainer
 from lpa_jax.interrupts import InterruptedRunError
 
 # Not those of results: what a reader of results counts is `select`ed from several trainings.
@@ -93,7 +93,8 @@ class Trainings:
     ):
         self._settings, self._source, self._folder = settings, source, folder
         self._layer, self._look_at_held_out = layer, look_at_held_out
-        self._saving, self._should_stop = saving, should_stop
+        self._saving, self._should_stop = saving, multihost.AgreedStop(should_stop)
+        self._outcomes: dict[pathlib.Path, dict[str, Any]] = {}
         self._programs: dict[tuple, Program] = {}
         # The data of one seed are in use at a time.
         self._splits = functools.lru_cache(maxsize=1)(source.splits)
@@ -154,19 +155,24 @@ class Trainings:
           from.
           InterruptedRunError: it was asked to stop; the same call goes on from there.
         """
-        earlier = self.finished(network)
-        if earlier is not None:
-            return earlier
-        if self._should_stop():
-            raise InterruptedRunError("stopped before a network was begun")
         place = self.place(network)
+        # Not always from its file: other hosts than the first may not see it yet.
+        outcome = self._outcomes.get(place) or self.finished(network)
+        if outcome is None:
+            if self._should_stop():
+                raise InterruptedRunError("stopped before a network was begun")
+            outcome = self._outcomes[place] = self._run(network, place, progress, may_diverge)
+        return outcome
+
+    def _run(self, network, place, progress, may_diverge) -> dict[str, Any]:
         config = self._configuration(network)
         folder = RunFolder(place, config, self._saving, NAMES)
         program = self.program(network)
         progress.start(str(network))
         restored = folder.begin(program.init(network.seed), progress.say)
         started = time.perf_counter() - restored.notes.get("seconds", 0.0)
-        with RunLog(place, restored.notes.get("rows", ())) as log:
+        log_place = place if multihost.is_first_host() else None
+        with RunLog(log_place, restored.notes.get("rows", ())) as log:
 
             def save(state, totals):
                 notes = {"rows": log.rows, "seconds": time.perf_counter() - started}
@@ -202,7 +208,11 @@ class Trainings:
         inside = [
             split.inside for name, split in self._splits(seed).items() if name not in held_out
         ]
-        batches = self._ready(data.domain_batches(inside, seed, settings.batch_size))
+        batches = self._ready(
+            data.domain_batches(
+                inside, seed, settings.batch_size, host_slice=multihost.host_slice()
+            )
+        )
         evaluated = {
             key: batches
             for key, batches in self._batches(seed).items()
@@ -238,7 +248,9 @@ class Trainings:
         }
         size = evaluation_batch_size([len(dataset) for dataset in parts.values()])
         return {
-            key: self._ready(data.evaluation_batches(dataset, size))
+            key: self._ready(
+                data.evaluation_batches(dataset, size, host_slice=multihost.host_slice())
+            )
             for key, dataset in parts.items()
         }
 
@@ -252,12 +264,12 @@ def evaluation_batch_size(sizes: Sequence[int], devices: int | None = None) -> i
 
     Args:
       sizes: of the sets that are evaluated one after the other.
-      devices: what the batch size is a multiple of; all local devices if None.
+      devices: what the batch size is a multiple of; all devices if None.
 
     >>> evaluation_batch_size([667, 166], devices=1)
     167
     """
-    devices = jax.local_device_count() if devices is None else devices
+    devices = jax.device_count() if devices is None else devices
     largest = -(-min(max(sizes), _MOST_EVALUATED) // devices) * devices
     candidates = range(largest, max(largest // 4, devices - 1), -devices)
     return min(candidates, key=lambda batch: sum(-(-size // batch) * batch for size in sizes))

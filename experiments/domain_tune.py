@@ -1,6 +1,6 @@
 r"""Tunes hyperparameters for domain generalization by training-domain validation.
 
-    python -m experiments.domain_tune \
+    python -m experiments.domain_tune --schedule=cosine --learning_rate_range=1e-3,2e-2 \
         --output=experiments/hparams/domain_generalization_RotatedMNIST_small_cnn.json
 
 Random search (ranges: `experiments.search`), the same number of trials for every method: each trial
@@ -31,7 +31,7 @@ from experiments import (
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.progress import RunProgress
-from lpa_jax import models
+from lpa_jax import models, multihost
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
@@ -78,7 +78,7 @@ def seeds() -> range:
 def trial_options(settings: DomainSettings, method: str, trial: int) -> dict[str, Any]:
     """What a trial draws, and what flags fix for all."""
     hidden = models.create(settings.model, 2).layers[1:-1]
-    drawn = search.draw(method, trial, hidden, FLAGS.search_seed, domain_flags.run_space())
+    drawn = search.draw(method, trial, hidden, FLAGS.search_seed, domain_flags.search_ranges())
     explicit = domain_flags.explicit_options()
     return methods.options_for(method, drawn, explicit) | run_flags.explicit_run_options()
 
@@ -170,9 +170,12 @@ def tune(interrupts: Interrupts) -> None:
         mine = trial.number % FLAGS.num_workers == FLAGS.worker
         if trainings.finished(trial.network) is None and mine:
             todo.append(trial.network)
-    with interrupts, RunProgress(len(todo), settings.intervals, FLAGS.quiet) as progress:
+    quiet = FLAGS.quiet or not multihost.is_first_host()
+    with interrupts, RunProgress(len(todo), settings.intervals, quiet) as progress:
         for network in todo:
             trainings.run(network, progress, may_diverge=True)
+    if not multihost.is_first_host():
+        return
     found = [trainings.finished(trial.network) for trial in trials]
     if None in found:
         print("Trials of other workers are missing; run any worker again when they are done.")

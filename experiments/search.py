@@ -7,6 +7,7 @@ values of them, so that methods differ in their own options alone.
 import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ ADAM_SMALL: dict[str, Space] = {
 ADAM_LARGE: dict[str, Space] = {
     "learning_rate": LogUniform(1e-5, 10**-3.5),
     "weight_decay": LogUniform(1e-6, 1e-2),
+}
+# Relative radii that are harmless in dense layers destroy training in convolutional ones.
+CONVOLUTIONAL_RADII: dict[str, Space] = {
+    "lpa.radius": LogUniform(0.001, 0.1),
+    "adversarial.radius": LogUniform(0.001, 0.1),
 }
 
 
@@ -113,20 +119,27 @@ def draw(
     trial: int,
     hidden_layers: Sequence[str],
     seed: int = 0,
-    run_space: Mapping[str, Space] = RUN_SPACE,
+    ranges: Mapping[str, Space] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The options of a trial, a pure function of (seed, method, trial) and the ranges.
+
+    Args:
+      method: its name.
+      trial: number of the trial.
+      hidden_layers: where perturbations may stand.
+      seed: of the search.
+      ranges: by option (`learning_rate`, `lpa.radius`), where they are not the usual ones.
 
     >>> draw("erm", 0, ["hidden1"]) == draw("erm", 0, ["hidden1"])
     True
     """
     shared = np.random.default_rng([seed, trial])
-    options = {name: space.draw(shared) for name, space in run_space.items()}
+    options = {name: ranges.get(name, space).draw(shared) for name, space in RUN_SPACE.items()}
     for part in methods.parse(method):
         # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
         rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])
         for name, space in part_space(part.name, hidden_layers).items():
-            value = space.draw(rng)
+            value = ranges.get(f"{part.name}.{name}", space).draw(rng)
             if not (name == "layer" and part.layer):
                 options[f"{part.name}.{name}"] = value
     return options

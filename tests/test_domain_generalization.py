@@ -10,18 +10,19 @@ import shutil
 import jax
 import pytest
 from absl import flags
-from test_experiments import call, forget_flags, own_flags
+from test_experiments import BY_NAME, call, forget_flags, own_flags
 
 from experiments import (
+    distributed,
     domain_flags,
     domain_generalization,
     domain_selection,
     domain_tune,
     run_flags,
+    search,
 )
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_settings import DomainSettings, DomainSource
-from experiments.methods import RUN_OPTIONS
 from experiments.progress import RunProgress
 from lpa_jax.interrupts import InterruptedRunError
 
@@ -318,10 +319,23 @@ def test_every_flag_has_a_help_text_and_is_read(request):
         request.addfinalizer(forget_flags)
         module.define_flags()
         sources = "".join(
-            pathlib.Path(m.__file__).read_text() for m in (module, domain_flags, run_flags)
+            pathlib.Path(m.__file__).read_text()
+            for m in (module, domain_flags, run_flags, distributed)
         )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name
             read_there = f"FLAGS.{name}" in sources
-            assert read_there or name in (*run_flags.OPTION_FLAGS, *RUN_OPTIONS), name
+            assert read_there or name in BY_NAME, name
         forget_flags()
+
+
+def test_ranges_replace_the_usual_ones_for_what_they_name_alone():
+    layers = ("stage1", "stage2")
+    usual = [search.draw("lpa", trial, layers) for trial in range(20)]
+    narrow = search.CONVOLUTIONAL_RADII | {"learning_rate": search.LogUniform(1e-3, 2e-3)}
+    drawn = [search.draw("lpa", trial, layers, ranges=narrow) for trial in range(20)]
+    for ours, theirs in zip(drawn, usual, strict=True):
+        assert 1e-3 <= ours["learning_rate"] <= 2e-3 and ours["lpa.radius"] <= 0.1
+        for name in ("weight_decay", "lpa.negative_scale", "lpa.layer"):
+            assert ours[name] == theirs[name]
+    assert max(options["lpa.radius"] for options in usual) > 0.1
