@@ -11,7 +11,7 @@ from experiments import job_run, jobs, sweep
 
 FLAGS = flags.FLAGS
 # Modules that no sweep runs: they take names after their flags, or methods in a form of their own.
-NOT_JOBS = ("benchmark", "report")
+NOT_JOBS = ("benchmark", "compile_check", "report")
 
 
 @contextlib.contextmanager
