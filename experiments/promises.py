@@ -48,6 +48,8 @@ class Method:
             mode=self.mode,
             geometry=self.geometry,
             shape=self.shape,
+            # Whether it fits is what the compiler is asked.
+            memory_limit=None,
         )
         return {self.layer: perturbation}
 
