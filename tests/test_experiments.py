@@ -243,7 +243,7 @@ def test_every_flag_has_a_help_text_and_is_read(request):
 
 def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):
     output = tmp_path / "hparams.json"
-    common = (*TINY, "--methods=erm,lpa", "--trials=2", "--seeds=100", f"--output={output}",
+    common = (*TINY, "--methods=erm,lpa", "--trials=2", "--seeds=100,101", f"--output={output}",
               "--assignment=all_positive", "--layer=hidden2",
               f"--workdir={tmp_path / 'tune'}")  # fmt: skip
     message, out, _ = run("tune", *common, "--num_workers=2", "--worker=1")
