@@ -25,7 +25,8 @@ def blocks(path, language):
 def registries(monkeypatch):
     """What a page registers is forgotten after it."""
     for room in (perturbations, penalties):
-        monkeypatch.setattr(room.base, "_REGISTRY", dict(room.base._REGISTRY))
+        registry = room.base._REGISTRY
+        monkeypatch.setattr(registry, "factories", dict(registry.factories))
 
 
 @pytest.mark.parametrize("path", [page for page in PAGES if blocks(page.values[0], "python")])

@@ -17,7 +17,7 @@ def test_every_python_block_of_the_readme_runs():
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["delta"].shape == (4, 32)
     assert "sign_flip" in lpa_jax.perturbations.names()
-    lpa_jax.perturbations.base._REGISTRY.pop("sign_flip")
+    lpa_jax.perturbations.base._REGISTRY.factories.pop("sign_flip")
 
 
 def test_the_test_command_is_the_one_ci_extracts():

@@ -7,11 +7,12 @@ objective, not on an activation; so they have an interface of their own, as smal
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+
+from lpa_jax.registry import Registry
 
 Array = jax.Array
 State = Any
@@ -74,44 +75,8 @@ class Penalty(NamedTuple):
     apply: Callable[[State, Observed], tuple[Array, State]]
 
 
-_REGISTRY: dict[str, Callable[..., Penalty]] = {}
-
-
-def register(name: str) -> Callable[[Callable[..., Penalty]], Callable[..., Penalty]]:
-    """Decorator that enters a factory into the registry under `name`."""
-
-    def add(factory):
-        _REGISTRY[name] = factory
-        return factory
-
-    return add
-
-
-def names() -> tuple[str, ...]:
-    """Names of all registered penalties, sorted."""
-    return tuple(sorted(_REGISTRY))
-
-
-def options(name: str) -> tuple[str, ...]:
-    """Names of the options that the factory `name` takes.
-
-    Raises:
-      ValueError: unknown `name`.
-    """
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown penalty {name!r}; known: {', '.join(names())}")
-    return tuple(inspect.signature(_REGISTRY[name]).parameters)
-
-
-def create(name: str, **arguments: Any) -> Penalty:
-    """Builds a registered penalty by name.
-
-    Raises:
-      ValueError: unknown `name` or an option that the penalty does not have.
-    """
-    unknown = sorted(set(arguments) - set(options(name)))
-    if unknown:
-        raise ValueError(
-            f"penalty {name!r} has no option {unknown[0]!r}; it has: {', '.join(options(name))}"
-        )
-    return _REGISTRY[name](**arguments)
+_REGISTRY: Registry[Penalty] = Registry("penalty")
+register = _REGISTRY.register
+names = _REGISTRY.names
+options = _REGISTRY.options
+create = _REGISTRY.create

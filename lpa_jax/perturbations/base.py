@@ -7,7 +7,6 @@ a class), and in nothing else; so one interface carries them all.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax.registry import Registry
 from lpa_jax.tracing import is_known
 
 Array = jax.Array
@@ -193,45 +193,8 @@ def check_range(name: str, value: float, low: float, high: float = np.inf, open_
     raise ValueError(f"{name} must lie in [{low:g}, {high:g}{bracket}, got {value!r}")
 
 
-_REGISTRY: dict[str, Callable[..., Perturbation]] = {}
-
-
-def register(name: str) -> Callable[[Callable[..., Perturbation]], Callable[..., Perturbation]]:
-    """Decorator that enters a factory into the registry under `name`."""
-
-    def add(factory):
-        _REGISTRY[name] = factory
-        return factory
-
-    return add
-
-
-def names() -> tuple[str, ...]:
-    """Names of all registered perturbations, sorted."""
-    return tuple(sorted(_REGISTRY))
-
-
-def options(name: str) -> tuple[str, ...]:
-    """Names of the options that the factory `name` takes.
-
-    Raises:
-      ValueError: unknown `name`.
-    """
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown perturbation {name!r}; known: {', '.join(names())}")
-    return tuple(inspect.signature(_REGISTRY[name]).parameters)
-
-
-def create(name: str, **arguments: Any) -> Perturbation:
-    """Builds a registered perturbation by name.
-
-    Raises:
-      ValueError: unknown `name` or an option that the method does not have.
-    """
-    unknown = sorted(set(arguments) - set(options(name)))
-    if unknown:
-        raise ValueError(
-            f"perturbation {name!r} has no option {unknown[0]!r}; "
-            f"it has: {', '.join(options(name))}"
-        )
-    return _REGISTRY[name](**arguments)
+_REGISTRY: Registry[Perturbation] = Registry("perturbation")
+register = _REGISTRY.register
+names = _REGISTRY.names
+options = _REGISTRY.options
+create = _REGISTRY.create
