@@ -8,18 +8,34 @@ from absl import flags
 FLAGS = flags.FLAGS
 
 
-def call(module, *arguments):
-    """(exit message or None, standard output) of a module; its flags are forgotten afterwards."""
-    message, out = None, io.StringIO()
+def own_flags():
+    return [
+        name for name in FLAGS if FLAGS.find_module_defining_flag(name).startswith("experiments.")
+    ]
+
+
+def forget_flags():
+    """Makes room for the next module: in a process of its own, each would define its flags once."""
+    for name in own_flags():
+        delattr(FLAGS, name)
+    FLAGS.unparse_flags()
+
+
+def run_main(module, *arguments):
+    """The exit message of a module, None if it ends well; its flags are forgotten afterwards."""
     try:
-        with contextlib.redirect_stdout(out):
-            module.define_flags()
-            module.main(FLAGS([module.__name__, *arguments])[:1])
+        module.define_flags()
+        module.main(FLAGS([module.__name__, *arguments]))
     except (SystemExit, flags.Error) as stop:
-        message = str(stop)
+        return str(stop)
     finally:
-        for name in list(FLAGS):
-            if FLAGS.find_module_defining_flag(name).startswith("experiments."):
-                delattr(FLAGS, name)
-        FLAGS.unparse_flags()
+        forget_flags()
+    return None
+
+
+def call(module, *arguments):
+    """(exit message or None, standard output) of a module."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        message = run_main(module, *arguments)
     return message, out.getvalue()

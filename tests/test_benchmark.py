@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from absl import flags
+from module_call import run_main
 
 import lpa_jax
 from experiments import benchmark
@@ -21,19 +22,9 @@ TINY = ("--model=mlp", "--image_size=4", "--channels=1", "--batch_size=8", "--nu
 @pytest.fixture
 def run(capsys):
     """(*flags) -> (exit message or None, standard output, standard error)."""
-    before = set(FLAGS)
 
     def call(*arguments):
-        message = None
-        try:
-            benchmark.define_flags()
-            benchmark.main(FLAGS(["benchmark", *arguments]))
-        except (SystemExit, flags.Error) as stop:
-            message = str(stop)
-        finally:
-            for name in set(FLAGS) - before:
-                delattr(FLAGS, name)
-            FLAGS.unparse_flags()
+        message = run_main(benchmark, *arguments)
         captured = capsys.readouterr()
         return message, captured.out, captured.err
 

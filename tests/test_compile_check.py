@@ -11,6 +11,7 @@ import pathlib
 import jax
 import pytest
 from absl import flags
+from module_call import run_main
 
 from experiments import compile_check, hlo, promises, tpu
 from lpa_jax.perturbations import Site
@@ -246,21 +247,11 @@ def test_a_program_survives_json():
 @pytest.fixture
 def run(capsys):
     """(*flags) -> (exit message or None, standard output)."""
-    before = set(FLAGS)
     cache = jax.config.jax_enable_compilation_cache
 
     def call(*arguments):
-        message = None
-        try:
-            compile_check.define_flags()
-            compile_check.main(FLAGS(["compile_check", *arguments]))
-        except (SystemExit, flags.Error) as stop:
-            message = str(stop)
-        finally:
-            for name in set(FLAGS) - before:
-                delattr(FLAGS, name)
-            FLAGS.unparse_flags()
-            jax.config.update("jax_enable_compilation_cache", cache)
+        message = run_main(compile_check, *arguments)
+        jax.config.update("jax_enable_compilation_cache", cache)
         return message, capsys.readouterr().out
 
     return call

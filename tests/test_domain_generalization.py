@@ -10,7 +10,8 @@ import shutil
 import jax
 import pytest
 from absl import flags
-from test_experiments import BY_NAME, call, forget_flags, own_flags
+from module_call import forget_flags, own_flags
+from test_experiments import BY_NAME, call
 
 from experiments import (
     distributed,

@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 from absl import flags
+from module_call import forget_flags, own_flags, run_main
 
 from experiments import (
     assembly,
@@ -36,31 +37,10 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "tfds"
 
 
-def forget_flags():
-    """Makes room for the next module: in a process of its own, each would define its flags once."""
-    for name in own_flags():
-        delattr(FLAGS, name)
-    FLAGS.unparse_flags()
-
-
-def own_flags():
-    return [
-        name for name in FLAGS if FLAGS.find_module_defining_flag(name).startswith("experiments.")
-    ]
-
-
 def call(data_dir, name, *arguments):
     """Runs a module as its command line would; the exit message, None if it ends well."""
     module = importlib.import_module(f"experiments.{name}")
-    try:
-        module.define_flags()
-        FLAGS([name, f"--data_dir={data_dir}", "--compilation_cache=", *arguments])
-        module.main([name])
-    except (SystemExit, flags.Error) as stop:
-        return str(stop)
-    finally:
-        forget_flags()
-    return None
+    return run_main(module, f"--data_dir={data_dir}", "--compilation_cache=", *arguments)
 
 
 @pytest.fixture

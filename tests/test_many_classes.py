@@ -5,13 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
+from module_call import run_main
 
 import lpa_jax
 from experiments import benchmark, many_classes
 from lpa_jax.models import MLP
 
-FLAGS = flags.FLAGS
 ACTIVATION = jax.ShapeDtypeStruct((4, 8, 8, 64), jnp.bfloat16)
 TINY = ("--model=small_cnn", "--layer=stage1", "--image_size=8", "--batch_size=4", "--rounds=1")
 
@@ -19,19 +18,9 @@ TINY = ("--model=small_cnn", "--layer=stage1", "--image_size=8", "--batch_size=4
 @pytest.fixture
 def run(capsys):
     """(*flags) -> (exit message or None, standard output)."""
-    before = set(FLAGS)
 
     def call(*arguments):
-        message = None
-        try:
-            many_classes.define_flags()
-            many_classes.main(FLAGS(["many_classes", *arguments]))
-        except (SystemExit, flags.Error) as stop:
-            message = str(stop)
-        finally:
-            for name in set(FLAGS) - before:
-                delattr(FLAGS, name)
-            FLAGS.unparse_flags()
+        message = run_main(many_classes, *arguments)
         return message, capsys.readouterr().out
 
     return call
