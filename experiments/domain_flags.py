@@ -9,7 +9,6 @@ from experiments.domain_settings import DomainSettings
 from experiments.search import (
     ADAM_LARGE,
     ADAM_SMALL,
-    CONVOLUTIONAL_RADII,
     LogUniform,
     Space,
 )
@@ -50,6 +49,7 @@ def define_flags(workdir: str) -> None:
         "LOW,HIGH of the learning rates that are drawn; unset: DomainBed's for adamw, those of "
         "the other experiments for sgd.",
     )
+    run_flags.define_search_flags()
     _define_training_flags()
     run_flags.define_runtime_flags()
     run_flags.define_perturbation_flags()
@@ -148,8 +148,6 @@ def search_ranges() -> dict[str, Space]:
     ranges: dict[str, Space] = {}
     if FLAGS.optimizer == "adamw":
         ranges |= ADAM_LARGE if FLAGS.dataset in FOLDER_SETS else ADAM_SMALL
-    if FLAGS.model != "mlp":
-        ranges |= CONVOLUTIONAL_RADII
     if not FLAGS.learning_rate_range:
         return ranges
     try:

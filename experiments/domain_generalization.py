@@ -47,7 +47,7 @@ from experiments.domain_protocol import Network, Trainings
 from experiments.domain_selection import Selected, Training
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.progress import RunProgress
-from lpa_jax import models, multihost, trainer, workdir_lock
+from lpa_jax import multihost, trainer, workdir_lock
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
@@ -148,7 +148,8 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: Tuned) -> list[R
     if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
         raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
     explicit, run_options = domain_flags.explicit_options(), run_flags.explicit_run_options()
-    hidden, ranges = models.create(settings.model, 2).layers[1:-1], domain_flags.search_ranges()
+    hidden = run_flags.searched_layers(settings.model)
+    ranges = domain_flags.search_ranges()
 
     def options(method, seed, test, draw):
         found = tuned.options(method, test)

@@ -31,7 +31,7 @@ from experiments import (
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.progress import RunProgress
-from lpa_jax import models, multihost
+from lpa_jax import multihost
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
@@ -77,7 +77,7 @@ def seeds() -> range:
 
 def trial_options(settings: DomainSettings, method: str, trial: int) -> dict[str, Any]:
     """What a trial draws, and what flags fix for all."""
-    hidden = models.create(settings.model, 2).layers[1:-1]
+    hidden = run_flags.searched_layers(settings.model)
     drawn = search.draw(method, trial, hidden, FLAGS.search_seed, domain_flags.search_ranges())
     explicit = domain_flags.explicit_options()
     return methods.options_for(method, drawn, explicit) | run_flags.explicit_run_options()

@@ -5,7 +5,6 @@ either wide or wrong. `--radius_center=suggest` moves the range of LPA's and LPL
 a factor of 10 around `lpa_jax.suggest_radius`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +42,7 @@ class Suggestions:
         """
         self._settings, self._task, self._seed, self._explicit = settings, task, seed, explicit
         self._layers = models.create(settings.model, task.train.num_classes).layers
+        self._hidden = search.hidden_layers(settings.model)
         self._warm = None
         self._centers: dict[tuple[str, str], float] = {}
 
@@ -59,9 +59,16 @@ class Suggestions:
             options = methods.options_for(method, drawn, self._explicit)
             layer = part.layer or options.get(f"{part.name}.layer", LOGITS)
             key = f"{part.name}.radius"
-            space = search.part_space(part.name, self._layers[1:-1])["radius"]
-            drawn[key] = around(drawn[key], space, self._center(part.name, layer, options))
+            center = self._center(part.name, layer, options)
+            around = search.LogUniform(center / SPREAD, center * SPREAD)
+            at = part.layer or drawn.get(f"{part.name}.layer", LOGITS)
+            drawn[key] = search.moved(drawn[key], self._drawn_from(part.name, at), around)
         return drawn
+
+    def _drawn_from(self, name: str, layer: str) -> search.LogUniform:
+        if name == "lpa" and layer in self._hidden.spatial:
+            return search.SPATIAL_RADIUS
+        return search.part_space(name, self._hidden.names)["radius"]
 
     def _center(self, name: str, layer: str, options: Mapping[str, Any]) -> float:
         if (name, layer) not in self._centers:
@@ -106,13 +113,3 @@ class Suggestions:
                     jax.block_until_ready(state)
             self._warm = jax.device_get(state)
         return self._warm
-
-
-def around(radius: float, space: search.LogUniform, center: float) -> float:
-    """The value around `center` that stands where `radius` stands in its range.
-
-    >>> around(0.1, search.LogUniform(0.01, 1.0), center=3.0)  # in the middle
-    3.0
-    """
-    place = math.log(radius / space.low) / math.log(space.high / space.low)
-    return float(f"{center * SPREAD ** (2 * place - 1):.3g}")

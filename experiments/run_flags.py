@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import distributed, methods
+from experiments import distributed, methods, search
 from experiments.saving import Saving
 from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
 from lpa_jax import data, losses, models, optimizers, pgd
@@ -179,6 +179,25 @@ def define_perturbation_flags() -> None:
         [],
         "Any other option, as PART.OPTION=VALUE, for example dropout.rate=0.3 or lpl.steps=10.",
     )
+
+
+def define_search_flags() -> None:
+    """Where a random search places perturbations."""
+    flags.DEFINE_list(
+        "search_layers",
+        [],
+        "Layers among which a random search draws where perturbations stand; unset: --layer, else "
+        "all hidden layers.",
+    )
+
+
+def searched_layers(model: str) -> search.HiddenLayers:
+    """Where drawn perturbations may stand.
+
+    Raises:
+      ValueError: a layer that the model does not have.
+    """
+    return search.hidden_layers(model, tuple([FLAGS.layer] if FLAGS.layer else FLAGS.search_layers))
 
 
 def settings() -> Settings:

@@ -5,14 +5,19 @@ values of them, so that methods differ in their own options alone.
 """
 
 import dataclasses
+import functools
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from experiments import methods
+from lpa_jax import models
+from lpa_jax.injection import activation_shapes, as_network, check_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +60,55 @@ ADAM_LARGE: dict[str, Space] = {
     "weight_decay": LogUniform(1e-6, 1e-2),
 }
 # Relative radii that are harmless in dense layers destroy training in convolutional ones.
-CONVOLUTIONAL_RADII: dict[str, Space] = {
-    "lpa.radius": LogUniform(0.001, 0.1),
-    "adversarial.radius": LogUniform(0.001, 0.1),
-}
+SPATIAL_RADIUS = LogUniform(0.001, 0.1)
+_RELATIVE_RADII = ("lpa.radius", "adversarial.radius")
+
+
+class HiddenLayers(NamedTuple):
+    """Where perturbations may stand in a search.
+
+    Attributes:
+      names: layers, each with the same chance.
+      spatial: those whose activations have positions, `[B, H, W, F]` or `[B, T, F]`.
+    """
+
+    names: tuple[str, ...]
+    spatial: frozenset[str] = frozenset()
+
+
+@functools.cache
+def hidden_layers(model: str, chosen: tuple[str, ...] = ()) -> HiddenLayers:
+    """Hidden layers of a model, or the chosen ones among them.
+
+    Args:
+      model: its name.
+      chosen: layers to keep; all hidden ones if empty.
+
+    Raises:
+      ValueError: a chosen layer that the model does not have.
+
+    >>> hidden_layers("small_cnn", ("stage3", "pool"))
+    HiddenLayers(names=('stage3', 'pool'), spatial=frozenset({'stage3'}))
+    """
+    network = as_network(models.create(model, 2))
+    for layer in chosen:
+        check_layer(network.layers, layer)
+    names = chosen or network.layers[1:-1]
+    # How many axes an activation has does not depend on the size of the image.
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    shapes = activation_shapes(network, variables, image, names)
+    return HiddenLayers(names, frozenset(name for name in names if len(shapes[name].shape) > 2))
+
+
+def moved(value: float, source: LogUniform, target: LogUniform) -> float:
+    """The value that stands in `target` where `value` stands in `source`.
+
+    >>> moved(0.1, LogUniform(0.01, 1.0), LogUniform(2.0, 8.0))  # in the middle
+    4.0
+    """
+    place = math.log(value / source.low) / math.log(source.high / source.low)
+    return float(f"{target.low * (target.high / target.low) ** place:.3g}")
 
 
 def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
@@ -117,20 +167,20 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
 def draw(
     method: str,
     trial: int,
-    hidden_layers: Sequence[str],
+    hidden: HiddenLayers,
     seed: int = 0,
     ranges: Mapping[str, Space] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The options of a trial, a pure function of (seed, method, trial) and the ranges.
+    """The options of a trial, a pure function of (seed, method, trial), layers and ranges.
 
     Args:
       method: its name.
       trial: number of the trial.
-      hidden_layers: where perturbations may stand.
+      hidden: where perturbations may stand; in spatial layers radii come from `SPATIAL_RADIUS`.
       seed: of the search.
       ranges: by option (`learning_rate`, `lpa.radius`), where they are not the usual ones.
 
-    >>> draw("erm", 0, ["hidden1"]) == draw("erm", 0, ["hidden1"])
+    >>> draw("erm", 0, HiddenLayers(("hidden1",))) == draw("erm", 0, HiddenLayers(("hidden1",)))
     True
     """
     shared = np.random.default_rng([seed, trial])
@@ -138,8 +188,14 @@ def draw(
     for part in methods.parse(method):
         # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
         rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])
-        for name, space in part_space(part.name, hidden_layers).items():
-            value = ranges.get(f"{part.name}.{name}", space).draw(rng)
-            if not (name == "layer" and part.layer):
-                options[f"{part.name}.{name}"] = value
+        spaces = part_space(part.name, hidden.names)
+        spaces = {name: ranges.get(f"{part.name}.{name}", s) for name, s in spaces.items()}
+        drawn = {name: space.draw(rng) for name, space in spaces.items()}
+        radius = f"{part.name}.radius"
+        at = part.layer or drawn.get("layer")
+        if radius in _RELATIVE_RADII and radius not in ranges and at in hidden.spatial:
+            drawn["radius"] = moved(drawn["radius"], spaces["radius"], SPATIAL_RADIUS)
+        if part.layer:
+            drawn.pop("layer", None)
+        options |= {f"{part.name}.{name}": value for name, value in drawn.items()}
     return options

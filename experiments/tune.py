@@ -20,7 +20,7 @@ from absl import app, flags
 from experiments import files, methods, radius_center, run_flags, runner, search
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
-from lpa_jax import models, trainer
+from lpa_jax import trainer
 
 FLAGS = flags.FLAGS
 
@@ -49,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_workers", 1, "Processes that share the trials.")
     run_flags.define_data_flags(dataset="mnist5k", profile="exponential")
     run_flags.define_training_flags()
+    run_flags.define_search_flags()
     run_flags.define_runtime_flags()
     run_flags.define_perturbation_flags()
     FLAGS.set_default("evaluate_on", "validation")
@@ -64,10 +65,7 @@ def run_trial(
     suggestions: radius_center.Suggestions | None = None,
 ) -> dict[str, Any]:
     """Trains one draw of options with every seed; a diverged trial scores null."""
-    hidden = models.create(settings.model, next(iter(tasks.values())).train.num_classes).layers[
-        1:-1
-    ]
-    drawn = search.draw(method, trial, hidden, FLAGS.search_seed)
+    drawn = search.draw(method, trial, run_flags.searched_layers(settings.model), FLAGS.search_seed)
     if suggestions is not None:
         drawn = suggestions.recentred(method, drawn)
     options = methods.options_for(method, drawn, run_flags.explicit_options())
@@ -130,6 +128,9 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         "search_seed": FLAGS.search_seed,
         "fixed_options": run_flags.explicit_options(),
     }
+    if FLAGS.search_layers:
+        setting["search_layers"] = FLAGS.search_layers
+    run_flags.searched_layers(settings.model)  # refuses a bad name before anything is written
     suggestions = None
     if FLAGS.radius_center == "suggest":
         setting["radius_center"] = FLAGS.radius_center

@@ -331,12 +331,34 @@ def test_every_flag_has_a_help_text_and_is_read(request):
 
 
 def test_ranges_replace_the_usual_ones_for_what_they_name_alone():
-    layers = ("stage1", "stage2")
-    usual = [search.draw("lpa", trial, layers) for trial in range(20)]
-    narrow = search.CONVOLUTIONAL_RADII | {"learning_rate": search.LogUniform(1e-3, 2e-3)}
-    drawn = [search.draw("lpa", trial, layers, ranges=narrow) for trial in range(20)]
+    hidden = search.HiddenLayers(("hidden1", "hidden2"))
+    usual = [search.draw("lpa", trial, hidden) for trial in range(20)]
+    narrow = {
+        "lpa.radius": search.LogUniform(1e-4, 1e-3),
+        "learning_rate": search.LogUniform(1e-3, 2e-3),
+    }
+    drawn = [search.draw("lpa", trial, hidden, ranges=narrow) for trial in range(20)]
     for ours, theirs in zip(drawn, usual, strict=True):
-        assert 1e-3 <= ours["learning_rate"] <= 2e-3 and ours["lpa.radius"] <= 0.1
+        assert 1e-3 <= ours["learning_rate"] <= 2e-3 and ours["lpa.radius"] <= 1e-3
         for name in ("weight_decay", "lpa.negative_scale", "lpa.layer"):
             assert ours[name] == theirs[name]
     assert max(options["lpa.radius"] for options in usual) > 0.1
+
+
+@pytest.mark.parametrize("method", ["lpa", "adversarial", "lpa@stage3+lpl"])
+def test_radii_are_smaller_in_layers_with_positions_and_nothing_else_changes(method):
+    dense = search.HiddenLayers(("stage3", "pool"))
+    hidden = search.hidden_layers("small_cnn", ("stage3", "pool"))
+    assert hidden == search.HiddenLayers(("stage3", "pool"), frozenset({"stage3"}))
+    part, _, placed = method.partition("+")[0].partition("@")
+    found = set()
+    for trial in range(20):
+        usual = search.draw(method, trial, dense)
+        drawn = search.draw(method, trial, hidden)
+        layer = placed or drawn[f"{part}.layer"]
+        found.add(layer)
+        if layer == "stage3":
+            radius = drawn.pop(f"{part}.radius")
+            assert radius <= 0.1 and radius < usual.pop(f"{part}.radius")
+        assert drawn == usual
+    assert found == ({placed} if placed else {"stage3", "pool"})

@@ -71,7 +71,7 @@ def test_a_penalty_takes_the_last_hidden_layer_and_what_the_task_gives():
 def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(name):
     built(name, num_domains=2, total_steps=10, epochs=10)
     for trial in range(5):
-        options = search.draw(name, trial, LAYERS[1:-1])
+        options = search.draw(name, trial, search.HiddenLayers(LAYERS[1:-1]))
         known = (*methods.RUN_OPTIONS, *(f"{name}.{o}" for o in methods.part_options(name)))
         assert set(options) <= set(known)
         built(name, options, num_domains=2, total_steps=10, epochs=10)
@@ -119,7 +119,7 @@ def test_numbers_may_be_arguments_of_the_compiled_step(method):
     """Traced and known numbers build the same step: what a program does depends on no tracer."""
     batch = {"image": np.linspace(0, 1, 24, dtype=np.float32).reshape(6, 2, 2, 1)}
     batch = {"image": jnp.asarray(batch["image"]), "label": jnp.array([0, 0, 1, 1, 2, 0])}
-    options = search.draw(method, 1, LAYERS[1:-1])
+    options = search.draw(method, 1, search.HiddenLayers(LAYERS[1:-1]))
     names = traceable(method, options)
     assert set(methods.RUN_OPTIONS) < set(names)
     model = MLP(num_classes=3, hidden=(4, 4))

@@ -405,7 +405,7 @@ def test_initialising_a_part_is_refused(images):
         ("mlp", {"dtype": "float17"}, "dtype='float17' is not a floating type"),
         ("small_cnn", {"norm": "layer"}, "norm='layer' is not one of ('batch', 'group', 'none')"),
         ("small_cnn", {"norm_epsilon": 0.0}, "norm_epsilon=0.0 must be above 0"),
-        ("resnet8", {"stem": "mnist"}, "stem='mnist' is not one of ('cifar', 'imagenet')"),
+        ("resnet8", {"stem": "mnist"}, "stem='mnist' is not one of ('cifar', 'strided', "),
         ("resnet8", {"widths": (4, 8)}, "widths=(4, 8) must have one entry for each of "),
         ("resnet8", {"norm": "none", "zero_init": True}, "zero_init=True needs a norm"),
         ("wide_resnet", {"depth": 20}, "depth=20 must be 6n + 4 for an integer n above 0"),
@@ -423,3 +423,15 @@ def test_bad_num_classes_and_indivisible_images_are_refused(images):
         models.create("mlp", 0)
     with pytest.raises(ValueError, match="patch=3 must divide the image size 8 x 8"):
         models.ViT(3, patch=3).init(jax.random.key(0), images)
+
+
+def test_the_slim_resnet_halves_resolution_and_widths_from_its_stem_on():
+    model = models.ResNet8Slim(10)
+    variables = abstract_variables(model, 28)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 19_218
+    shapes = [
+        jax.eval_shape(lambda v, x, stop=layer: model.apply(v, x, stop=stop), variables,
+                       jax.ShapeDtypeStruct((2, 28, 28, 3), jnp.float32)).shape
+        for layer in ("stem", "stage3")
+    ]  # fmt: skip
+    assert shapes == [(2, 14, 14, 8), (2, 4, 4, 32)]

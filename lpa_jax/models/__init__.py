@@ -13,6 +13,7 @@ from lpa_jax.models.mlp import MLP
 from lpa_jax.models.resnet import (
     ResNet,
     ResNet8,
+    ResNet8Slim,
     ResNet18,
     ResNet20,
     ResNet32,
@@ -28,6 +29,7 @@ _CONSTRUCTORS = {
     "mlp": MLP,
     "small_cnn": SmallCNN,
     "resnet8": ResNet8,
+    "resnet8_slim": ResNet8Slim,
     "resnet18": ResNet18,
     "resnet20": ResNet20,
     "resnet32": ResNet32,
@@ -97,6 +99,7 @@ __all__ = [
     "WRN_28_10",
     "ResNet",
     "ResNet8",
+    "ResNet8Slim",
     "ResNet18",
     "ResNet20",
     "ResNet32",

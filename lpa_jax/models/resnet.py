@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lpa_jax.models import base
 
-STEMS = ("cifar", "imagenet")
+STEMS = ("cifar", "strided", "imagenet")
 BLOCKS = ("basic", "bottleneck")
 SHORTCUTS = ("pad", "projection")
 
@@ -37,12 +37,14 @@ class ResNet(base.NormalizedModel):
     | `ResNet32` | 3, basic, 5 each | 10 | 464,154 |
     | `ResNet56` | 3, basic, 9 each | 10 | 853,018 |
     | `ResNet110` | 3, basic, 18 each | 10 | 1,727,962 |
+    | `ResNet8Slim` | 3, basic, 1 each | 10 | 19,218 |
     | `ResNet18` | 4, basic, 2, 2, 2, 2 | 1000 | 11,689,512 |
     | `ResNet34` | 4, basic, 3, 4, 6, 3 | 1000 | 21,797,672 |
     | `ResNet50` | 4, bottleneck, 3, 4, 6, 3 | 1000 | 25,557,032 |
 
     The 3-stage ones are the CIFAR form (widths 16, 32, 64; `shortcut="pad"`), the others the
-    ImageNet form (widths 64 to 512; `shortcut="projection"`, `stem="imagenet"`).
+    ImageNet form (widths 64 to 512; `shortcut="projection"`, `stem="imagenet"`). `ResNet8Slim` is
+    ours, for experiments on a CPU: half the CIFAR widths at half the resolution (`stem="strided"`).
 
     Attributes:
         stage_sizes: Number of blocks of each stage.
@@ -51,8 +53,8 @@ class ResNet(base.NormalizedModel):
         block: `"basic"` or `"bottleneck"`.
         shortcut: What meets a change of shape: `"pad"` (subsample, append zero features; He's
             option A, no parameters) or `"projection"` (1x1 convolution and norm; option B).
-        stem: `"cifar"` (3x3 convolution) or `"imagenet"` (7x7 of stride 2, 3x3 max pooling of
-            stride 2).
+        stem: `"cifar"` (3x3 convolution), `"strided"` (the same with stride 2) or `"imagenet"` (7x7
+            of stride 2, 3x3 max pooling of stride 2).
         zero_init: Whether the scale of each block's last norm starts at 0, so that every block
             starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1).
 
@@ -125,8 +127,8 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `[B, H, W, features]`, or `[B, H/4, W/4, features]` in the ImageNet form."""
-        size, stride = (3, 1) if self.form == "cifar" else (7, 2)
+        """Returns `[B, H/s, W/s, features]`, s being 1 (CIFAR), 2 (strided) or 4 (ImageNet)."""
+        size, stride = {"cifar": (3, 1), "strided": (3, 2), "imagenet": (7, 2)}[self.form]
         x = self.primitives.conv(x, self.features, size, stride, name="conv")
         x = nn.relu(self.primitives.norm(x, train=train, name="norm"))
         if self.form == "imagenet":
@@ -192,6 +194,9 @@ ResNet20 = functools.partial(_cifar, stage_sizes=(3, 3, 3))
 ResNet32 = functools.partial(_cifar, stage_sizes=(5, 5, 5))
 ResNet56 = functools.partial(_cifar, stage_sizes=(9, 9, 9))
 ResNet110 = functools.partial(_cifar, stage_sizes=(18, 18, 18))
+ResNet8Slim = functools.partial(
+    ResNet, stage_sizes=(1, 1, 1), widths=(8, 16, 32), shortcut="pad", stem="strided"
+)
 
 # 32 groups is what the group normalisation paper uses on ImageNet.
 _imagenet = functools.partial(
