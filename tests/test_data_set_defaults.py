@@ -1,0 +1,56 @@
+"""Flags that are not given follow the published recipe of the data set."""
+
+import pytest
+from absl import flags
+
+from experiments import balanced, data_set_defaults, long_tail, run_flags
+from tests.module_call import forget_flags
+
+FLAGS = flags.FLAGS
+
+
+def parsed(module, *arguments):
+    """The settings and run options that a command line means."""
+    try:
+        module.define_flags()
+        FLAGS([module.__name__, *arguments])
+        return run_flags.settings(), run_flags.explicit_run_options()
+    finally:
+        forget_flags()
+
+
+def test_balanced_cifar_is_trained_by_the_recipe_of_lpl():
+    settings, explicit = parsed(balanced, "--dataset=cifar100")
+    assert (settings.model, settings.epochs, settings.batch_size) == ("wrn_28_10", 240, 128)
+    assert (settings.learning_rate, settings.weight_decay) == (0.1, 5e-4)
+    assert settings.clip_norm is None and settings.augmentation == "crop+flip"
+    assert [round(m * settings.epochs) for m in settings.milestones] == [60, 120, 160, 200]
+    assert (settings.schedule, settings.decay_factor, settings.crop_padding) == ("step", 0.2, 4)
+    assert explicit == {}, "a recipe's learning rate is no reason to ignore a tuned one"
+
+
+def test_long_tailed_cifar_is_trained_by_the_recipe_of_ldam():
+    settings, _ = parsed(long_tail, "--dataset=cifar10")
+    assert (settings.model, settings.epochs, settings.warmup_epochs) == ("resnet32", 200, 5)
+    assert (settings.learning_rate, settings.weight_decay) == (0.1, 2e-4)
+    assert [round(m * settings.epochs) for m in settings.milestones] == [160, 180]
+
+
+def test_flags_override_single_values_of_a_recipe_and_none_overrides_it_whole():
+    given = ("--epochs=7", "--learning_rate=0.3", "--clip_norm=5")
+    settings, explicit = parsed(long_tail, "--dataset=cifar10", *given)
+    assert (settings.epochs, settings.learning_rate, settings.clip_norm) == (7, 0.3, 5)
+    assert (settings.model, settings.batch_size) == ("resnet32", 128)
+    assert explicit == {"learning_rate": 0.3}
+    plain, _ = parsed(long_tail, "--dataset=cifar10", "--recipe=none")
+    embedded, _ = parsed(long_tail)
+    assert plain.as_dict() | {"dataset": "mnist5k"} == embedded.as_dict()
+
+
+@pytest.mark.parametrize("recipe", [data_set_defaults.LPL, data_set_defaults.LDAM])
+def test_a_recipe_names_flags(recipe):
+    try:
+        long_tail.define_flags()
+        assert set(recipe) <= set(FLAGS)
+    finally:
+        forget_flags()
