@@ -14,8 +14,8 @@ from experiments.methods import (
     POSTHOC,
     RUN_OPTIONS,
     SAM,
-    Part,
     loss_names,
+    own_options,
     parse,
 )
 from lpa_jax import losses, penalties, perturbations
@@ -95,7 +95,7 @@ def assemble(
     penalizing, stages, sam_rho, adjust = {}, None, None, None
     given = {"num_domains": num_domains, "total_steps": total_steps}
     for part in parse(method):
-        own = _own_options(part, options)
+        own = own_options(part.name, options)
         if part.name == SAM:
             sam_rho = own.get("rho", SAM_RHO)
         elif part.name == POSTHOC:
@@ -148,11 +148,6 @@ def assignment(
             f"--assignment must be one of {', '.join(ASSIGNMENTS)}, got {assignment!r}"
         )
     return rules[assignment]()
-
-
-def _own_options(part: Part, options: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = f"{part.name}."
-    return {key.removeprefix(prefix): v for key, v in options.items() if key.startswith(prefix)}
 
 
 def _perturbation(part, own, layers, layer, counts) -> tuple[str | tuple[str, ...], Perturbation]:

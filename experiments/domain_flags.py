@@ -148,6 +148,7 @@ def search_ranges() -> dict[str, Space]:
     ranges: dict[str, Space] = {}
     if FLAGS.optimizer == "adamw":
         ranges |= ADAM_LARGE if FLAGS.dataset in FOLDER_SETS else ADAM_SMALL
+    ranges |= run_flags.searched_space()
     if not FLAGS.learning_rate_range:
         return ranges
     try:

@@ -90,6 +90,28 @@ def part_options(name: str) -> tuple[str, ...]:
     }.get(name) or losses.options(name)
 
 
+def own_options(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of one part, without its name.
+
+    >>> own_options("lpa", {"lpa.radius": 0.1, "lpl.radius": 1.0, "learning_rate": 0.1})
+    {'radius': 0.1}
+    """
+    prefix = f"{part}."
+    return {key.removeprefix(prefix): v for key, v in options.items() if key.startswith(prefix)}
+
+
+def parsed_value(text: str) -> Any:
+    """A number or a boolean where the text is one in JSON, the text itself otherwise.
+
+    >>> parsed_value("0.1"), parsed_value("true"), parsed_value("free")
+    (0.1, True, 'free')
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def options_for(
     method: str, tuned: Mapping[str, Any], explicit: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Flags that every training experiment shares, and how they become `Settings` and options."""
 
-import json
 import logging
 import os
 import pathlib
@@ -197,6 +196,25 @@ def define_search_flags() -> None:
         "Layers among which a random search draws where perturbations stand; unset: --layer, else "
         "all hidden layers.",
     )
+    flags.DEFINE_multi_string(
+        "space",
+        [],
+        "Range of an option that a random search draws, in the place of the usual one or beside "
+        "them: lpa.radius_target=0.03:2 (uniform in the logarithm) or lpa.steps=1|3|5.",
+    )
+
+
+def searched_space() -> dict[str, search.Space]:
+    """Ranges that replace those of the search, or add to them.
+
+    Raises:
+      ValueError: no such option or no such range, or an option twice.
+    """
+    spaces = [search.parse_space(text) for text in FLAGS.space]
+    names = [name for name, _ in spaces]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--space must name different options, got {', '.join(names)}")
+    return dict(spaces)
 
 
 def searched_layers(model: str) -> search.HiddenLayers:
@@ -315,7 +333,7 @@ def explicit_options() -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or "." not in key:
             raise ValueError(f"--option must be PART.OPTION=VALUE, got {text!r}")
-        options[key] = _parsed(value)
+        options[key] = methods.parsed_value(value)
     return options
 
 
@@ -356,11 +374,3 @@ def resolved() -> dict[str, Any]:
 
 def _or(value, default):
     return default if value is None else value
-
-
-def _parsed(text: str) -> Any:
-    """A number or a boolean where the text is one in JSON, the text itself otherwise."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -46,6 +46,36 @@ class Choice:
 
 Space = LogUniform | Choice
 
+
+def parse_space(text: str) -> tuple[str, Space]:
+    """An option and the range that a text names: two bounds, or values to choose from.
+
+    Args:
+      text: `OPTION=LOW:HIGH`, uniform in the logarithm, or `OPTION=VALUE|VALUE`; OPTION is
+        `PART.OPTION`, `learning_rate` or `weight_decay`.
+
+    Raises:
+      ValueError: it names no such option, or no such range.
+
+    >>> parse_space("lpa.radius_target=0.03:2"), parse_space("lpa.steps=1|3")
+    (('lpa.radius_target', LogUniform(low=0.03, high=2.0)), ('lpa.steps', Choice(values=(1, 3))))
+    """
+    name, _, values = text.partition("=")
+    part, _, option = name.rpartition(".")
+    of_part = part in methods.part_names() and option in methods.part_options(part)
+    if not (of_part or name in methods.RUN_OPTIONS) or not values:
+        raise ValueError(f"--space: {text!r} is not OPTION=RANGE, such as lpa.radius_target=0.03:2")
+    if ":" not in values:
+        return name, Choice(tuple(methods.parsed_value(value) for value in values.split("|")))
+    try:
+        low, high = (float(bound) for bound in values.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"--space: {text!r} must be OPTION=LOW:HIGH with 0 < LOW <= HIGH")
+    return name, LogUniform(low, high)
+
+
 RUN_SPACE: dict[str, Space] = {
     "learning_rate": LogUniform(0.005, 0.1),
     "weight_decay": LogUniform(1e-4, 5e-3),
@@ -178,7 +208,8 @@ def draw(
       trial: number of the trial.
       hidden: where perturbations may stand; in spatial layers radii come from `SPATIAL_RADIUS`.
       seed: of the search.
-      ranges: by option (`learning_rate`, `lpa.radius`), where they are not the usual ones.
+      ranges: by option (`learning_rate`, `lpa.radius`), where they are not the usual ones, or
+        where the option is not searched otherwise.
 
     >>> draw("erm", 0, HiddenLayers(("hidden1",))) == draw("erm", 0, HiddenLayers(("hidden1",)))
     True
@@ -189,7 +220,9 @@ def draw(
         # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
         rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])
         spaces = part_space(part.name, hidden.names)
-        spaces = {name: ranges.get(f"{part.name}.{name}", s) for name, s in spaces.items()}
+        # Options that are not searched otherwise come last: they change no other draw.
+        own = methods.own_options(part.name, ranges)
+        spaces = {name: own.get(name, space) for name, space in spaces.items()} | own
         drawn = {name: space.draw(rng) for name, space in spaces.items()}
         radius = f"{part.name}.radius"
         at = part.layer or drawn.get("layer")

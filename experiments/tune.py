@@ -130,7 +130,11 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
     }
     if FLAGS.search_layers:
         setting["search_layers"] = FLAGS.search_layers
-    run_flags.searched_layers(settings.model)  # refuses a bad name before anything is written
+    if FLAGS.space:
+        setting["space"] = sorted(FLAGS.space)
+    # Refuse bad names and ranges before anything is written.
+    run_flags.searched_layers(settings.model)
+    run_flags.searched_space()
     suggestions = None
     if FLAGS.radius_center == "suggest":
         setting["radius_center"] = FLAGS.radius_center

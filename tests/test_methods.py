@@ -146,3 +146,27 @@ def test_numbers_may_be_arguments_of_the_compiled_step(method):
     numbers = {name: jnp.float32(options[name]) for name in names}
     known, _ = jax.jit(functools.partial(lpa_jax.lpa_step, loss=loss, **parts))(state, batch)
     toy.assert_trees_close(traced_step(state, numbers), known.params)
+
+
+def test_a_space_adds_an_option_or_replaces_a_range_and_changes_no_other_draw():
+    hidden = search.HiddenLayers(LAYERS[1:-1])
+    given = dict([search.parse_space("lpa.radius_target=0.03:2"),
+                  search.parse_space("lpa.negative_scale=0.7|0.8")])  # fmt: skip
+    for trial in range(8):
+        usual = search.draw("lpa+lpl", trial, hidden)
+        drawn = search.draw("lpa+lpl", trial, hidden, ranges=given)
+        assert 0.03 <= drawn.pop("lpa.radius_target") <= 2
+        assert drawn.pop("lpa.negative_scale") in (0.7, 0.8)
+        assert drawn.items() <= usual.items() and set(usual) - set(drawn) == {"lpa.negative_scale"}
+    assert search.draw("erm", 0, hidden, ranges=given) == search.draw("erm", 0, hidden)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lpa.radius", "lpa.nonsense=1:2", "nonsense=1:2", "lpa.radius=2:1", "lpa.radius=0:1",
+     "lpa.radius=a:b", "lpa.radius=1:2:3"],
+)  # fmt: skip
+def test_a_bad_space_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match=r"--space: .*") as error:
+        search.parse_space(text)
+    assert repr(text) in str(error.value)
