@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +46,8 @@ class Program(NamedTuple):
       evaluate: evaluation step.
       effect: (state, batch) -> effect of the perturbations, or None without any.
       place: (batch) -> what the steps take, made ahead: the batch on its way to the devices.
+      with_options: (options) -> the program of options that differ in numbers alone, nothing being
+        traced or compiled anew; see `structure`.
     """
 
     method: str
@@ -55,6 +58,17 @@ class Program(NamedTuple):
     evaluate: Callable[..., Any]
     effect: Callable[..., Any] | None
     place: Callable[[Mapping[str, Any]], Any] = lambda batch: batch
+    with_options: Callable[[Mapping[str, Any]], "Program"] | None = None
+
+
+def structure(method: str, options: Mapping[str, Any]) -> str:
+    """What is compiled in of a method's options: the names of its numbers, and all the rest.
+
+    >>> structure("lpa", {"lpa.radius": 0.1, "lpa.steps": 3})
+    '{"lpa.radius": "traced", "lpa.steps": 3}'
+    """
+    numbers = dict.fromkeys(traceable(method, options), "traced")
+    return json.dumps(files.plain({**options, **numbers}), sort_keys=True)
 
 
 def make_program(
@@ -75,7 +89,6 @@ def make_program(
     recipe = _Recipe(method, settings, task, as_network(model).layers, layer)
     options = dict(options)
     known = recipe.mix(options)  # refuses bad values before anything is compiled
-    numbers = {name: np.float32(options[name]) for name in traceable(method, options)}
     batch_shape = (settings.batch_size, *task.train.image_shape)
     example = {"image": np.zeros(batch_shape, np.float32)}
     normalize = task.normalization.apply
@@ -116,22 +129,21 @@ def make_program(
             rng=jax.random.fold_in(state.rng, state.step),
         )
 
-    def stage_step(stage):
-        mapped = parallel.map_step(
-            functools.partial(train_step, stage), donate_state=True, num_classes=num_classes
+    mapped_stages = [
+        (
+            first,
+            parallel.map_step(
+                functools.partial(train_step, stage), donate_state=True, num_classes=num_classes
+            ),
         )
-
-        def step(state, batch):
-            (state, _), pairs = mapped((state, numbers), batch)
-            return state, pairs
-
-        return step
-
+        for stage, (first, _) in enumerate(known.loss_stages)
+    ]
     mapped_evaluation = parallel.map_step(evaluate, num_classes=num_classes)
-    return Program(
+    unbound = Program(
         method=method,
-        options=options,
+        options={},
         settings=settings,
+        # No number has a part in the first state.
         init=lambda seed: parallel.with_own_buffers(
             TrainState.create(
                 trained_model,
@@ -142,14 +154,39 @@ def make_program(
                 known.parts.penalties,
             )
         ),
-        stages=tuple(
-            (first, stage_step(stage)) for stage, (first, _) in enumerate(known.loss_stages)
-        ),
+        stages=(),
         place=mapped_evaluation.place,
-        evaluate=lambda state, batch: mapped_evaluation((state, numbers), batch),
-        effect=(lambda state, batch: effect(state, numbers, batch))
-        if _fixed(known.parts.perturbations)
-        else None,
+        evaluate=mapped_evaluation,
+        effect=effect if _fixed(known.parts.perturbations) else None,
+    )
+
+    def with_options(bound_options):
+        if structure(method, bound_options) != structure(method, options):
+            raise ValueError(f"options of {method} that differ in more than numbers: make_program")
+        recipe.mix(bound_options)
+        return _bound(unbound, mapped_stages, dict(bound_options), with_options)
+
+    return with_options(options)
+
+
+def _bound(unbound: Program, mapped_stages, options, with_options) -> Program:
+    """The program whose compiled steps get the numbers of some options."""
+    numbers = {name: np.float32(options[name]) for name in traceable(unbound.method, options)}
+
+    def stage_step(mapped):
+        def step(state, batch):
+            (state, _), pairs = mapped((state, numbers), batch)
+            return state, pairs
+
+        return step
+
+    effect = unbound.effect
+    return unbound._replace(
+        options=options,
+        stages=tuple((first, stage_step(mapped)) for first, mapped in mapped_stages),
+        evaluate=lambda state, batch: unbound.evaluate((state, numbers), batch),
+        effect=effect and (lambda state, batch: effect(state, numbers, batch)),
+        with_options=with_options,
     )
 
 

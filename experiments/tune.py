@@ -62,20 +62,25 @@ def run_trial(
     settings: Settings,
     tasks: dict[int, Any],
     progress: RunProgress,
+    programs: dict[Any, runner.Program],
     suggestions: radius_center.Suggestions | None = None,
 ) -> dict[str, Any]:
-    """Trains one draw of options with every seed; a diverged trial scores null."""
+    """Trains one draw of options with every seed; a diverged trial scores null.
+
+    `programs` keeps what is compiled: trials that differ in numbers alone share it.
+    """
     drawn = search.draw(method, trial, run_flags.searched_layers(settings.model), FLAGS.search_seed)
     if suggestions is not None:
         drawn = suggestions.recentred(method, drawn)
     options = methods.options_for(method, drawn, run_flags.explicit_options())
     accuracies = []
     try:
-        program = _scoring(runner.make_program(method, options, settings, tasks[min(tasks)]))
         for seed, task in tasks.items():
             progress.start(f"{method} trial {trial} seed {seed}")
-            if task.counts != tasks[min(tasks)].counts:
-                program = _scoring(runner.make_program(method, options, settings, task))
+            key = method, runner.structure(method, options), task.counts
+            if key not in programs:
+                programs[key] = runner.make_program(method, options, settings, task)
+            program = _scoring(programs[key].with_options(options))
             accuracies.append(runner.run(program, task, seed, None, progress.epoch)["accuracy"])
             progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
     except trainer.NonFiniteLossError as error:
@@ -154,9 +159,10 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         if trial % FLAGS.num_workers == FLAGS.worker
         and files.read_json(trial_path(workdir, method, trial)) is None
     ]
+    programs: dict[Any, runner.Program] = {}
     with RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet) as progress:
         for method, trial in todo:
-            outcome = run_trial(method, trial, settings, tasks, progress, suggestions)
+            outcome = run_trial(method, trial, settings, tasks, progress, programs, suggestions)
             files.write_json(trial_path(workdir, method, trial), outcome)
     chosen = choose(workdir, FLAGS.methods, FLAGS.trials)
     if chosen is None:
