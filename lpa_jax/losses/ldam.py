@@ -1,0 +1,100 @@
+"""LDAM, margins that grow with the rarity of a class, and its deferred re-weighting (DRW)."""
+
+import math
+from collections.abc import Sequence
+
+from lpa_jax.losses.base import Loss, register
+from lpa_jax.losses.class_balanced import class_balanced
+from lpa_jax.losses.common import check_counts, per_class, prepare, require
+from lpa_jax.losses.cross_entropy import cross_entropy
+from lpa_jax.tracing import is_known
+
+
+@register("ldam")
+def ldam(counts: Sequence[float], max_margin: float = 0.5, scale: float = 30.0) -> Loss:
+    """Label-distribution-aware margin loss: rare classes must win by a larger margin.
+
+        Delta_c = max_margin (min_k N_k / N_c)^(1/4)
+        loss(z, t) = cross_entropy(scale (z - t * Delta), t)
+
+    The published loss has one true class y and subtracts Delta_y from its logit. Soft targets are
+    our generalisation: every class gives up its own margin in proportion to its share of the
+    target, t_c Delta_c. The published scale of 30 belongs to a classifier with normalised features
+    and weights, whose logits lie in [-1, 1]; for an ordinary linear output layer 1 is natural.
+
+    Args:
+      counts: Training examples N_c of each class [C].
+      max_margin: Margin of the rarest class, at least 0, in units of the logits.
+      scale: Inverse temperature, positive.
+
+    Returns:
+      A loss.
+
+    Raises:
+      ValueError: If counts are not 1-D, positive and finite, max_margin is negative or scale is
+        not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = ldam([16, 1], max_margin=0.5, scale=2.0)  # margins (1/4, 1/2)
+      >>> logits = jnp.array([[0.0, 0.5]])
+      >>> round(float(loss(logits, jnp.array([[0.0, 1.0]]))[0]), 4)  # no lead left: log 2
+      0.6931
+
+    References:
+      Cao et al. 2019, Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss,
+      arXiv 1906.07413, equations 12 and 13; the scale is the released code's.
+    """
+    counts = check_counts(counts)
+    require(
+        not is_known(max_margin) or 0.0 <= max_margin < math.inf,
+        "max_margin",
+        max_margin,
+        "finite and at least 0",
+    )
+    require(not is_known(scale) or 0.0 < scale < math.inf, "scale", scale, "finite and positive")
+    margins = max_margin * (counts.min() / counts) ** 0.25
+
+    def loss(logits, targets):
+        logits, targets = prepare(logits, targets)
+        return cross_entropy(scale * (logits - targets * per_class(margins, logits)), targets)
+
+    return loss
+
+
+def drw_stages(
+    counts: Sequence[float],
+    switch_epoch: int,
+    *,
+    max_margin: float = 0.5,
+    scale: float = 30.0,
+    beta: float = 0.9999,
+) -> tuple[tuple[int, Loss], tuple[int, Loss]]:
+    """Deferred re-weighting (DRW): LDAM first, class-balanced LDAM from `switch_epoch` on.
+
+    Args:
+      counts: Training examples N_c of each class [C].
+      switch_epoch: First epoch (from 0) with weights, at least 1. The paper takes 160 of 200.
+      max_margin: See `ldam`.
+      scale: See `ldam`.
+      beta: See `effective_number_weights`.
+
+    Returns:
+      Pairs (first epoch, loss), in order: the last pair whose epoch has come is in force.
+
+    Raises:
+      ValueError: If switch_epoch is not an integer of at least 1, or where `ldam` or
+        `class_balanced` raises.
+
+    Example:
+      >>> (start, plain), (switch, weighted) = drw_stages([16, 1], switch_epoch=160)
+      >>> start, switch
+      (0, 160)
+
+    References:
+      Cao et al. 2019, arXiv 1906.07413, algorithm 1, with the released code's weights.
+    """
+    whole = isinstance(switch_epoch, int) and not isinstance(switch_epoch, bool)
+    require(whole and switch_epoch >= 1, "switch_epoch", switch_epoch, "an integer of at least 1")
+    margin_loss = ldam(counts, max_margin, scale)
+    return (0, margin_loss), (switch_epoch, class_balanced(counts, beta, margin_loss))
