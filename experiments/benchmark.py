@@ -25,33 +25,22 @@ import csv
 import dataclasses
 import functools
 import io
-import os
-import pathlib
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 from absl import app, flags
 
 import lpa_jax
-from experiments import assembly, files, methods
+from experiments import assembly, files, methods, step_cost
 from lpa_jax import injection, models, perturbations
 from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
 ERM = methods.ERM
-# Of no consequence for the time; small, so that activations stay in their range.
-RADIUS = 0.05
-WARM_UP_ROUNDS = 2
-
-Batch = Mapping[str, jax.Array]
-Compiled = Any
 
 
 def define_flags() -> None:
@@ -167,7 +156,7 @@ def _variants(
             f"--methods: unknown mode in {method!r}; only lpa has modes: {', '.join(MODES)}"
         )
     fixed: dict[str, Any] = {"mode": mode} if mode else {}
-    fixed |= {"radius": RADIUS} if "radius" in takes else {}
+    fixed |= {"radius": step_cost.RADIUS} if "radius" in takes else {}
     fixed |= {"assignment": assignment} if "assignment" in takes else {}
     create = functools.partial(perturbations.create, name, **fixed)
     if "steps" not in takes:
@@ -177,126 +166,31 @@ def _variants(
     return [(count, create(steps=count)) for count in steps]
 
 
-def make_state(
-    model: models.StagedModel, batch_size: int, image_size: int, channels: int
-) -> tuple[lpa_jax.TrainState, Batch]:
-    """Train state of plain training and a random batch."""
-    image_rng, label_rng, run_rng = jax.random.split(jax.random.key(0), 3)
-    batch = {
-        "image": jax.random.normal(image_rng, (batch_size, image_size, image_size, channels)),
-        "label": jax.random.randint(label_rng, (batch_size,), 0, model.num_classes),
-    }
-    # A rate so small that random labels cannot drive a long run out of range.
-    optimizer = optax.sgd(1e-3, momentum=0.9)
-    return lpa_jax.TrainState.create(model, optimizer, run_rng, batch), batch
-
-
-def with_perturbations(
-    state: lpa_jax.TrainState, batch: Batch, chosen: Mapping[str, Perturbation]
-) -> lpa_jax.TrainState:
-    """The same state, as if created for `chosen`."""
-    shapes = injection.activation_shapes(
-        state.network, state.variables, batch["image"], tuple(chosen)
-    )
-    fresh = {layer: chosen[layer].init(shapes[layer], state.num_classes) for layer in chosen}
-    return state.replace(perturbation_state=fresh)
-
-
-def compile_step(
-    state: lpa_jax.TrainState, batch: Batch, chosen: Mapping[str, Perturbation]
-) -> tuple[Compiled, float]:
-    """A training step that gives its state away, compiled, and the seconds that took."""
-    step = functools.partial(lpa_jax.lpa_step, perturbations=chosen)
-    start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    return compiled, time.perf_counter() - start
-
-
-def compile_gradient_pass(state: lpa_jax.TrainState, batch: Batch, layer: str) -> Compiled:
-    """Decode forward and backward, in training mode, to the activation at `layer` alone."""
-
-    def gradient_pass(variables, activation, images, labels, rng):
-        def total_loss(activation):
-            logits = injection.decode(
-                state.network, variables, activation, layer, inputs=images, train=True, rng=rng
-            )
-            return jnp.sum(lpa_jax.cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])))
-
-        return jax.grad(total_loss)(activation)
-
-    shapes = injection.activation_shapes(state.network, state.variables, batch["image"], [layer])
-    arguments = (state.variables, shapes[layer], batch["image"], batch["label"], state.rng)
-    return jax.jit(gradient_pass).lower(*arguments).compile()
-
-
-def flops(compiled: Compiled) -> float:
-    """Floating point operations of one call, as XLA counts them; nan where it does not."""
-    return float((compiled.cost_analysis() or {}).get("flops", float("nan")))
-
-
-def memory_mb(compiled: Compiled) -> float:
-    """Memory of one call in 1e6 bytes: arguments, results and temporaries, aliases once."""
-    memory = compiled.memory_analysis()
-    own = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return (memory.argument_size_in_bytes + own) / 1e6
-
-
-def floor_ratio(erm_flops: float, gradient_pass_flops: float, passes: int) -> float:
-    """FLOPs of ERM and `passes` gradient passes above the layer, over those of ERM.
-
-    >>> floor_ratio(300.0, 100.0, passes=3)
-    2.0
-    """
-    return (erm_flops + passes * gradient_pass_flops) / erm_flops
-
-
-def alternate(
-    first: tuple[Compiled, lpa_jax.TrainState],
-    second: tuple[Compiled, lpa_jax.TrainState],
-    batch: Batch,
-    rounds: int,
-) -> list[tuple[float, float]]:
-    """Milliseconds of one step of each, by round, in the same process at the same time.
-
-    Each step starts from the state that its last one left, takes over its memory, and is waited
-    for. Which of the two goes first alternates.
-    """
-    steps = [step for step, _ in (first, second)]
-    # Steps give their state away; the caller keeps his.
-    states = [jax.tree.map(jnp.copy, state) for _, state in (first, second)]
-    measured = []
-    for count in range(WARM_UP_ROUNDS + rounds):
-        milliseconds = [0.0, 0.0]
-        for which in (0, 1) if count % 2 == 0 else (1, 0):
-            jax.block_until_ready(states[which])
-            start = time.perf_counter()
-            states[which], metrics = steps[which](states[which], batch)
-            jax.block_until_ready((states[which], metrics))
-            milliseconds[which] = 1e3 * (time.perf_counter() - start)
-        measured.append((milliseconds[0], milliseconds[1]))
-    return measured[WARM_UP_ROUNDS:]
-
-
-def measure(state: lpa_jax.TrainState, batch: Batch, cases: Sequence[Case], rounds: int):
+def measure(state: lpa_jax.TrainState, batch: step_cost.Batch, cases: Sequence[Case], rounds: int):
     """Yields one `Row` a case; ERM and each layer's gradient pass are compiled once."""
-    erm, erm_seconds = compile_step(state, batch, {})
-    pass_flops = functools.cache(
-        lambda layer: flops(compile_gradient_pass(state, batch, layer)) if layer != "-" else 0.0
-    )
+    erm, erm_seconds = step_cost.compile_step(state, batch, {})
+
+    @functools.cache
+    def pass_flops(layer):
+        if layer == "-":
+            return 0.0
+        return step_cost.flops(step_cost.compile_gradient_pass(state, batch, layer))
+
     for case in cases:
-        own_state = with_perturbations(state, batch, case.perturbations)
+        own_state = step_cost.with_perturbations(state, batch, case.perturbations)
         step, seconds = erm, erm_seconds
         if case.perturbations:
-            step, seconds = compile_step(own_state, batch, case.perturbations)
-        rounds_ms = alternate((erm, state), (step, own_state), batch, rounds)
+            step, seconds = step_cost.compile_step(own_state, batch, case.perturbations)
+        rounds_ms = step_cost.alternate((erm, state), (step, own_state), batch, rounds)
         erm_ms, step_ms = zip(*rounds_ms, strict=True)
         ratio = statistics.median(own / plain for plain, own in rounds_ms)
-        floor = floor_ratio(flops(erm), pass_flops(case.layer), case.passes)
+        erm_flops, step_flops = step_cost.flops(erm), step_cost.flops(step)
+        floor = step_cost.floor_ratio(erm_flops, pass_flops(case.layer), case.passes)
         yield Row(
             case.method, case.layer, case.passes,
             statistics.median(erm_ms), min(erm_ms), max(erm_ms),
             statistics.median(step_ms), min(step_ms), max(step_ms),
-            ratio, floor, ratio / floor, flops(step) / flops(erm), seconds, memory_mb(step),
+            ratio, floor, ratio / floor, step_flops / erm_flops, seconds, step_cost.memory_mb(step),
         )  # fmt: skip
 
 
@@ -333,15 +227,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def check_writable(flag: str, path: str) -> None:
-    """Raises ValueError naming `flag` unless a file can be written at `path`; writes nothing."""
-    target = pathlib.Path(path).absolute()
-    folder = next(parent for parent in target.parents if parent.exists())
-    if not path or target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--{flag} must name a file that can be written, got {path!r}")
-
-
-def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
+def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
     """What the flags ask for.
 
     Raises:
@@ -352,7 +238,7 @@ def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
     if not FLAGS.methods:
         raise ValueError("--methods must name at least one method, got none")
     if FLAGS.csv is not None:
-        check_writable("csv", FLAGS.csv)
+        files.check_writable("csv", FLAGS.csv)
     model = models.create(FLAGS.model, FLAGS.num_classes, dtype=FLAGS.dtype)
     layers = FLAGS.layers or model.layers
     for layer in layers:
@@ -363,7 +249,7 @@ def set_up() -> tuple[lpa_jax.TrainState, Batch, list[Case]]:
     )
     steps = [int(text) for text in FLAGS.steps]
     cases = make_cases(FLAGS.methods, layers, steps, rule)
-    return *make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels), cases
+    return *step_cost.make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels), cases
 
 
 def main(argv: list[str]) -> None:

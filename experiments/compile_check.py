@@ -35,7 +35,7 @@ from typing import NamedTuple
 import jax
 from absl import app, flags
 
-from experiments import benchmark, files, hlo, methods, tpu
+from experiments import files, hlo, methods, tpu
 from experiments.promises import Check, Method, Result, checks
 from lpa_jax import models, pgd
 from lpa_jax.perturbations.lpa import MODES
@@ -295,7 +295,7 @@ def set_up() -> tuple[list[tuple[tpu.Setting, Method]], Programs]:
     for setting, method in {setting.model: (setting, method) for setting, method in cases}.values():
         tpu.abstract_state(setting, method.perturbations(setting))
     if FLAGS.output is not None:
-        benchmark.check_writable("output", FLAGS.output)
+        files.check_writable("output", FLAGS.output)
     return cases, Programs(FLAGS.output)
 
 

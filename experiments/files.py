@@ -22,6 +22,14 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
+def check_writable(flag: str, path: str) -> None:
+    """Raises ValueError naming `flag` unless a file can be written at `path`; writes nothing."""
+    target = pathlib.Path(path).absolute()
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not path or target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--{flag} must name a file that can be written, got {path!r}")
+
+
 def read_json(path: str | os.PathLike) -> Any | None:
     """Reads JSON; None if the file is missing, cut short or no JSON."""
     try:

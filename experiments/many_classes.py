@@ -22,7 +22,7 @@ import jax
 from absl import app, flags
 
 import lpa_jax
-from experiments import benchmark
+from experiments import step_cost
 from lpa_jax import injection, models, pgd
 from lpa_jax.perturbations.lpa import MODES
 
@@ -108,10 +108,10 @@ def measure_all(classes: Sequence[int], modes: Sequence[str], shapes: Sequence[s
     for num_classes in classes:
         model = models.create(FLAGS.model, num_classes)
         injection.check_layer(model.layers, FLAGS.layer)
-        state, batch = benchmark.make_state(
+        state, batch = step_cost.make_state(
             model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels
         )
-        erm, _ = benchmark.compile_step(state, batch, {})
+        erm, _ = step_cost.compile_step(state, batch, {})
         for mode in modes:
             for shape in shapes:
                 try:
@@ -129,7 +129,7 @@ def measure(state: lpa_jax.TrainState, batch, erm, mode: str, shape: str) -> Row
     # Equal class counts: the rule's cost does not depend on them.
     rule = lpa_jax.by_frequency([1] * state.num_classes)
     perturbation = lpa_jax.lpa(
-        benchmark.RADIUS,
+        step_cost.RADIUS,
         FLAGS.steps if mode == "cold" else 1,
         mode=mode,
         shape=shape,
@@ -137,17 +137,17 @@ def measure(state: lpa_jax.TrainState, batch, erm, mode: str, shape: str) -> Row
         memory_limit=int(FLAGS.memory_limit * 1e6),
     )
     plan = {FLAGS.layer: perturbation}
-    own_state = benchmark.with_perturbations(state, batch, plan)
-    step, _ = benchmark.compile_step(own_state, batch, plan)
-    rounds = benchmark.alternate((erm, state), (step, own_state), batch, FLAGS.rounds)
+    own_state = step_cost.with_perturbations(state, batch, plan)
+    step, _ = step_cost.compile_step(own_state, batch, plan)
+    rounds = step_cost.alternate((erm, state), (step, own_state), batch, FLAGS.rounds)
     erm_ms, step_ms = zip(*rounds, strict=True)
     return Row(
         classes=state.num_classes,
         mode=mode,
         shape=shape,
         table_mb=sum(leaf.nbytes for leaf in jax.tree.leaves(own_state.perturbation_state)) / 1e6,
-        memory_mb=benchmark.memory_mb(step),
-        erm_memory_mb=benchmark.memory_mb(erm),
+        memory_mb=step_cost.memory_mb(step),
+        erm_memory_mb=step_cost.memory_mb(erm),
         erm_ms=statistics.median(erm_ms),
         step_ms=statistics.median(step_ms),
         ratio=statistics.median(own / plain for plain, own in rounds),

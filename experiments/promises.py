@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import lpa_jax
-from experiments import assembly, benchmark, hlo, tpu
+from experiments import assembly, hlo, step_cost, tpu
 from lpa_jax.perturbations import Perturbation
 
 
@@ -42,7 +42,7 @@ class Method:
             assignment=self.assignment, counts=[setting.batch_size] * setting.num_classes
         )
         perturbation = lpa_jax.lpa(
-            benchmark.RADIUS,
+            step_cost.RADIUS,
             self.steps,
             assignment=rule,
             mode=self.mode,
@@ -86,7 +86,7 @@ class Result(NamedTuple):
     @property
     def floor(self) -> float:
         """The FLOP floor of the method over ERM, see `experiments.benchmark`."""
-        return benchmark.floor_ratio(self.erm.flops, self.gradient_pass.flops, self.method.passes)
+        return step_cost.floor_ratio(self.erm.flops, self.gradient_pass.flops, self.method.passes)
 
 
 class Check(NamedTuple):

@@ -12,7 +12,7 @@ from absl import flags
 from module_call import run_main
 
 import lpa_jax
-from experiments import benchmark
+from experiments import benchmark, step_cost
 
 FLAGS = flags.FLAGS
 TINY = ("--model=mlp", "--image_size=4", "--channels=1", "--batch_size=8", "--num_classes=3",
@@ -96,17 +96,17 @@ def test_the_floor_is_that_of_the_matmuls_and_the_compiled_step_reaches_it(
     plain = np.sum(matmuls) * 3 - matmuls[0]
     above = np.sum(matmuls[first_above:])
 
-    erm, _ = benchmark.compile_step(state, batch, {})
-    gradient_pass = benchmark.compile_gradient_pass(state, batch, layer)
-    assert benchmark.flops(erm) == pytest.approx(plain, rel=0.05)
-    assert benchmark.flops(gradient_pass) == pytest.approx(2 * above, rel=0.05)
+    erm, _ = step_cost.compile_step(state, batch, {})
+    gradient_pass = step_cost.compile_gradient_pass(state, batch, layer)
+    assert step_cost.flops(erm) == pytest.approx(plain, rel=0.05)
+    assert step_cost.flops(gradient_pass) == pytest.approx(2 * above, rel=0.05)
 
-    floor = benchmark.floor_ratio(benchmark.flops(erm), benchmark.flops(gradient_pass), steps)
+    floor = step_cost.floor_ratio(step_cost.flops(erm), step_cost.flops(gradient_pass), steps)
     assert floor == pytest.approx(1 + steps * 2 * above / plain, rel=0.02)
     perturbations = {layer: lpa_jax.lpa(0.1, steps, assignment=lpa_jax.all_positive())}
-    own_state = benchmark.with_perturbations(state, batch, perturbations)
-    step, _ = benchmark.compile_step(own_state, batch, perturbations)
-    assert benchmark.flops(step) / benchmark.flops(erm) == pytest.approx(floor, rel=0.05)
+    own_state = step_cost.with_perturbations(state, batch, perturbations)
+    step, _ = step_cost.compile_step(own_state, batch, perturbations)
+    assert step_cost.flops(step) / step_cost.flops(erm) == pytest.approx(floor, rel=0.05)
 
 
 def test_steps_alternate_in_order_and_leave_the_callers_states_alone():
@@ -125,7 +125,7 @@ def test_steps_alternate_in_order_and_leave_the_callers_states_alone():
         return step
 
     state = jnp.zeros((), jnp.int32)
-    rounds = benchmark.alternate((step_of("a"), state), (step_of("b"), state), "batch", rounds=3)
+    rounds = step_cost.alternate((step_of("a"), state), (step_of("b"), state), "batch", rounds=3)
     assert len(rounds) == 3 and min(min(pair) for pair in rounds) > 0
     assert [name for name, _ in calls] == list("abbaabbaab")
     assert [count for name, count in calls if name == "b"] == [0, 1, 2, 3, 4]

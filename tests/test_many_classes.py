@@ -8,7 +8,7 @@ import pytest
 from module_call import run_main
 
 import lpa_jax
-from experiments import benchmark, many_classes
+from experiments import many_classes, step_cost
 from lpa_jax.models import MLP
 
 ACTIVATION = jax.ShapeDtypeStruct((4, 8, 8, 64), jnp.bfloat16)
@@ -92,11 +92,11 @@ def test_a_step_pays_for_absent_classes_with_the_memory_of_their_rows_alone(mode
     def memory_above_erm(num_classes):
         rule = lpa_jax.by_frequency([1] * num_classes)
         plan = {"hidden1": lpa_jax.lpa(0.1, 1, mode=mode, assignment=rule)}
-        state, batch = benchmark.make_state(MLP(num_classes, hidden=(512, 8)), 8, 4, 1)
-        erm, _ = benchmark.compile_step(state, batch, {})
-        own_state = benchmark.with_perturbations(state, batch, plan)
-        step, _ = benchmark.compile_step(own_state, batch, plan)
-        return 1e6 * (benchmark.memory_mb(step) - benchmark.memory_mb(erm))
+        state, batch = step_cost.make_state(MLP(num_classes, hidden=(512, 8)), 8, 4, 1)
+        erm, _ = step_cost.compile_step(state, batch, {})
+        own_state = step_cost.with_perturbations(state, batch, plan)
+        step, _ = step_cost.compile_step(own_state, batch, plan)
+        return 1e6 * (step_cost.memory_mb(step) - step_cost.memory_mb(erm))
 
     few, many = memory_above_erm(100), memory_above_erm(2100)
     rows = 2000 * 512 * 4 if mode == "carry" else 0
