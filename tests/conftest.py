@@ -10,6 +10,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,3 +19,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True)
 def _no_display(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Four random images, [4, 8, 8, 3]."""
+    draws = np.random.default_rng(1).normal(size=(4, 8, 8, 3))
+    return jax.numpy.asarray(draws, jax.numpy.float32)
