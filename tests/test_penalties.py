@@ -1,5 +1,6 @@
 """Penalties: each against its published equation, and one contract for all of them."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -248,6 +249,54 @@ def test_group_dro_by_hand():
     )
     np.testing.assert_allclose(np.exp(state["log_q"]), np.array([2, 4, 1, 1, 1]) / 9, rtol=1e-6)
     np.testing.assert_allclose(value, (2 / 9 + 2 * 4 / 9 - 4 / 3) * log2, rtol=1e-5)
+
+
+def seen_by_hand(**fields):
+    """What a penalty observes of a pass, with some of it set by hand."""
+    batch = {"x": jnp.zeros((1, INPUTS)), "label": jnp.zeros(1, jnp.int32)}
+    observed = observe(single(make_params()), batch)
+    return dataclasses.replace(observed, **fields)
+
+
+def test_irm_by_hand():
+    # Logits (log 3, 0), probabilities (3, 1) / 4. The slope p.z - z_y is -1/4 log 3 for class 0 and
+    # 3/4 log 3 for class 1; the halves of domain 0 have one class each, those of domain 2 the same.
+    labels = jnp.array([0, 1, 0, 0])
+    observed = seen_by_hand(
+        logits=jnp.log(jnp.array([[3.0, 1.0]] * 4)),
+        targets=jax.nn.one_hot(labels, 2),
+        domain=jnp.array([0, 0, 2, 2]),
+    )
+    penalty = penalties.irm(DOMAINS, weight=8.0, anneal_steps=0)
+    value, _ = jax.jit(lambda: penalty.apply((), observed))()
+    squares = (-1 / 4 * 3 / 4, 1 / 4 * 1 / 4)
+    np.testing.assert_allclose(value, 8 * np.mean(squares) * np.log(3) ** 2, rtol=1e-6)
+
+
+def test_spectral_decoupling_by_hand():
+    observed = seen_by_hand(logits=jnp.array([[1.0, 2.0], [3.0, -4.0]]))
+    value, _ = penalties.spectral_decoupling(weight=0.5).apply((), observed)
+    np.testing.assert_allclose(value, 0.5 * (1 + 4 + 9 + 16) / 4)
+
+
+def test_isda_by_hand():
+    # Class 0 has the features 0 and 2, variance 1, class 1 one feature only, variance 0. With head
+    # (1, 3) and lambda = 2 * 250 / 1000 the logit of class 1 rises by 1/4 (3 - 1)^2 for class 0.
+    labels = jnp.array([0, 1, 0])
+    observed = seen_by_hand(
+        logits=jnp.zeros((3, 2)),
+        losses=jnp.full(3, np.log(2)),
+        targets=jax.nn.one_hot(labels, 2),
+        labels=labels,
+        features={"pool": jnp.array([[0.0], [5.0], [2.0]])},
+        decode=lambda layer, h: h @ jnp.array([[1.0, 3.0]]) + jnp.array([[7.0, -2.0]]),
+        step=jnp.asarray(250),
+    )
+    penalty = penalties.isda("pool", total_steps=1000, strength=2.0)
+    state = penalty.init({"pool": jax.ShapeDtypeStruct((3, 1), jnp.float32)}, 2)
+    value, _ = jax.jit(lambda: penalty.apply(state, observed))()
+    expected = (2 * np.log(1 + np.e) + np.log(2)) / 3 - np.log(2)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 # Weights of the domains
