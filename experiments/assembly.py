@@ -22,6 +22,8 @@ from lpa_jax import losses, penalties, perturbations
 from lpa_jax.injection import INPUT, LOGITS, check_layer
 from lpa_jax.perturbations import Perturbation
 
+# LDAM's scale by the classifier in front of it: the published 30 is for cosines.
+LDAM_SCALES = {"linear": 1.0, "normalized": 30.0}
 # Share of the epochs after which LDAM-DRW re-weights: 160 of 200 in the paper.
 DRW_SWITCH = 0.8
 SAM_RHO = 0.05
@@ -74,6 +76,7 @@ def assemble(
     epochs: int = 1,
     total_steps: int = 1,
     num_domains: int = 1,
+    head: str = "linear",
 ) -> Assembled:
     """Builds every part of a method.
 
@@ -87,6 +90,7 @@ def assemble(
       epochs: length of the run, of which LDAM-DRW re-weights the last part.
       total_steps: length of the run, for penalties that grow during it.
       num_domains: training domains, for penalties over domains.
+      head: the model's classifier, which decides the default scale of LDAM.
 
     Raises:
       ValueError: unknown layer or an option out of range.
@@ -101,7 +105,7 @@ def assemble(
         elif part.name == POSTHOC:
             adjust = _posthoc(counts, **own)
         elif part.name in loss_names():
-            stages = _loss_stages(part.name, own, counts, epochs)
+            stages = _loss_stages(part.name, own, counts, epochs, head)
         elif part.name in penalties.names():
             penalizing[part.name] = _penalty(part, own, given, layers)
         else:
@@ -174,11 +178,11 @@ def _penalty(part, own, given, layers) -> penalties.Penalty:
     return penalties.create(part.name, **own)
 
 
-def _loss_stages(name, own, counts, epochs) -> tuple[tuple[int, losses.Loss], ...]:
+def _loss_stages(name, own, counts, epochs, head) -> tuple[tuple[int, losses.Loss], ...]:
+    if name in ("ldam", LDAM_DRW):
+        own = {"scale": LDAM_SCALES[head], **own}
     if name != LDAM_DRW:
         return ((0, losses.create(name, counts, **own)),)
-    # Our heads are linear, their logits not in [-1, 1]: the published scale of 30 is not for them.
-    own = {"scale": 1.0, **own}
     switch = own.pop("switch", DRW_SWITCH)
     if not 0 < switch < 1:
         raise ValueError(f"ldam_drw.switch must lie in (0, 1), got {switch!r}")

@@ -14,6 +14,7 @@ from experiments import data_set_defaults, distributed, methods, search
 from experiments.saving import Saving
 from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
 from lpa_jax import data, losses, models, optimizers, pgd
+from lpa_jax.models.base import HEADS
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
@@ -95,6 +96,12 @@ def define_training_flags() -> None:
     )
     flags.DEFINE_enum("model", "mlp", models.names(), "Network architecture.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
+    flags.DEFINE_enum(
+        "head",
+        "linear",
+        HEADS,
+        "Classifier: linear, or normalized for cosines, which LDAM was published with.",
+    )
     flags.DEFINE_integer("epochs", 60, "Passes over the training set.")
     flags.DEFINE_integer("batch_size", 64, "Examples in a step, over all devices.")
     flags.DEFINE_enum("optimizer", "sgd", optimizers.names(), "Optimiser of the parameters.")
@@ -253,6 +260,7 @@ def settings() -> Settings:
         split_seed=FLAGS.split_seed,
         model=FLAGS.model,
         dtype=FLAGS.dtype,
+        head=FLAGS.head,
         epochs=FLAGS.epochs,
         batch_size=FLAGS.batch_size,
         optimizer=FLAGS.optimizer,

@@ -84,7 +84,7 @@ def make_program(
       ValueError: naming the flag that does not fit.
     """
     num_classes = task.train.num_classes
-    model = models.create(settings.model, num_classes, dtype=settings.dtype)
+    model = models.create(settings.model, num_classes, dtype=settings.dtype, head=settings.head)
     trained_model = over_devices(settings, model)
     recipe = _Recipe(method, settings, task, as_network(model).layers, layer)
     options = dict(options)
@@ -198,6 +198,7 @@ def over_devices(settings: Settings, model: models.StagedModel) -> Any:
                 settings.model,
                 model.num_classes,
                 dtype=settings.dtype,
+                head=settings.head,
                 axis_name=parallel.batch_axis(),
             )
         except ValueError as error:
@@ -234,6 +235,7 @@ class _Recipe:
             counts=counts,
             epochs=settings.epochs,
             total_steps=settings.epochs * steps_per_epoch,
+            head=settings.head,
         )
         optimizer = _optimizer(settings, steps_per_epoch, options)
         if parts.sam_rho is not None:
@@ -275,7 +277,7 @@ def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
     settings = program.settings.as_dict()
     for folder in ("data_dir", "image_root"):
         settings.pop(folder)
-    for name in ("accumulate", "sync_batch_norm"):  # not there when earlier runs were made
+    for name in ("accumulate", "sync_batch_norm", "head"):  # not there when earlier runs were made
         if settings[name] == getattr(Settings, name):
             settings.pop(name)
     return files.plain(

@@ -8,6 +8,7 @@ import numpy as np
 from experiments import task_data
 from lpa_jax import data, losses, metrics, models, optimizers
 from lpa_jax.data import augment, long_tail
+from lpa_jax.models.base import HEADS
 
 EVALUATION_SPLITS = ("test", "validation")
 PROFILES = ("none", *long_tail.PROFILES)
@@ -31,6 +32,7 @@ class Settings:
     split_seed: int | None = None
     model: str = "mlp"
     dtype: str = "float32"
+    head: str = "linear"
     epochs: int = 60
     batch_size: int = 64
     optimizer: str = "sgd"
@@ -61,6 +63,7 @@ class Settings:
             ("profile", PROFILES),
             ("model", models.names()),
             ("dtype", ("float32", "bfloat16")),
+            ("head", HEADS),
             ("optimizer", optimizers.names()),
             ("schedule", optimizers.SCHEDULES),
             ("loss", losses.names()),

@@ -24,6 +24,7 @@ from experiments import (
     tune,
 )
 from experiments.methods import RUN_OPTIONS
+from experiments.settings import Settings, TaskSource
 from lpa_jax import models
 
 FLAGS = flags.FLAGS
@@ -138,6 +139,17 @@ def test_other_settings_in_the_same_workdir_are_refused_by_name(run, job):
     message, *_ = run("long_tail", *TINY, "--methods=erm", "--learning_rate=0.5",
                       f"--workdir={workdir}")  # fmt: skip
     assert "learning_rate: " in message and "choose another --workdir" in message
+
+
+def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
+    settings = Settings(dataset="digits", data_dir=str(data_dir), head="normalized")
+    task = TaskSource(settings).task(seed=0)
+    program = runner.make_program("ldam_drw", {}, settings, task)
+    assert set(program.init(0).params["logits"]) == {"kernel"}
+    assert runner.configuration(program, 0, task)["settings"]["head"] == "normalized"
+    # What earlier runs did not write is not asked of them.
+    config = json.loads((job[0] / "runs" / "erm" / "seed_0" / "config.json").read_text())
+    assert "head" not in config["settings"]
 
 
 def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(run, tmp_path):

@@ -49,6 +49,18 @@ def test_ldam_is_re_weighted_after_its_share_of_the_epochs():
     assert weighted == pytest.approx(plain * losses.effective_number_weights(COUNTS)[2], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ldam", "ldam_drw"])
+def test_ldam_is_scaled_for_the_head_in_front_of_it_unless_told_otherwise(name):
+    target = jnp.array([[0.0, 0.0, 1.0]])
+    for options, head, scale in (
+        ({}, "linear", 1.0),
+        ({}, "normalized", 30.0),
+        ({f"{name}.scale": 7.0}, "normalized", 7.0),
+    ):
+        value, logits = loss_of(built(name, options, epochs=10, head=head).loss_stages[0])
+        assert value == pytest.approx(float(losses.ldam(COUNTS, scale=scale)(logits, target)[0]))
+
+
 def test_posthoc_adjustment_subtracts_the_log_prior():
     adjusted = built("posthoc_logit_adjustment", {"posthoc_logit_adjustment.tau": 0.5})
     shift = adjusted.adjust_logits(jnp.zeros((1, 3)))[0]

@@ -245,6 +245,7 @@ def test_initialising_a_part_is_refused(images):
         ("mlp", {"hidden": ()}, "hidden=() must be made of integers above 0"),
         ("mlp", {"hidden": (4, 0)}, "hidden=(4, 0) must be made of integers above 0"),
         ("mlp", {"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ("mlp", {"head": "cosine"}, "head='cosine' is not one of ('linear', 'normalized')"),
         ("mlp", {"dtype": "int32"}, "dtype='int32' is not a floating type"),
         ("mlp", {"dtype": "float17"}, "dtype='float17' is not a floating type"),
         ("small_cnn", {"norm": "layer"}, "norm='layer' is not one of ('batch', 'group', 'none')"),

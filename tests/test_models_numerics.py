@@ -128,3 +128,48 @@ def test_synchronised_batch_norm_trains_under_pmap_and_evaluates_outside(images)
     trained = {**variables, **update}
     evaluated = jax.jit(synchronised.apply)(trained, images)
     assert_array_equal(evaluated, jax.jit(local.apply)(trained, images))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_normalized_head_gives_the_cosines_between_features_and_class_weights(name, images):
+    model = TINY[name].clone(head="normalized")
+    variables = random_variables(model)
+    assert set(variables["params"]["logits"]) == {"kernel"}
+    last = model.layers[-2]
+
+    @jax.jit
+    def run(variables, images):
+        h = model.apply(variables, images, stop=last)
+        return h, model.apply(variables, h, start=last), model.apply(variables, images)
+
+    h, logits, whole = run(variables, images)
+    h, w = (np.asarray(v, np.float64) for v in (h, variables["params"]["logits"]["kernel"]))
+    lengths = np.linalg.norm(h, axis=1)[:, None] * np.linalg.norm(w, axis=0)[None]
+    assert_allclose(logits, h @ w / lengths, rtol=1e-4, atol=1e-6)
+    assert_allclose(whole, logits, rtol=1e-4, atol=1e-6)
+
+
+def test_normalized_head_is_finite_for_zero_small_and_large_activations():
+    model = TINY["mlp"].clone(head="normalized")
+    variables = random_variables(model)
+    h = jnp.asarray(np.array([0.0, 1e-30, 1.0, 1e30])[:, None] * np.ones((1, 5)), jnp.float32)
+
+    def total(h, variables):
+        logits = model.apply(variables, h, start="hidden2")
+        return jnp.sum(logits[:, 0]), logits
+
+    (_, logits), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(h, variables)
+    assert_array_equal(logits[0], np.zeros(3))
+    assert_allclose(logits[1:], np.broadcast_to(logits[2], (3, 3)), rtol=1e-5)
+    assert_array_equal(gradient[0], np.zeros(5))
+    assert np.all(np.isfinite(gradient))
+    # A cosine does not change along its own direction.
+    assert_allclose(gradient[2] @ h[2], 0.0, atol=1e-5)
+
+
+def test_normalized_head_keeps_cosines_of_bfloat16_activations_in_float32():
+    model = TINY["small_cnn"].clone(head="normalized", dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    variables = abstract_variables(model, 8)
+    assert jax.eval_shape(model.apply, variables, image).dtype == jnp.float32
+    assert variables["params"]["logits"]["kernel"].dtype == jnp.float32

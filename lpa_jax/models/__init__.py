@@ -74,10 +74,10 @@ def create(name: str, num_classes: int, **options: Any) -> StagedModel:
     Example:
         >>> create("wrn_28_10", num_classes=100, dropout=0.3).width
         10
-        >>> create("mlp", num_classes=10, depth=3)
+        >>> create("mlp", num_classes=10, deep=3)
         Traceback (most recent call last):
         ...
-        ValueError: option 'depth' is unknown to the model 'mlp'; it has dtype, hidden, dropout
+        ValueError: option 'deep' is unknown to the model 'mlp'; it has dtype, head, hidden, dropout
     """
     if name not in _CONSTRUCTORS:
         raise ValueError(f"model {name!r} is unknown; there are {', '.join(_CONSTRUCTORS)}")

@@ -19,7 +19,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lpa_jax.models.normalized_head import NormalizedHead
+
 NORMS = ("batch", "group", "none")
+HEADS = ("linear", "normalized")
 
 # Normal with variance 2 / (k*k*C_out), which the ResNet and WideResNet releases use (He et al.,
 # "Delving Deep into Rectifiers", arXiv 1502.01852, section 2.2, backward form).
@@ -41,6 +44,8 @@ class StagedModel(nn.Module):
         dtype: Floating type of the computation, or its name; `None` infers it from the input and
             the parameters. Parameters and running statistics are float32 whatever it is, and
             logits are computed and returned in at least float32.
+        head: The classifier behind the last activation: `"linear"` (`Head`), or `"normalized"`
+            for cosines (`NormalizedHead`), which LDAM was published with.
 
     Raises:
         ValueError: An attribute is outside its range.
@@ -63,10 +68,12 @@ class StagedModel(nn.Module):
 
     num_classes: int
     dtype: Any = dataclasses.field(default=None, kw_only=True)
+    head: str = dataclasses.field(default="linear", kw_only=True)
 
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
         check_counts(num_classes=self.num_classes)
+        check_choice("head", self.head, HEADS)
         self.dtype = floating_dtype(self.dtype)
         super().__post_init__()
 
@@ -79,6 +86,11 @@ class StagedModel(nn.Module):
     def layers(self) -> tuple[str, ...]:
         """Names of the activations in order: `"input"`, then one for each stage's output."""
         return ("input", *self.stage_names)
+
+    def classifier(self) -> nn.Module:
+        """Makes the last stage; `setup` calls it."""
+        kind = Head if self.head == "linear" else NormalizedHead
+        return kind(self.num_classes, self.dtype, name="logits")
 
     def __call__(
         self, x: jax.Array, *, train: bool = False, start: str = "input", stop: str = "logits"

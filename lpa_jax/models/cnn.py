@@ -48,7 +48,7 @@ class SmallCNN(base.NormalizedModel):
             name: ConvNormRelu(width, self.primitives, name=name) for name, width in widths.items()
         } | {
             "pool": base.global_average_pool,
-            "logits": base.Head(self.num_classes, self.dtype, name="logits"),
+            "logits": self.classifier(),
         }
 
 

@@ -47,7 +47,7 @@ class MLP(base.StagedModel):
         self.stages = {
             name: Hidden(width, self.dropout, self.dtype, name=name)
             for name, width in widths.items()
-        } | {"logits": base.Head(self.num_classes, self.dtype, name="logits")}
+        } | {"logits": self.classifier()}
 
 
 class Hidden(nn.Module):

@@ -114,7 +114,7 @@ class ResNet(base.NormalizedModel):
                 name=name,
             )
         stages["pool"] = base.global_average_pool
-        stages["logits"] = base.Head(self.num_classes, self.dtype, name="logits")
+        stages["logits"] = self.classifier()
         self.stages = stages
 
 

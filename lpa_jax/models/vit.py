@@ -82,7 +82,7 @@ class ViT(base.StagedModel):
             | {name: make_block(name=name) for name in base.numbered("block", self.depth)}
             | {
                 "pool": ClassToken(self.norm_epsilon, self.dtype, name="pool"),
-                "logits": base.Head(self.num_classes, self.dtype, name="logits"),
+                "logits": self.classifier(),
             }
         )
 

@@ -71,7 +71,7 @@ class WideResNet(base.NormalizedModel):
                 name=name,
             )
         stages["pool"] = NormReluPool(self.primitives, name="pool")
-        stages["logits"] = base.Head(self.num_classes, self.dtype, name="logits")
+        stages["logits"] = self.classifier()
         self.stages = stages
 
 
