@@ -93,7 +93,7 @@ def assemble(
       head: the model's classifier, which decides the default scale of LDAM.
 
     Raises:
-      ValueError: unknown layer or an option out of range.
+      ValueError: unknown layer, an option out of range, or a head that a penalty cannot read.
     """
     perturbing: dict[str | tuple[str, ...], list[Perturbation]] = {}
     penalizing, stages, sam_rho, adjust = {}, None, None, None
@@ -107,6 +107,8 @@ def assemble(
         elif part.name in loss_names():
             stages = _loss_stages(part.name, own, counts, epochs, head)
         elif part.name in penalties.names():
+            if part.name == "isda" and head != "linear":
+                raise ValueError(f"--head must be linear for isda, which reads it, got {head!r}")
             penalizing[part.name] = _penalty(part, own, given, layers)
         else:
             at, perturbation = _perturbation(part, own, layers, layer, counts)

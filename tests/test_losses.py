@@ -1,6 +1,7 @@
 """Losses against values worked out by hand, and the properties that every one of them has."""
 
 import functools
+import inspect
 import math
 
 import jax
@@ -226,6 +227,24 @@ def test_adjusted_logits_are_the_posterior_under_a_uniform_prior():
     np.testing.assert_allclose(
         twice[0], [-2 * LN(1 / 2), -2 * LN(1 / 4), -2 * LN(1 / 4)], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("factory", "defaults"),
+    [
+        (losses.label_smoothing, {"smoothing": 0.1}),
+        (losses.focal, {"gamma": 2.0}),
+        (losses.class_balanced, {"beta": 0.9999, "base": losses.cross_entropy}),
+        (losses.ldam, {"max_margin": 0.5, "scale": 30.0}),
+        (losses.drw_stages, {"max_margin": 0.5, "scale": 30.0, "beta": 0.9999}),
+        (losses.logit_adjusted, {"tau": 1.0}),
+        (losses.adjust_logits, {"tau": 1.0}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_defaults_are_the_published_ones(factory, defaults):
+    parameters = inspect.signature(factory).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
 
 
 def test_later_changes_of_the_counts_do_not_reach_the_loss():

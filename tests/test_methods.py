@@ -61,6 +61,11 @@ def test_ldam_is_scaled_for_the_head_in_front_of_it_unless_told_otherwise(name):
         assert value == pytest.approx(float(losses.ldam(COUNTS, scale=scale)(logits, target)[0]))
 
 
+def test_isda_refuses_a_head_whose_weights_it_cannot_read():
+    with pytest.raises(ValueError, match=r"--head must be linear for isda.*got 'normalized'"):
+        built("isda+lpa", head="normalized")
+
+
 def test_posthoc_adjustment_subtracts_the_log_prior():
     adjusted = built("posthoc_logit_adjustment", {"posthoc_logit_adjustment.tau": 0.5})
     shift = adjusted.adjust_logits(jnp.zeros((1, 3)))[0]
