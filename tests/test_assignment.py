@@ -59,6 +59,11 @@ def test_equally_sure_classes_get_no_sign_whatever_the_rounding(num_classes, con
     np.testing.assert_array_equal(sign, np.zeros(num_classes))
 
 
+def test_a_class_just_off_the_mean_still_gets_a_sign():
+    rule = assignment.by_confidence()
+    assert signs(rule, [0.5, 0.5002, 0.5, 0.5002], PRESENT) == [1, -1, 1, -1]
+
+
 def test_frequency_formula_by_hand():
     # Ranks by count: class 2 (80), 0 (40), 3 (20), 1 (10); the head is classes 2 and 0.
     rule = assignment.by_frequency([40, 10, 80, 20], split=2, kappa=1.0)
@@ -83,9 +88,28 @@ def test_equal_counts_are_ranked_by_index(counts, expected):
     assert signs(assignment.by_frequency(counts, split=2), [0.0] * 4, PRESENT) == expected
 
 
+def test_many_equal_counts_are_ranked_by_index():
+    # Enough of them that an unstable sort would mix them up.
+    counts = np.arange(100) % 3 + 1
+    sign, _ = assignment.by_frequency(counts, split=50)(None, jnp.ones(100, bool))
+    expected = np.ones(100)
+    expected[2::3] = -1  # the 33 classes of 3 examples, then the first 17 of those of 2
+    expected[1:52:3] = -1
+    np.testing.assert_array_equal(sign, expected)
+
+
 @pytest.mark.parametrize(
     ("split", "num_classes", "head_size"),
-    [(0.4, 10, 4), (0.4, 100, 40), (4, 10, 4), (0, 10, 0), (10, 10, 10), (0.26, 4, 1), (1, 4, 1)],
+    [
+        (0.4, 10, 4),
+        (0.6, 6, 4),
+        (0.4, 100, 40),
+        (4, 10, 4),
+        (0, 10, 0),
+        (10, 10, 10),
+        (0.26, 4, 1),
+        (1, 4, 1),
+    ],
 )
 def test_split_is_a_fraction_below_one_and_else_a_number(split, num_classes, head_size):
     counts = np.arange(num_classes, 0, -1)

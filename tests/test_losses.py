@@ -209,10 +209,12 @@ def test_effective_number_weights_go_from_equal_to_inverse_frequency():
 
 
 def test_drw_weighs_ldam_by_class_from_the_switch_epoch_on():
-    (start, before), (switch, after) = losses.drw_stages(COUNTS, 160, scale=1.0, beta=0.9)
+    (start, before), (switch, after) = losses.drw_stages(
+        COUNTS, 160, max_margin=2.0, scale=1.0, beta=0.9
+    )
     assert (start, switch) == (0, 160)
     logits, targets = jnp.zeros((3, 3)), jnp.eye(3)
-    margin = losses.ldam(COUNTS, scale=1.0)(logits, targets)
+    margin = losses.ldam(COUNTS, max_margin=2.0, scale=1.0)(logits, targets)
     np.testing.assert_array_equal(before(logits, targets), margin)
     weights = losses.effective_number_weights(COUNTS, 0.9)
     np.testing.assert_allclose(after(logits, targets), weights * margin, rtol=1e-6)
@@ -299,11 +301,17 @@ def test_labels_in_place_of_targets_are_refused(loss):
         ("focal", {"beta": 0.9}, "loss 'focal' has no option 'beta'; it has: gamma"),
         ("cross_entropy", {"gamma": 1.0}, "loss 'cross_entropy' has no option 'gamma'"),
         ("label_smoothing", {"smoothing": 1.0}, r"smoothing must be in \[0, 1\); got 1.0"),
+        ("label_smoothing", {"smoothing": -0.1}, r"smoothing must be in \[0, 1\); got -0.1"),
         ("logit_adjusted", {"tau": -1.0}, "tau must be finite and at least 0; got -1.0"),
+        ("logit_adjusted", {"tau": math.inf}, "tau must be finite and at least 0; got inf"),
         ("ldam", {"max_margin": math.inf}, "max_margin must be .*got inf"),
+        ("ldam", {"max_margin": -0.1}, "max_margin must be .*got -0.1"),
+        ("ldam", {"scale": math.inf}, "scale must be finite and positive; got inf"),
         ("ldam", {"scale": 0.0}, "scale must be finite and positive; got 0.0"),
         ("focal", {"gamma": math.nan}, "gamma must be .*got nan"),
+        ("focal", {"gamma": -0.1}, "gamma must be .*got -0.1"),
         ("class_balanced", {"beta": 1.0}, r"beta must be in \[0, 1\); got 1.0"),
+        ("class_balanced", {"beta": -0.1}, r"beta must be in \[0, 1\); got -0.1"),
         ("class_balanced", {"base": "focal"}, r"base must be a loss.*got 'focal'"),
     ],
 )

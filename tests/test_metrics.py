@@ -137,6 +137,17 @@ def test_thirds_rank_by_count_with_ties_by_index(counts, many, medium, few):
     assert [np.flatnonzero(mask).tolist() for mask in groups.values()] == [many, medium, few]
 
 
+def test_thirds_of_many_equal_counts_go_by_index():
+    # Enough of them that an unstable sort would mix them up.
+    groups = metrics.shot_groups_by_thirds(np.arange(99) % 2)
+    odd, even = np.arange(1, 99, 2), np.arange(0, 99, 2)
+    ranked = np.concatenate([odd, even])
+    for members, mask in zip(
+        (ranked[:33], ranked[33:66], ranked[66:]), groups.values(), strict=True
+    ):
+        np.testing.assert_array_equal(np.flatnonzero(mask), np.sort(members))
+
+
 def test_every_class_is_in_exactly_one_group():
     counts = np.random.default_rng(0).integers(0, 200, size=50)
     for groups in (metrics.shot_groups(counts), metrics.shot_groups_by_thirds(counts)):
