@@ -23,6 +23,7 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 from lpa_jax.data import augment, checks
+from lpa_jax.data.augment.base import as_before, as_unit
 
 Array = jax.Array
 # (key, image [H, W, ch] in [0, 1], strength) -> image
@@ -68,7 +69,7 @@ def create(name: str, severity: int) -> augment.Augmentation:
     strength = strengths[severity - 1]
 
     def apply(rng, images, positions):
-        unit = _as_unit(images)
+        unit = as_unit(images)
         if jnp.shape(positions) != unit.shape[:1]:
             raise ValueError(
                 f"positions must be one for each of {len(unit)} images, "
@@ -76,7 +77,7 @@ def create(name: str, severity: int) -> augment.Augmentation:
             )
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, positions)
         corrupted = jax.vmap(lambda key, image: corrupt(key, image, strength))(keys, unit)
-        return _as_before(jnp.clip(corrupted, 0.0, 1.0), images.dtype)
+        return as_before(jnp.clip(corrupted, 0.0, 1.0), images.dtype)
 
     return apply
 
@@ -202,23 +203,3 @@ def _sample(image: Array, rows: Array, columns: Array) -> Array:
     channels = jnp.moveaxis(image, -1, 0)
     sampled = jax.vmap(lambda plane: map_coordinates(plane, [rows, columns], order=1))(channels)
     return jnp.moveaxis(sampled, 0, -1)
-
-
-def _as_unit(images: Array) -> Array:
-    """Floating images in [0, 1]."""
-    images = jnp.asarray(images)
-    if images.ndim != 4 or not images.size:
-        raise ValueError(f"images must be a non-empty [B, H, W, ch], got shape {images.shape}")
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 255
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images must be uint8 or floating, got {images.dtype}")
-    if not isinstance(images, jax.core.Tracer):
-        low, high = float(jnp.min(images)), float(jnp.max(images))
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"floating images must lie in [0, 1], got {low:g} to {high:g}")
-    return images.astype(jnp.promote_types(images.dtype, jnp.float32))
-
-
-def _as_before(images: Array, dtype: jnp.dtype) -> Array:
-    return jnp.round(images * 255).astype(dtype) if dtype == jnp.uint8 else images.astype(dtype)
