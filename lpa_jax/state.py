@@ -52,6 +52,7 @@ class TrainState(flax.struct.PyTreeNode):
         example_batch: Batch,
         perturbations: Perturbations | None = None,
         penalties: Penalties | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> "TrainState":
         """The state before the first step.
 
@@ -62,9 +63,12 @@ class TrainState(flax.struct.PyTreeNode):
           example_batch: `{"image": [B, ...], ...}`, only its shapes matter.
           perturbations: layer (or tuple of layers) -> perturbation, as for `lpa_step`.
           penalties: name -> penalty, as for `lpa_step`.
+          variables: what takes the place of initial variables, a part of their tree: pretrained
+            weights, for example from `models.pretrained.convert`.
 
         Raises:
-          ValueError: unknown layer, a layer named twice, or a perturbation that does not fit.
+          ValueError: unknown layer, a layer named twice, or a perturbation that does not fit,
+            or `variables` with a name that the network does not have.
 
         >>> from lpa_jax.models import MLP
         >>> batch = {"image": jnp.zeros((4, 2, 2, 1)), "label": jnp.zeros(4, jnp.int32)}
@@ -76,7 +80,7 @@ class TrainState(flax.struct.PyTreeNode):
         check_penalties(penalties, network.layers)
         params_rng, run_rng = jax.random.split(rng)
         inputs = example_batch["image"]
-        variables = dict(network.init(params_rng, inputs))
+        variables = replaced(network.init(params_rng, inputs), variables or {})
         layers = {layer for site in plan for layer in site.layers}
         layers |= {layer for penalty in penalties.values() for layer in penalty.layers}
         shapes = injection.activation_shapes(
@@ -108,3 +112,20 @@ class TrainState(flax.struct.PyTreeNode):
     def variables(self) -> dict[str, Any]:
         """Parameters and model state as the network takes them."""
         return {"params": self.params, **self.model_state}
+
+
+def replaced(variables: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables with those of `new`, a part of the same tree, in their places.
+
+    Raises:
+      ValueError: `new` has something that `variables` do not have.
+
+    >>> replaced({"params": {"a": 1, "b": 2}, "batch_stats": {}}, {"params": {"b": 3}})
+    {'params': {'a': 1, 'b': 3}, 'batch_stats': {}}
+    """
+    merged = dict(variables)
+    for name, value in new.items():
+        if name not in merged:
+            raise ValueError(f"variables have no {name!r} to be replaced")
+        merged[name] = replaced(merged[name], value) if isinstance(value, Mapping) else value
+    return merged

@@ -7,6 +7,7 @@
 import dataclasses
 from typing import Any
 
+from lpa_jax.models import pretrained
 from lpa_jax.models.base import StagedModel
 from lpa_jax.models.cnn import SmallCNN
 from lpa_jax.models.mlp import MLP
@@ -115,4 +116,5 @@ __all__ = [
     "WideResNet",
     "create",
     "names",
+    "pretrained",
 ]

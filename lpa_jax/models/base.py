@@ -137,6 +137,9 @@ class NormalizedModel(StagedModel):
             they are those of the global batch; `None` keeps them local.
         norm_momentum: Share of the old running statistics that one update of `"batch"` keeps.
         norm_epsilon: Added to the variance.
+        frozen_norm: Whether `"batch"` normalises by its running statistics in training, too, and
+            never updates them; its scales and biases are trained. For statistics that come with
+            pretrained weights, as DomainBed (arXiv 2007.01434, appendix B) keeps them.
 
     Raises:
         ValueError: An attribute is outside its range.
@@ -154,6 +157,7 @@ class NormalizedModel(StagedModel):
     axis_name: str | None = dataclasses.field(default=None, kw_only=True)
     norm_momentum: float = dataclasses.field(default=0.9, kw_only=True)
     norm_epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
+    frozen_norm: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
@@ -161,6 +165,8 @@ class NormalizedModel(StagedModel):
         check_counts(groups=self.groups)
         check_rate(norm_momentum=self.norm_momentum)
         check_positive(norm_epsilon=self.norm_epsilon)
+        if self.frozen_norm and self.norm != "batch":
+            raise ValueError(f"frozen_norm=True needs norm='batch', not norm={self.norm!r}")
         super().__post_init__()
 
     @property
@@ -172,6 +178,7 @@ class NormalizedModel(StagedModel):
             axis_name=self.axis_name,
             momentum=self.norm_momentum,
             epsilon=self.norm_epsilon,
+            frozen=self.frozen_norm,
             dtype=self.dtype,
         )
 
@@ -180,7 +187,8 @@ class NormalizedModel(StagedModel):
 class Primitives:
     """The convolution and normalisation layers of a model, described once for all its blocks.
 
-    Attributes are those of `NormalizedModel` (`kind` is its `norm`). Both methods make submodules
+    Attributes are those of `NormalizedModel` (`kind` is its `norm`, `frozen` its `frozen_norm`).
+    Both methods make submodules
     of the compact method that calls them.
     """
 
@@ -189,6 +197,7 @@ class Primitives:
     axis_name: str | None
     momentum: float
     epsilon: float
+    frozen: bool
     dtype: jnp.dtype | None
 
     def conv(
@@ -222,7 +231,7 @@ class Primitives:
         }
         if self.kind == "batch":
             return nn.BatchNorm(
-                use_running_average=not train,
+                use_running_average=self.frozen or not train,
                 momentum=self.momentum,
                 axis_name=self.axis_name,
                 **common,
