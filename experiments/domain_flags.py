@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import run_flags
+from experiments import image_flags, run_flags
 from experiments.domain_settings import DomainSettings
 from experiments.search import (
     ADAM_LARGE,
@@ -79,10 +79,8 @@ def _define_training_flags() -> None:
         ("constant", "cosine"),
         "Learning rate schedule; DomainBed has none.",
     )
-    flags.DEFINE_string(
-        "augmentation", "none", "none, or a sum of crop, flip and cutout, such as crop+flip."
-    )
-    flags.DEFINE_integer("crop_padding", 2, "Pixels by which crop may shift the image.")
+    image_flags.define_flags(DomainSettings)
+    flags.adopt_module_key_flags(image_flags)
     flags.DEFINE_integer("evaluate_every", 50, "Steps between checkpoints; divides --train_steps.")
 
 
@@ -112,9 +110,8 @@ def settings() -> DomainSettings:
         decay_biases_and_norms=FLAGS.decay_biases_and_norms,
         clip_norm=FLAGS.clip_norm or None,
         schedule=FLAGS.schedule,
-        augmentation=FLAGS.augmentation,
-        crop_padding=FLAGS.crop_padding,
         evaluate_every=FLAGS.evaluate_every,
+        **image_flags.values(),
     ).check()
 
 

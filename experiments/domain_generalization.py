@@ -17,9 +17,11 @@ and selection chooses among them, as in the publication. On an accelerator, Doma
 
     python -m experiments.domain_generalization --dataset=PACS --data_dir=DIR --model=resnet50 \
         --layer=stage4 --train_steps=5000 --batch_size=32 --evaluate_every=250 --draws=20 \
-        --augmentation=crop+flip --crop_padding=16 --leave_two_out
+        --augmentation=resized_crop+flip+jitter+grayscale --pretrained=resnet50.safetensors \
+        --freeze_batch_norm --leave_two_out
 
-Its published figures start from ImageNet weights, which this project does not have.
+Its published figures start from torchvision's ImageNet weights; docs/datasets.md says how to bring
+them and what still differs.
 """
 
 import contextlib

@@ -12,8 +12,7 @@ import optax
 from experiments.assembly import Assembled, assemble, traceable
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.methods import POSTHOC, loss_names, parse, part_options
-from lpa_jax import losses, metrics, models, optimizers, parallel, penalties, trainer
-from lpa_jax.data import augment
+from lpa_jax import losses, metrics, optimizers, parallel, penalties, trainer
 from lpa_jax.injection import as_network
 from lpa_jax.step import TrainState, eval_step, lpa_step
 
@@ -58,7 +57,9 @@ class Program:
         _check_domains(method, settings, num_domains)
         self._method, self._settings, self._options = method, settings, dict(options)
         self._num_domains, self._counts, self._layer = num_domains, counts, layer
-        model = models.create(settings.model, source.num_classes, dtype=settings.dtype)
+        model = settings.network(source.num_classes)
+        self._transform = settings.transform(source.image_shape)
+        self._loaded = settings.initial_variables(model, source.image_shape)
         self._network = as_network(model)
         self._normalize = source.normalization.apply
         shape = (num_domains * settings.batch_size, *source.image_shape)
@@ -72,7 +73,7 @@ class Program:
         # No number has a part in the first state: one compilation does for all.
         self._create = jax.jit(functools.partial(self._created, known))
         # Refuses layers that do not fit before anything is written or compiled.
-        jax.eval_shape(self._create, jax.random.key(0))
+        jax.eval_shape(self._create, jax.random.key(0), self._loaded)
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError, naming the option, where a number is out of range."""
@@ -80,9 +81,11 @@ class Program:
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step."""
-        return self._create(jax.random.key(seed))
+        return self._create(jax.random.key(seed), self._loaded)
 
-    def _created(self, known: _Mixed, rng: jax.Array) -> TrainState:
+    def _created(
+        self, known: _Mixed, rng: jax.Array, loaded: Mapping[str, Any] | None
+    ) -> TrainState:
         return TrainState.create(
             self._network,
             # Static in the compiled steps, which bring an optimizer with their numbers.
@@ -91,6 +94,7 @@ class Program:
             self._example,
             known.parts.perturbations,
             known.parts.penalties,
+            loaded,
         )
 
     def stages(self, options: Mapping[str, Any]) -> tuple[tuple[int, trainer.Step], ...]:
@@ -125,6 +129,7 @@ class Program:
             epochs=settings.intervals,
             total_steps=settings.train_steps,
             num_domains=self._num_domains,
+            head=settings.head,
         )
         optimizer = _optimizer(settings, options)
         if parts.sam_rho is not None:
@@ -134,14 +139,13 @@ class Program:
     def _train_step(self, stage, state_and_numbers, batch, axis_name=None):
         state, numbers = state_and_numbers
         mixed = self._mix(self._options | numbers)
-        transform = augment.create(self._settings.augmentation, padding=self._settings.crop_padding)
         new_state, pairs = lpa_step(
             state.replace(optimizer=mixed.optimizer),
             batch,
             perturbations=mixed.parts.perturbations,
             penalties=mixed.parts.penalties,
             loss=mixed.loss_stages[stage][1],
-            augment=lambda *of: self._normalize(transform(*of)),
+            augment=lambda *of: self._normalize(self._transform(*of)),
             axis_name=axis_name,
         )
         return (new_state.replace(optimizer=state.optimizer), numbers), pairs

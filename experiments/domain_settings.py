@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.image_settings import ImageSettings
 from lpa_jax import data, models, optimizers
-from lpa_jax.data import augment
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
 # Up to this many bytes of images a set is decoded once and kept, not read anew in every epoch.
@@ -17,7 +17,7 @@ UNIT_RANGE = 255.0
 
 
 @dataclasses.dataclass(frozen=True)
-class DomainSettings:
+class DomainSettings(ImageSettings):
     """Settings of a domain generalization run; the flags of the same names explain them."""
 
     dataset: str = "RotatedMNIST"
@@ -26,8 +26,12 @@ class DomainSettings:
     image_size: int | None = None
     images_per_domain: int | None = None
     holdout_fraction: float = 0.2
-    model: str = "small_cnn"
-    dtype: str = "float32"
+    model: str = dataclasses.field(default="small_cnn", kw_only=True)
+    # DomainBed's for photographs.
+    crop_scale: tuple[float, float] = dataclasses.field(default=(0.7, 1.0), kw_only=True)
+    jitter: tuple[float, float, float, float] = dataclasses.field(
+        default=(0.3, 0.3, 0.3, 0.3), kw_only=True
+    )
     train_steps: int = 300
     batch_size: int = 16
     optimizer: str = "adamw"
@@ -36,8 +40,6 @@ class DomainSettings:
     decay_biases_and_norms: bool = False
     clip_norm: float | None = None
     schedule: str = "constant"
-    augmentation: str = "none"
-    crop_padding: int = 2
     evaluate_every: int = 50
 
     @property
@@ -90,12 +92,11 @@ class DomainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be >= 1, got {value!r}")
-        augment.create(self.augmentation, padding=self.crop_padding)
-        return self
+        return self.check_images()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name, without where the data lie."""
-        return dataclasses.asdict(self) | {"data_dir": None}
+        return super().as_dict() | {"data_dir": None}
 
 
 class Split(NamedTuple):

@@ -10,11 +10,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import data_set_defaults, distributed, methods, search
+from experiments import data_set_defaults, distributed, image_flags, methods, search
 from experiments.saving import Saving
 from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
 from lpa_jax import data, losses, models, optimizers, pgd
-from lpa_jax.models.base import HEADS
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
@@ -96,12 +95,6 @@ def define_training_flags() -> None:
     )
     flags.DEFINE_enum("model", "mlp", models.names(), "Network architecture.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
-    flags.DEFINE_enum(
-        "head",
-        "linear",
-        HEADS,
-        "Classifier: linear, or normalized for cosines, which LDAM was published with.",
-    )
     flags.DEFINE_integer("epochs", 60, "Passes over the training set.")
     flags.DEFINE_integer("batch_size", 64, "Examples in a step, over all devices.")
     flags.DEFINE_enum("optimizer", "sgd", optimizers.names(), "Optimiser of the parameters.")
@@ -115,10 +108,8 @@ def define_training_flags() -> None:
         "milestones", [], "Where the step schedule decays, as fractions of the run: 0.3,0.6,0.8."
     )
     flags.DEFINE_float("decay_factor", 0.2, "What each milestone multiplies the rate by.")
-    flags.DEFINE_string(
-        "augmentation", "none", "none, or a sum of crop, flip and cutout, such as crop+flip."
-    )
-    flags.DEFINE_integer("crop_padding", 2, "Pixels by which crop may shift the image.")
+    image_flags.define_flags(Settings)
+    flags.adopt_module_key_flags(image_flags)
     flags.DEFINE_integer(
         "accumulate", 1, "Parts of a device's share of a batch, one in memory at a time."
     )
@@ -260,7 +251,6 @@ def settings() -> Settings:
         split_seed=FLAGS.split_seed,
         model=FLAGS.model,
         dtype=FLAGS.dtype,
-        head=FLAGS.head,
         epochs=FLAGS.epochs,
         batch_size=FLAGS.batch_size,
         optimizer=FLAGS.optimizer,
@@ -272,13 +262,12 @@ def settings() -> Settings:
         warmup_epochs=FLAGS.warmup_epochs,
         milestones=milestones,
         decay_factor=FLAGS.decay_factor,
-        augmentation=FLAGS.augmentation,
-        crop_padding=FLAGS.crop_padding,
         accumulate=FLAGS.accumulate,
         sync_batch_norm=FLAGS.sync_batch_norm,
         loss=FLAGS.loss,
         drw_epoch=FLAGS.drw_epoch,
         evaluate_every=FLAGS.evaluate_every,
+        **image_flags.values(),
     ).check()
 
 

@@ -20,7 +20,6 @@ from experiments.saving import Saving
 from experiments.settings import Settings, Task, shot_groups
 from lpa_jax import data, losses, metrics, models, multihost, optimizers, parallel, trainer
 from lpa_jax.accumulation import accumulate
-from lpa_jax.data import augment
 from lpa_jax.diagnostics import perturbation_effect
 from lpa_jax.injection import as_network
 from lpa_jax.interrupts import InterruptedRunError
@@ -84,7 +83,7 @@ def make_program(
       ValueError: naming the flag that does not fit.
     """
     num_classes = task.train.num_classes
-    model = models.create(settings.model, num_classes, dtype=settings.dtype, head=settings.head)
+    model = settings.network(num_classes)
     trained_model = over_devices(settings, model)
     recipe = _Recipe(method, settings, task, as_network(model).layers, layer)
     options = dict(options)
@@ -92,7 +91,8 @@ def make_program(
     batch_shape = (settings.batch_size, *task.train.image_shape)
     example = {"image": np.zeros(batch_shape, np.float32)}
     normalize = task.normalization.apply
-    transform = augment.create(settings.augmentation, padding=settings.crop_padding)
+    transform = settings.transform(task.train.image_shape)
+    loaded = settings.initial_variables(model, task.train.image_shape)
 
     def preprocess(rng, images, positions):
         return normalize(transform(rng, images, positions))
@@ -152,6 +152,7 @@ def make_program(
                 example,
                 known.parts.perturbations,
                 known.parts.penalties,
+                loaded,
             )
         ),
         stages=(),
@@ -194,13 +195,7 @@ def over_devices(settings: Settings, model: models.StagedModel) -> Any:
     """The model as it is trained: its batch norms synchronised, its passes in parts."""
     if settings.sync_batch_norm:
         try:
-            model = models.create(
-                settings.model,
-                model.num_classes,
-                dtype=settings.dtype,
-                head=settings.head,
-                axis_name=parallel.batch_axis(),
-            )
+            model = settings.network(model.num_classes, axis_name=parallel.batch_axis())
         except ValueError as error:
             raise ValueError(f"--sync_batch_norm: {error}") from None
     return accumulate(model, settings.accumulate)
@@ -277,7 +272,7 @@ def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
     settings = program.settings.as_dict()
     for folder in ("data_dir", "image_root"):
         settings.pop(folder)
-    for name in ("accumulate", "sync_batch_norm", "head"):  # not there when earlier runs were made
+    for name in ("accumulate", "sync_batch_norm"):  # not there when earlier runs were made
         if settings[name] == getattr(Settings, name):
             settings.pop(name)
     return files.plain(

@@ -1,21 +1,20 @@
 """What defines a run, apart from its method and seed: data, model, optimiser, loss."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from experiments import task_data
+from experiments.image_settings import ImageSettings
 from lpa_jax import data, losses, metrics, models, optimizers
-from lpa_jax.data import augment, long_tail
-from lpa_jax.models.base import HEADS
+from lpa_jax.data import long_tail
 
 EVALUATION_SPLITS = ("test", "validation")
 PROFILES = ("none", *long_tail.PROFILES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ImageSettings):
     """Settings of a classification run; the flags of the same names explain them."""
 
     dataset: str = "mnist5k"
@@ -30,9 +29,6 @@ class Settings:
     imbalance: float = 100.0
     per_class: int | None = None
     split_seed: int | None = None
-    model: str = "mlp"
-    dtype: str = "float32"
-    head: str = "linear"
     epochs: int = 60
     batch_size: int = 64
     optimizer: str = "sgd"
@@ -44,8 +40,6 @@ class Settings:
     warmup_epochs: float = 0.0
     milestones: tuple[float, ...] = ()
     decay_factor: float = 0.2
-    augmentation: str = "none"
-    crop_padding: int = 2
     accumulate: int = 1
     sync_batch_norm: bool = False
     loss: str = "cross_entropy"
@@ -63,7 +57,6 @@ class Settings:
             ("profile", PROFILES),
             ("model", models.names()),
             ("dtype", ("float32", "bfloat16")),
-            ("head", HEADS),
             ("optimizer", optimizers.names()),
             ("schedule", optimizers.SCHEDULES),
             ("loss", losses.names()),
@@ -102,12 +95,9 @@ class Settings:
         if self.drw_epoch is not None and self.loss != "ldam":
             raise ValueError(f"--drw_epoch needs --loss=ldam, got --loss={self.loss}")
         task_data.check_flags(self)
-        augment.create(self.augmentation, padding=self.crop_padding)
-        return self
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values by name."""
-        return dataclasses.asdict(self)
+        if self.freeze_batch_norm and self.sync_batch_norm:
+            raise ValueError("--sync_batch_norm: --freeze_batch_norm leaves nothing to synchronise")
+        return self.check_images()
 
 
 @dataclasses.dataclass(frozen=True)

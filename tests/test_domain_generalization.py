@@ -19,6 +19,7 @@ from experiments import (
     domain_generalization,
     domain_selection,
     domain_tune,
+    image_flags,
     run_flags,
     search,
 )
@@ -321,7 +322,7 @@ def test_every_flag_has_a_help_text_and_is_read(request):
         module.define_flags()
         sources = "".join(
             pathlib.Path(m.__file__).read_text()
-            for m in (module, domain_flags, run_flags, distributed)
+            for m in (module, domain_flags, run_flags, distributed, image_flags)
         )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name

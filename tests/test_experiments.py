@@ -18,6 +18,7 @@ from experiments import (
     balanced,
     comparison,
     distributed,
+    image_flags,
     long_tail,
     run_flags,
     runner,
@@ -224,7 +225,7 @@ def test_every_flag_has_a_help_text_and_is_read(request):
         module.define_flags()
         sources = "".join(
             pathlib.Path(m.__file__).read_text()
-            for m in (module, comparison, run_flags, distributed)
+            for m in (module, comparison, run_flags, distributed, image_flags)
         )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name

@@ -1,0 +1,133 @@
+"""What both protocols say about a network that sees images: its weights and its augmentation."""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from lpa_jax import models
+from lpa_jax.data import augment
+from lpa_jax.models.base import HEADS
+from lpa_jax.models.pretrained import Weights, convert
+
+# Earlier runs were made without these settings: at their defaults they are not written.
+_LATER = (
+    "head",
+    "crop_scale",
+    "jitter",
+    "grayscale_probability",
+    "pretrained",
+    "freeze_batch_norm",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """Settings of the network and of augmentation; the flags of the same names explain them."""
+
+    model: str = "mlp"
+    dtype: str = "float32"
+    head: str = "linear"
+    pretrained: Weights | None = None
+    freeze_batch_norm: bool = False
+    augmentation: str = "none"
+    crop_padding: int = 2
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
+    grayscale_probability: float = 0.1
+
+    def check_images(self) -> Self:
+        """Returns itself.
+
+        Raises:
+          ValueError: one line naming the first flag that is out of range.
+        """
+        if self.head not in HEADS:
+            raise ValueError(f"--head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        if self.freeze_batch_norm and self.pretrained is None:
+            raise ValueError(
+                "--freeze_batch_norm needs --pretrained: without, norms have no statistics to keep"
+            )
+        if self.freeze_batch_norm:
+            _named("freeze_batch_norm", lambda: self.network(2))
+        if len(self.jitter) != 4:
+            raise ValueError(f"--jitter must be four numbers, got {self.jitter!r}")
+        for name, build in (
+            ("crop_scale", lambda: augment.random_resized_crop(self.crop_scale)),
+            ("jitter", lambda: augment.color_jitter(*self.jitter)),
+            ("grayscale_probability", lambda: augment.grayscale(self.grayscale_probability)),
+            ("augmentation", self._augmentation),
+        ):
+            _named(name, build)
+        return self
+
+    def network(self, num_classes: int, **options: Any) -> models.StagedModel:
+        """The model.
+
+        Raises:
+          ValueError: it has no option of that name.
+        """
+        if self.freeze_batch_norm:
+            options["frozen_norm"] = True
+        options |= {"dtype": self.dtype, "head": self.head}
+        return models.create(self.model, num_classes, **options)
+
+    def initial_variables(
+        self, model: models.StagedModel, image_shape: tuple[int, ...]
+    ) -> dict[str, Any] | None:
+        """Pretrained variables of the model, or None.
+
+        Raises:
+          ValueError: --pretrained does not fit it.
+        """
+        if self.pretrained is None:
+            return None
+        return _named("pretrained", lambda: _converted(self.pretrained, model, image_shape))
+
+    def transform(self, image_shape: tuple[int, ...]) -> augment.Augmentation:
+        """The augmentation.
+
+        Raises:
+          ValueError: --augmentation does not fit images of that shape.
+        """
+        transform = self._augmentation()
+        image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
+        position = jax.ShapeDtypeStruct((1,), np.int32)
+        _named(
+            "augmentation",
+            lambda: jax.eval_shape(transform, jax.random.key(0), image, position),
+        )
+        return transform
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by name, pretrained weights by the SHA-256 of their file."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.pretrained is not None:
+            values["pretrained"] = self.pretrained.sha256
+        for name in _LATER:
+            if values[name] == getattr(type(self), name):
+                values.pop(name)
+        return values
+
+    def _augmentation(self) -> augment.Augmentation:
+        return augment.create(
+            self.augmentation,
+            padding=self.crop_padding,
+            scale=self.crop_scale,
+            jitter=self.jitter,
+            grayscale_probability=self.grayscale_probability,
+        )
+
+
+def _named(flag: str, build):
+    """What `build` returns; its ValueError names the flag."""
+    try:
+        return build()
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from None
+
+
+# Programs of several methods share one copy.
+_converted = functools.lru_cache(maxsize=1)(convert)
