@@ -139,7 +139,7 @@ class NormalizedModel(StagedModel):
         norm_epsilon: Added to the variance.
         frozen_norm: Whether `"batch"` normalises by its running statistics in training, too, and
             never updates them; its scales and biases are trained. For statistics that come with
-            pretrained weights, as DomainBed (arXiv 2007.01434, appendix B) keeps them.
+            pretrained weights, as the code of DomainBed (arXiv 2007.01434) keeps them.
 
     Raises:
         ValueError: An attribute is outside its range.
