@@ -79,6 +79,7 @@ class Trainings:
         images; without, held-out domains are never opened.
       saving: when to save checkpoints, and which remain.
       should_stop: asked after every step and before every evaluation batch; True saves and raises.
+        Several hosts must get the same answer at the same time, as `Interrupts` gives it.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Trainings:
     ):
         self._settings, self._source, self._folder = settings, source, folder
         self._layer, self._look_at_held_out = layer, look_at_held_out
-        self._saving, self._should_stop = saving, multihost.AgreedStop(should_stop)
+        self._saving, self._should_stop = saving, should_stop
         self._outcomes: dict[pathlib.Path, dict[str, Any]] = {}
         self._programs: dict[tuple, Program] = {}
         # The data of one seed are in use at a time.

@@ -310,6 +310,7 @@ def run(
       on_epoch: called after every epoch.
       saving: when to save checkpoints, and which remain.
       should_stop: asked after every step and before every evaluation batch; True saves and raises.
+        Several hosts must get the same answer at the same time, as `Interrupts` gives it.
       say: called with a line for each damaged checkpoint.
 
     Returns:
@@ -321,7 +322,6 @@ def run(
       lpa_jax.checkpoint.CheckpointError: no room to save, or no intact checkpoint to go on from.
       InterruptedRunError: `should_stop` said so; the same call goes on from there.
     """
-    should_stop = multihost.AgreedStop(should_stop)
     run_folder = RunFolder(folder, configuration(program, seed, task), saving)
     earlier = run_folder.result()
     if earlier is not None:

@@ -4,11 +4,8 @@ Everything else about several hosts lies in the mapped step (`lpa_jax.parallel`)
 on one host and on many: the mapped axis runs over the devices of all of them.
 """
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 
 def connect(
@@ -89,44 +86,3 @@ def is_first_host() -> bool:
     True
     """
     return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
-def any_host(flag: bool) -> bool:
-    """Whether `flag` is true on any host; all hosts must ask at the same place.
-
-    >>> any_host(False), any_host(True)
-    (False, True)
-    """
-    if jax.process_count() == 1:
-        return bool(flag)
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
-class AgreedStop:
-    """A question that every host is asked equally often, answered alike on all of them.
-
-    On one host it is the question itself. On several, agreeing costs a wait for the devices, so the
-    hosts do it every `every` times that they are asked; between, the answer stays what it was.
-
-    Args:
-      should_stop: whether this host was asked to stop.
-      every: how often hosts agree.
-
-    >>> asked = iter([False, True])
-    >>> stop = AgreedStop(lambda: next(asked))
-    >>> stop(), stop()
-    (False, True)
-    """
-
-    def __init__(self, should_stop: Callable[[], bool], every: int = 16):
-        self._should_stop, self._every = should_stop, every
-        self._times_asked, self._agreed = 0, False
-
-    def __call__(self) -> bool:
-        """Whether to stop."""
-        if jax.process_count() == 1:
-            return self._should_stop()
-        if self._times_asked % self._every == 0 and not self._agreed:
-            self._agreed = any_host(self._should_stop())
-        self._times_asked += 1
-        return self._agreed

@@ -129,15 +129,6 @@ def test_a_session_of_one_process_changes_nothing():
         raise KeyError
 
 
-def test_hosts_agree_on_a_stop_now_and_then_and_never_go_back(monkeypatch):
-    monkeypatch.setattr(multihost.jax, "process_count", lambda: 2)
-    asked = []
-    monkeypatch.setattr(multihost, "any_host", lambda flag: asked.append(flag) or len(asked) == 2)
-    stop = multihost.AgreedStop(lambda: False, every=3)
-    assert [stop() for _ in range(8)] == [False] * 3 + [True] * 5
-    assert asked == [False, False]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
