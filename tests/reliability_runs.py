@@ -8,18 +8,28 @@ import subprocess
 import sys
 import time
 
+import hosts
+
 TESTS = pathlib.Path(__file__).parent
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+# Processes other than the first have no compilation cache.
+COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE = 120.0  # seconds until a run counts as hanging
 
 
 class Zygote:
-    """A process that forks runs, each a process of its own that saves the imports."""
+    """A process that forks runs, each a process of its own that saves the imports.
+
+    `module` is what runs: `reliability_worker`, or `reliability_experiment` for two processes.
+    """
+
+    def __init__(self, module="reliability_worker"):
+        self._module = module
 
     def __enter__(self):
         path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, str(TESTS / "reliability_worker.py"), "serve"],
+            [sys.executable, str(TESTS / "reliability_zygote.py"), self._module],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -40,11 +50,26 @@ class Zygote:
     def start(self, folder, *arguments, devices=1):
         """Begins a run in a folder."""
         log = pathlib.Path(folder).with_suffix(".log")
-        log.unlink(missing_ok=True)
         flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-        pid = self.ask(
-            arguments=[str(folder), *arguments], log=str(log), environment={"XLA_FLAGS": flags}
-        )
+        return self._fork([str(folder), *arguments], log, XLA_FLAGS=flags)
+
+    def start_hosts(self, workdir, *arguments, paces=("0", "0")):
+        """Begins the two processes of an experiment; see `reliability_experiment.py`."""
+        logs = [pathlib.Path(f"{workdir}.{process}.log") for process in (0, 1)]
+        coordinator = f"127.0.0.1:{hosts.free_port()}"
+        return [
+            self._fork(
+                [*paces, f"--workdir={workdir}", f"--coordinator_address={coordinator}",
+                 "--num_processes=2", f"--process_id={process}", *arguments],
+                log,
+                XLA_FLAGS=COMPILE_FAST,
+            )
+            for process, log in enumerate(logs)
+        ]  # fmt: skip
+
+    def _fork(self, arguments, log, **environment):
+        log.unlink(missing_ok=True)
+        pid = self.ask(arguments=arguments, log=str(log), environment=environment)
         return Run(self, pid, log)
 
     def finish(self, folder, *arguments, devices=1):
@@ -79,6 +104,32 @@ class Run:
 
     def wait(self):
         return self._zygote.ask(wait=self.pid)
+
+
+def finish_hosts(zygote, workdir, *arguments):
+    """An experiment of two processes to its end."""
+    runs = zygote.start_hosts(workdir, *arguments)
+    for run in runs:
+        assert run.wait() == 0, run.lines()
+
+
+def strike_hosts(zygote, workdir, *arguments, phase, struck, signals, paces):
+    """Sends signals to one of two processes in a phase; both stop as documented.
+
+    Returns the numbers of the first and the last step that they made, or None without any.
+    """
+    runs = zygote.start_hosts(workdir, *arguments, paces=paces)
+    assert runs[struck].wait_for(phase), runs[struck].lines()
+    runs[struck].send(*signals)
+    statuses = [run.wait() for run in runs]
+    expected = [143, 143]
+    expected[struck] = EXIT_STATUS[signals[0]]
+    assert statuses == expected, [run.lines() for run in runs]
+    for run in runs:
+        assert run.lines()[-1].endswith("; the same command goes on from there"), run.lines()
+    steps = [first_and_last_step(run.lines()) for run in runs]
+    assert steps[0] == steps[1], "both do the same steps"
+    return steps[0]
 
 
 def first_and_last_step(lines):

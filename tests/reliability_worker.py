@@ -10,12 +10,12 @@ second loss from the third epoch on, and an epoch of which the last batch reache
 import argparse
 import functools
 import json
+import logging
 import os
 import pathlib
+import re
 import sys
 import time
-import traceback
-import warnings
 
 import jax
 import numpy as np
@@ -89,10 +89,10 @@ def run(folder, every="3steps", **options):
     )
 
 
-def outcome(folder):
+def outcome(folder, last_step=TOTAL_STEPS):
     """All that a run leaves behind, without times: arrays of the last step, log, result."""
     folder = pathlib.Path(folder)
-    arrays = array_files.read(folder / f"checkpoints/step_{TOTAL_STEPS:09d}" / "arrays")
+    arrays = array_files.read(folder / f"checkpoints/step_{last_step:09d}" / "arrays")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = files.read_json(folder / "result.json")
     del result["seconds"]
@@ -102,16 +102,17 @@ def outcome(folder):
 
 
 def announce(owner, name, phase):
-    """Has a function print its phase when it begins and when it ends."""
+    """Has a function print its phase when it begins, and when it ends with its seconds."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
     def announced(*args, **kwargs):
         print(f"begin {phase}", flush=True)
+        started = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            print(f"end {phase}", flush=True)
+            print(f"end {phase} {time.perf_counter() - started:.4f}", flush=True)
 
     setattr(owner, name, announced)
 
@@ -135,13 +136,35 @@ def announce_steps(pace):
     trainer.train = paced
 
 
+class CompileAnnouncer(logging.Handler):
+    """Prints when XLA begins and ends to compile a program, which JAX logs."""
+
+    def emit(self, record):
+        message = record.getMessage()
+        if message.startswith("Compiling "):
+            print("begin compile", flush=True)
+        elif message.startswith("Finished XLA compilation "):
+            print(f"end compile {re.search(r' in ([0-9.e-]+) sec', message)[1]}", flush=True)
+
+
+def announce_compilations():
+    """Has every program compiled anew, and say so."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_log_compiles", True)
+    logger = logging.getLogger("jax")
+    logger.handlers, logger.propagate = [CompileAnnouncer()], False
+
+
 def main(arguments):
     """Runs as a command would; exits with its status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--every", default="3steps")
     parser.add_argument("--pace", type=float, default=0.0, help="seconds added to every step")
+    parser.add_argument("--compile", action="store_true", help="without a compilation cache")
     flags = parser.parse_args(arguments)
+    if flags.compile:
+        announce_compilations()
     announce(array_files, "write", "save")
     announce(array_files, "read", "restore")
     announce(checkpoint.Checkpoints, "_delete", "delete")
@@ -162,34 +185,5 @@ def main(arguments):
     return 0
 
 
-def serve():
-    """Forks a process for every run: it has imported everything, but JAX has not started."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
-            continue
-        child = os.fork()
-        if child:
-            print(child, flush=True)
-            continue
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ.update(request["environment"])
-        warnings.simplefilter("error")
-        status = 1
-        try:
-            status = main(request["arguments"])
-        except Exception:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(status)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["serve"]:
-        serve()
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
