@@ -102,6 +102,7 @@ def train_all(
                 folder = workdir / "runs" / method / f"seed_{seed}"
                 run_folder.check_inside(workdir, folder)
                 run_folder.finished_result(folder, config)
+        run_folder.check_inside(workdir, workdir / "splits")
         files.write_json(workdir / "flags.json", run_flags.resolved())
         for seed, task in tasks.items():
             meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}

@@ -231,6 +231,8 @@ def train_all(
     progress = RunProgress(todo, settings.intervals, FLAGS.quiet or not first)
     lock = workdir_lock.hold(workdir) if first else contextlib.nullcontext()
     with lock, interrupts, progress:
+        for place in (workdir / "trainings", *(run.folder(workdir) for run in missing)):
+            run_folder.check_inside(workdir, place)
         files.write_json(workdir / "flags.json", run_flags.resolved())
         for group in _groups(missing):
             for run in group:

@@ -23,7 +23,7 @@ from experiments.domain_selection import holdout_accuracy
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.progress import RunProgress
 from experiments.recording import RunLog
-from experiments.run_folder import Names, RunFolder, finished_result
+from experiments.run_folder import Names, RunFolder, check_inside, finished_result
 from experiments.saving import Saving
 from lpa_jax import data, metrics, multihost, parallel, trainer
 from lpa_jax.interrupts import InterruptedRunError
@@ -166,6 +166,7 @@ class Trainings:
         return outcome
 
     def _run(self, network, place, progress, may_diverge) -> dict[str, Any]:
+        check_inside(self._folder, place)
         config = self._configuration(network)
         folder = RunFolder(place, config, self._saving, NAMES)
         program = self.program(network)

@@ -66,6 +66,7 @@ def run(folder: pathlib.Path) -> int:
             if jobs.is_done(folder):
                 return 0
             (folder / report_data.OUTCOME).unlink(missing_ok=True)
+            (folder / jobs.LOG).unlink(missing_ok=True)  # were it a link, it would be followed
             with (folder / jobs.LOG).open("w", encoding="utf-8") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)

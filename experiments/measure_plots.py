@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 
 from experiments import measure_tables, statistics
 from experiments.measure_tables import Values
-from experiments.plots import COLORS, DASHES
+from experiments.plots import COLORS, DASHES, write_figure
 
 # method -> seed -> {"values": ..., "errors": ..., curves and maps}
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
@@ -266,6 +266,4 @@ def _panels(rows: int, columns: int, height: float = 3.2, width: float = 3.2, sh
 
 
 def _save(figure, path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    write_figure(figure, path, dpi=130)

@@ -1,5 +1,6 @@
 """Figures of an experiment, readable with two methods and with twenty."""
 
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments import statistics
 from experiments.summary import Results, Row, Summary
+from lpa_jax import atomic
 
 # Okabe and Ito's palette: distinguishable to colour-blind readers and in grey.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
@@ -267,6 +269,12 @@ def _finish(figure: Figure, axis, path: pathlib.Path, legend=None) -> None:
 
 def _save(figure: Figure, path: pathlib.Path, top: float = 1.0) -> None:
     figure.tight_layout(rect=(0, 0, 1, top))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, dpi=150)
+
+
+def write_figure(figure: Figure, path: pathlib.Path, dpi: int) -> None:
+    """Writes a figure whole, and never through a link to somewhere else; closes it."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."), dpi=dpi)
+    atomic.write_bytes(path, content.getvalue())
     plt.close(figure)

@@ -105,8 +105,12 @@ class Models:
           name: of the measurement.
           settings: of the measurement; it is repeated if they have changed.
           measure: called without arguments.
+
+        Raises:
+          ValueError: a symbolic link leads out of the working folder.
         """
         path = self.folder(method, seed) / "measured" / f"{name}.json"
+        run_folder.check_inside(self.workdir, path)
         settings = files.plain(settings)
         earlier = files.read_json(path)
         if not isinstance(earlier, dict) or earlier.get("settings") != settings:

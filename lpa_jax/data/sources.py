@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,18 @@ class ImageSource(Sequence):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """Returns several examples, which reads faster than one by one."""
+        """Returns several examples, which reads faster than one by one.
+
+        Raises:
+          ValueError: the files of the set cannot be read.
+        """
         image_key, label_key = self._keys
-        records = self._records.__getitems__(list(indices))
+        try:
+            records = self._records.__getitems__(list(indices))
+        except RuntimeError as error:
+            raise ValueError(
+                f"dataset={self.name!r}: cannot be read ({_first_line(error)})"
+            ) from None
         return [{"image": r[image_key], "label": np.int32(r[label_key])} for r in records]
 
 
@@ -196,7 +206,7 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
 
     data_dir = None if data_dir is None else os.fspath(data_dir)
     try:
-        with _quiet_log(), contextlib.redirect_stdout(io.StringIO()):
+        with _quiet_log(), _no_foreign_code(), contextlib.redirect_stdout(io.StringIO()):
             if name in BUILDERS:
                 return BUILDERS[name](data_dir=data_dir)
             return tfds.builder(name, data_dir=data_dir)
@@ -268,6 +278,30 @@ def _known_names() -> str:
 def _first_line(error: BaseException | None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else "no message"
+
+
+@contextlib.contextmanager
+def _no_foreign_code() -> Iterator[None]:
+    """Keeps TFDS from importing the modules that a folder's features.json names.
+
+    Such a module may stand in the folder itself, where that can be imported from the working
+    directory. TFDS's own features, and those of modules that are imported already, are known.
+    """
+    from tensorflow_datasets.core.features.feature import FeatureConnector
+
+    look_up = vars(FeatureConnector)["cls_from_name"]
+
+    def look_up_known(cls: type, class_name: str) -> type:
+        module = class_name.rpartition(".")[0]
+        if module not in sys.modules and not module.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names {class_name!r}, which is no feature of TFDS")
+        return look_up.__func__(cls, class_name)
+
+    FeatureConnector.cls_from_name = classmethod(look_up_known)
+    try:
+        yield
+    finally:
+        FeatureConnector.cls_from_name = look_up
 
 
 @contextlib.contextmanager
