@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import traceback
@@ -25,6 +26,7 @@ from lpa_jax import multihost
 FLAGS = flags.FLAGS
 # How the backends' collectives fail in the processes that are left.
 LOST_SIGNS = ("Gloo", "coordination service", "CoordinationService", "NCCL", "UNAVAILABLE:")
+INTERRUPTED = "interrupted: the same command goes on from there"
 LOST = "lost the connection to another process of the run, which died, stopped or cannot be reached"
 
 
@@ -82,8 +84,8 @@ def session(hosts: Hosts | None) -> Iterator[None]:
     """Joins the run's processes for the block; a failure in it ends this process at once.
 
     At once, since on the usual way out JAX waits for the other processes, which in turn wait for
-    this one. The exit status is 1 then, 134 (SIGABRT) where JAX's runtime noticed first that
-    another process is gone.
+    this one. The exit status is 1 then, 130 after Ctrl-C where nobody had agreed to stop yet, 134
+    (SIGABRT) where JAX's runtime noticed first that another process is gone.
 
     Args:
       hosts: how the processes find each other; None for a run of one process.
@@ -97,7 +99,8 @@ def session(hosts: Hosts | None) -> Iterator[None]:
     with _plain_runtime_log(hosts):
         logging.getLogger("jax").setLevel(logging.WARNING)
         try:
-            multihost.connect(**dataclasses.asdict(hosts))
+            with _ended_by_sigint():
+                multihost.connect(**dataclasses.asdict(hosts))
             end = None
             try:
                 yield
@@ -113,10 +116,23 @@ def session(hosts: Hosts | None) -> Iterator[None]:
         raise end
 
 
+@contextlib.contextmanager
+def _ended_by_sigint() -> Iterator[None]:
+    """Lets Ctrl-C end a wait in C++, after which Python would learn of it only."""
+    earlier = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 def _leave(error: BaseException) -> None:
     lost = any(sign in str(error) for sign in LOST_SIGNS)
+    status = 1
     if lost:
         message = f"error: {LOST}"
+    elif isinstance(error, KeyboardInterrupt):
+        message, status = INTERRUPTED, 128 + signal.SIGINT
     elif isinstance(error, SystemExit):
         message = str(error.code)
     elif isinstance(error, ValueError):
@@ -128,7 +144,7 @@ def _leave(error: BaseException) -> None:
     os.write(2, line.encode(errors="replace"))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,12 @@ def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
         hosts = distributed.hosts_from_flags()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    with distributed.session(hosts):
-        _work(work)
+    try:
+        with distributed.session(hosts):
+            _work(work)
+    except KeyboardInterrupt:
+        print(distributed.INTERRUPTED, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _work(work: Callable[[Interrupts], None]) -> None:
@@ -46,9 +50,6 @@ def _work(work: Callable[[Interrupts], None]) -> None:
     except InterruptedRunError as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         sys.exit(interrupts.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def _announce(signal_name: str) -> None:
