@@ -61,29 +61,32 @@ def _panel_estimate(row: Row, panel: str) -> statistics.Estimate:
     return row.accuracy if panel == "all" else row.groups.get(panel, missing)
 
 
-def differences(summary: Summary, path: pathlib.Path) -> bool:
-    """Paired differences to the baseline with their intervals; False if there are none."""
-    rows = [row for row in summary.rows if row.comparison is not None]
-    if not rows:
+def differences(
+    compared: Sequence[tuple[str, statistics.Comparison, float]], label: str, path: pathlib.Path
+) -> bool:
+    """Paired differences with their intervals; False if there are none.
+
+    Args:
+      compared: name, comparison and corrected p-value of each line.
+      label: of the axis, without its unit.
+      path: of the figure.
+    """
+    if not compared:
         return False
-    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.3 * len(rows)))
-    for position, row in enumerate(rows):
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.3 * len(compared)))
+    for position, (_, comparison, p_holm) in enumerate(compared):
         mean, low, high = (
-            100 * value
-            for value in (row.comparison.difference.mean, row.comparison.low, row.comparison.high)
+            100 * value for value in (comparison.difference.mean, comparison.low, comparison.high)
         )
-        significant = row.p_holm < 1 - statistics.CONFIDENCE
+        significant = p_holm < statistics.LEVEL
         axis.plot([low, high], [position, position], color=COLORS[5], linewidth=1.6)
         axis.plot(mean, position, "o", color=COLORS[5], markersize=6,
                   markerfacecolor=COLORS[5] if significant else "white")  # fmt: skip
     axis.axvline(0, color="#666666", linewidth=1)
-    axis.set_yticks(range(len(rows)), [row.method for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_yticks(range(len(compared)), [name for name, *_ in compared])
+    axis.set_ylim(len(compared) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(
-        f"difference to {summary.baseline}, percentage points\n"
-        "(95% interval; filled: p < 0.05, Holm-corrected)"
-    )
+    axis.set_xlabel(f"{label}, percentage points\n(95% interval; filled: p < 0.05, Holm-corrected)")
     _save(figure, path)
     return True
 

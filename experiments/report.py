@@ -6,16 +6,19 @@ Finds every run below the folders and groups them by setting: runs that differ i
 method, seed, options and test domain are compared in one table, by paired seeds, with standard
 errors, bootstrap intervals and Holm-corrected Wilcoxon tests. Writes report.md, table.csv (numbers
 of the tables), runs.csv (one line a run), table.tex and figures; `--html` adds report.html, one
-page that needs nothing else. Runs that are incomplete, failed or unreadable are listed, never
-counted.
+page that needs nothing else. `--compare=lpa:lpl,lpa+lpl:lpa` adds those differences to every table
+that has both methods, Holm-corrected among themselves alone (contrasts.csv): name beforehand what
+is to be tested, and the correction is for that and not for a table of twenty methods. Runs that are
+incomplete, failed or unreadable are listed, never counted.
 """
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments import files, report_data, report_html, report_tables, summary
+from experiments import contrasts, files, report_data, report_html, report_tables, summary
 from experiments.methods import ERM
 
 FLAGS = flags.FLAGS
@@ -25,18 +28,35 @@ def define_flags() -> None:
     """Flags of this module."""
     flags.DEFINE_string("output", "runs/report", "Folder for what is written.")
     flags.DEFINE_string("baseline", ERM, "Method that the others are compared to.")
+    flags.DEFINE_list(
+        "compare",
+        [],
+        "METHOD:METHOD,...: differences to be tested besides those to the baseline, corrected for "
+        "each other only.",
+    )
     flags.DEFINE_bool("html", False, "Also write report.html, one page with everything in it.")
 
 
 def make(
-    folders: list[pathlib.Path], output: pathlib.Path, baseline: str = ERM, page: bool = False
+    folders: list[pathlib.Path],
+    output: pathlib.Path,
+    baseline: str = ERM,
+    page: bool = False,
+    pairs: Sequence[contrasts.Pair] = (),
 ) -> list[report_tables.Section]:
     """Reads the runs below the folders and writes the report; returns its sections.
 
     Prints what is not counted on standard error.
 
+    Args:
+      folders: with runs anywhere below.
+      output: folder for what is written.
+      baseline: method that the others are compared to.
+      page: whether to write report.html.
+      pairs: of methods, whose differences are tested besides.
+
     Raises:
-      ValueError: a folder does not exist, or holds no complete run.
+      ValueError: a folder does not exist, or holds no complete run, or no table shows a pair.
     """
     runs, problems = report_data.collect(folders)
     for problem in problems:
@@ -44,7 +64,9 @@ def make(
     if not runs:
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"no complete run in {names} ({len(problems)} not counted)")
-    sections = report_tables.sections(report_data.group(runs), baseline, output)
+    settings = report_data.group(runs)
+    contrasts.check(pairs, set().union(*(setting.runs for setting in settings)))
+    sections = report_tables.sections(settings, baseline, pairs, output)
     report_tables.write(sections, runs, problems, output)
     if page:
         files.write_text(output / "report.html", report_html.page(sections, runs, problems))
@@ -58,11 +80,15 @@ def main(argv: list[str]) -> None:
     try:
         if not folders:
             raise ValueError("name at least one folder of results")
-        sections = make(folders, output, FLAGS.baseline, FLAGS.html)
+        pairs = contrasts.parse(FLAGS.compare)
+        sections = make(folders, output, FLAGS.baseline, FLAGS.html, pairs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for section in sections:
         print(f"\n{section.title}\n\n{summary.markdown_table(section.table)}", end="")
+        if section.contrasts:
+            table = contrasts.text_table(section.contrasts)
+            print(f"\n{summary.markdown_table(table)}", end="")
         print("".join(f"- {note}\n" for note in section.notes), end="")
     print(f"\nWritten to {output}")
 

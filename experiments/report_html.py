@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import report_tables, summary
+from experiments import contrasts, report_tables, summary
 from experiments.report_data import Problem, Run, Setting
 from experiments.report_tables import Section
 
@@ -85,6 +85,9 @@ def _section(section: Section, anchor: str) -> list[str]:
     if section.notes:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
         parts.append(f'<ul class="notes">{items}</ul>')
+    if section.contrasts:
+        contrast_table = _table(contrasts.text_table(section.contrasts), "numbers")
+        parts += ["<h3>Contrasts</h3>", f'<div class="wide">{contrast_table}</div>']
     for caption, path in section.figures:
         image = base64.b64encode(path.read_bytes()).decode()
         text = html.escape(caption)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from experiments import files, plots, published, report_data, statistics, summary
+from experiments import contrasts, files, plots, published, report_data, statistics, summary
+from experiments.contrasts import Contrast, Pair
 from experiments.report_data import Problem, Run, Setting
 from experiments.summary import Results, Summary
 
@@ -26,6 +27,7 @@ class Section(NamedTuple):
       setting: the runs.
       results: what the table summarizes, by method.
       summary: its numbers.
+      contrasts: differences that were asked for besides; empty if none.
       published: figures of others by method; empty if none can be compared.
       notes: what a reader must know beyond the numbers.
       figures: (caption, file) of the figures that there are.
@@ -36,6 +38,7 @@ class Section(NamedTuple):
     setting: Setting
     results: Results
     summary: Summary
+    contrasts: tuple[Contrast, ...]
     published: dict[str, str]
     notes: tuple[str, ...]
     figures: tuple[tuple[str, pathlib.Path], ...]
@@ -46,18 +49,22 @@ class Section(NamedTuple):
         return summary.text_table(self.summary, self.published)
 
 
-def sections(settings: Sequence[Setting], baseline: str, output: pathlib.Path) -> list[Section]:
+def sections(
+    settings: Sequence[Setting], baseline: str, pairs: Sequence[Pair], output: pathlib.Path
+) -> list[Section]:
     """All tables; draws their figures into the folder."""
     made = []
     for setting in settings:
         if not setting.domains:
             results = report_data.results_of(setting)
-            made.append(_section(setting, None, results, (), baseline, output))
+            made.append(_section(setting, None, results, (), baseline, pairs, output))
             continue
         for selection in report_data.selections(setting) or (None,):
             results, left_out = report_data.domain_results(setting, selection)
             if results:
-                made.append(_section(setting, selection, results, left_out, baseline, output))
+                made.append(
+                    _section(setting, selection, results, left_out, baseline, pairs, output)
+                )
     return made
 
 
@@ -67,11 +74,13 @@ def _section(
     results: Results,
     left_out: Sequence[str],
     baseline: str,
+    pairs: Sequence[Pair],
     output: pathlib.Path,
 ) -> Section:
     # The baseline first; the sort is stable.
     results = dict(sorted(results.items(), key=lambda item: item[0] != baseline))
     numbers = summary.summarize(results, baseline)
+    compared = contrasts.contrasts(results, pairs)
     title = setting.title
     if selection is not None:
         title += f", {selection.replace('_', ' ')}"
@@ -81,7 +90,9 @@ def _section(
         ("accuracy, mean and standard error", "accuracy",
          lambda path: plots.accuracy_bars(numbers, path)),
         (f"paired differences to {baseline}", "differences",
-         lambda path: plots.differences(numbers, path)),
+         lambda path: plots.differences(_compared(numbers), f"difference to {baseline}", path)),
+        ("paired differences of the contrasts", "contrasts",
+         lambda path: plots.differences(compared, "difference", path)),
         ("accuracy by class", "per_class",
          lambda path: plots.per_class_accuracy(results, path)),
         ("training", "curves",
@@ -97,14 +108,26 @@ def _section(
     comparable = (
         {} if selection not in (None, report_data.SELECTION) else published.accuracies(config)
     )
-    lines = (*notes(numbers), *left_out, *([PUBLISHED] if comparable else []))
-    return Section(title, slug, setting, results, numbers, comparable, lines, figures)
+    lines = [*notes(numbers), *left_out, *contrasts.missing(results, pairs)]
+    lines += [f"Contrasts: {line}" for line in limits(compared)]
+    lines += [PUBLISHED] if comparable else []
+    return Section(
+        title, slug, setting, results, numbers, compared, comparable, tuple(lines), figures
+    )
+
+
+def _compared(table: Summary) -> list[Contrast]:
+    """The methods of a table against its baseline."""
+    return [
+        Contrast(row.method, row.comparison, row.p_holm)
+        for row in table.rows
+        if row.comparison is not None
+    ]
 
 
 def notes(table: Summary) -> list[str]:
     """What limits the comparisons of a table."""
     everyone = sorted(set().union(*(row.seeds for row in table.rows)))
-    compared = [row for row in table.rows if row.comparison is not None]
     lines = []
     if all(row.method != table.baseline for row in table.rows):
         lines.append(f"No run of the baseline {table.baseline}: no differences.")
@@ -112,23 +135,30 @@ def notes(table: Summary) -> list[str]:
         lacking = [seed for seed in everyone if seed not in row.seeds]
         if lacking:
             lines.append(f"{row.method} lacks seeds that others have: {ranges(lacking)}.")
-    single = [row.method for row in compared if row.comparison.pairs == 1]
+    return lines + limits(_compared(table))
+
+
+def limits(compared: Sequence[Contrast]) -> list[str]:
+    """What comparisons with few or equal seeds cannot show."""
+    lines = []
+    single = [line.name for line in compared if line.comparison.pairs == 1]
     if single:
         lines.append(f"One common seed, so no interval and no test: {', '.join(single)}.")
-    tested = [row for row in compared if row.comparison.pairs > 1]
+    tested = [line for line in compared if line.comparison.pairs > 1]
+    best = statistics.holm([statistics.smallest_p(line.comparison.pairs) for line in tested])
     hopeless = [
-        f"{row.method} ({row.comparison.pairs})"
-        for row in tested
-        if len(tested) * statistics.smallest_p(row.comparison.pairs) > 1 - statistics.CONFIDENCE
+        f"{line.name} ({line.comparison.pairs})"
+        for line, p_value in zip(tested, best, strict=True)
+        if p_value >= statistics.LEVEL
     ]
     if hopeless:
-        where = "all methods" if len(hopeless) == len(tested) else ", ".join(hopeless)
+        where = "all of them" if len(hopeless) == len(tested) else ", ".join(hopeless)
         lines.append(
             "Too few common seeds for a Holm-corrected p-value below 0.05, however large the "
             f"difference (n seeds give at least 2^(1-n), the smallest of {len(tested)} p-values is "
             f"multiplied by {len(tested)}): {where}."
         )
-    equal = [row.method for row in compared if row.comparison.low == row.comparison.high]
+    equal = [line.name for line in compared if line.comparison.low == line.comparison.high]
     if equal:
         lines.append(f"The same difference in every seed, so an interval of no width: "
                      f"{', '.join(equal)}.")  # fmt: skip
@@ -157,15 +187,28 @@ def ranges(numbers: Sequence[int]) -> str:
 def write(
     made: Sequence[Section], runs: Sequence[Run], problems: Sequence[Problem], output: pathlib.Path
 ) -> None:
-    """Writes report.md, table.csv, runs.csv and table.tex into the folder."""
+    """Writes report.md, table.csv, runs.csv, table.tex and, if any, contrasts.csv."""
     files.write_text(output / "report.md", markdown(made, problems, output))
-    frames = [summary.frame(section.summary).assign(setting=section.title) for section in made]
-    table = pd.concat(frames, ignore_index=True)
-    table.insert(0, "setting", table.pop("setting"))
-    files.write_text(output / "table.csv", summary.csv_text(table))
+    tables = [(section.title, summary.frame(section.summary)) for section in made]
+    files.write_text(output / "table.csv", summary.csv_text(_by_setting(tables)))
+    compared = [section for section in made if section.contrasts]
+    if compared:
+        tables = [(section.title, contrasts.frame(section.contrasts)) for section in compared]
+        files.write_text(output / "contrasts.csv", summary.csv_text(_by_setting(tables)))
     files.write_text(output / "runs.csv", summary.csv_text(runs_frame(runs)))
-    latex = "\n".join(summary.latex_table(section.table, section.title) for section in made)
-    files.write_text(output / "table.tex", latex)
+    latex = [summary.latex_table(section.table, section.title) for section in made]
+    for section in compared:
+        table = contrasts.text_table(section.contrasts)
+        latex.append(summary.latex_table(table, f"{section.title}: contrasts"))
+    files.write_text(output / "table.tex", "\n".join(latex))
+
+
+def _by_setting(tables: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
+    """One below the other, the title of each in a first column."""
+    named = [table.assign(setting=title) for title, table in tables]
+    joined = pd.concat(named, ignore_index=True)
+    joined.insert(0, "setting", joined.pop("setting"))
+    return joined
 
 
 def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
@@ -197,6 +240,9 @@ def markdown(made: Sequence[Section], problems: Sequence[Problem], output: pathl
     lines = ["# Report", ""]
     for section in made:
         lines += [f"## {section.title}", "", summary.markdown_table(section.table)]
+        if section.contrasts:
+            table = contrasts.text_table(section.contrasts)
+            lines += ["Contrasts:", "", summary.markdown_table(table)]
         lines += [f"- {note}" for note in section.notes] + ([""] if section.notes else [])
         for caption, path in section.figures:
             lines += [f"![{section.title}: {caption}]({path.relative_to(output).as_posix()})", ""]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
+LEVEL = 0.05
+CONFIDENCE = 1 - LEVEL
 RESAMPLES = 9999
 # Up to here the p-value comes from all 2^n signs, ties and zeros included.
 EXACT_PAIRS = 13
@@ -40,6 +41,7 @@ class Comparison(NamedTuple):
       high: upper end.
       p_value: two-sided Wilcoxon signed-rank p-value; NaN with one pair.
       pairs: how many seeds both have.
+      higher: in how many of them the method is above the baseline.
     """
 
     difference: Estimate
@@ -47,6 +49,7 @@ class Comparison(NamedTuple):
     high: float
     p_value: float
     pairs: int
+    higher: int
 
     def interval(self) -> str:
         """For example `[+3.88, +6.62]`, in per cent; empty with one pair."""
@@ -75,7 +78,14 @@ def compare(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -
         return None
     differences = np.array([first[key] - second[key] for key in common])
     low, high = bootstrap_interval(differences)
-    return Comparison(estimate(differences), low, high, wilcoxon_p(differences), len(common))
+    return Comparison(
+        difference=estimate(differences),
+        low=low,
+        high=high,
+        p_value=wilcoxon_p(differences),
+        pairs=len(common),
+        higher=int((differences > RESOLUTION / 2).sum()),
+    )
 
 
 def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:

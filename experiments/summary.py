@@ -158,7 +158,7 @@ def text_table(summary: Summary, published: Mapping[str, str] | None = None) -> 
     for row in summary.rows:
         line = [row.method, str(len(row.seeds)), row.accuracy.percent()]
         if compared:
-            line += _comparison_cells(row)
+            line += comparison_cells(row.comparison, row.p_holm)
         line += [row.groups[g].percent() if g in row.groups else "" for g in summary.groups]
         line += [_number(row.seconds, "{:.1f}")] if timed else []
         line += [published.get(row.method, "")] if published else []
@@ -166,15 +166,15 @@ def text_table(summary: Summary, published: Mapping[str, str] | None = None) -> 
     return lines
 
 
-def _comparison_cells(row: Row) -> list[str]:
-    if row.comparison is None:
+def comparison_cells(comparison: Comparison | None, p_holm: float) -> list[str]:
+    """Difference, interval, p-value and corrected p-value as text; empty without a comparison."""
+    if comparison is None:
         return ["", "", "", ""]
-    comparison = row.comparison
     return [
         comparison.difference.percent(signed=True),
         comparison.interval(),
         _number(comparison.p_value, "{:.3g}"),
-        _number(row.p_holm, "{:.3g}"),
+        _number(p_holm, "{:.3g}"),
     ]
 
 
@@ -186,17 +186,27 @@ def frame(summary: Summary) -> pd.DataFrame:
     """The table with one number a cell: accuracies as fractions, NaN where there is none."""
     records = []
     for row in summary.rows:
-        difference, low, high, p_value, pairs = row.comparison or (UNKNOWN, *[float("nan")] * 3, 0)
         record = {"method": row.method, "seeds": len(row.seeds)}
         record |= _numbers("accuracy", row.accuracy)
-        record |= {"baseline": summary.baseline, "pairs": pairs}
-        record |= _numbers("difference", difference)
-        record |= {"difference_low": low, "difference_high": high}
-        record |= {"p_value": p_value, "p_holm": row.p_holm}
+        record |= {"baseline": summary.baseline}
+        record |= comparison_numbers(row.comparison, row.p_holm)
         for group in summary.groups:
             record |= _numbers(group, row.groups.get(group, UNKNOWN))
         records.append(record | {"seconds_mean": row.seconds})
     return pd.DataFrame.from_records(records)
+
+
+def comparison_numbers(comparison: Comparison | None, p_holm: float) -> dict[str, float]:
+    """The same numbers as fractions, by the names that tables have them under."""
+    found = comparison or Comparison(UNKNOWN, *[float("nan")] * 3, pairs=0, higher=0)
+    return {
+        "pairs": found.pairs,
+        **_numbers("difference", found.difference),
+        "difference_low": found.low,
+        "difference_high": found.high,
+        "p_value": found.p_value,
+        "p_holm": p_holm,
+    }
 
 
 def _numbers(name: str, value: Estimate) -> dict[str, float]:

@@ -45,7 +45,7 @@ def test_the_signed_rank_p_value_counts_all_signs_with_ties_and_zeros(thousandth
 
 def test_differences_that_are_all_zero_give_no_evidence_and_no_warning():
     comparison = statistics.compare({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.6, 2: 0.7})
-    assert comparison == ((0.0, 0.0), 0.0, 0.0, 1.0, 3)
+    assert comparison == ((0.0, 0.0), 0.0, 0.0, 1.0, 3, 0)
 
 
 def test_one_pair_has_a_difference_but_no_interval_and_no_p_value():
@@ -168,6 +168,12 @@ def test_every_figure_named_in_the_report_is_there(made):
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert f"({path.relative_to(output)})" in text
+
+
+def test_without_compare_there_is_no_file_and_no_heading_of_contrasts(made):
+    _, output = made
+    assert not (output / "contrasts.csv").exists()
+    assert "ontrast" not in (output / "report.md").read_text(encoding="utf-8")
 
 
 def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_path, command):
