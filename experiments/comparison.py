@@ -33,7 +33,7 @@ def define_flags(experiment: str, profile: str) -> None:
         "Methods to compare: erm, any perturbation, or sums such as lpa+lpl; dropout@hidden2 names "
         "the layer, manifold_mixup@input|hidden1 layers of which each step draws one.",
     )
-    flags.DEFINE_list("seeds", ["3"], "Number of seeds, or a list of them; paired over methods.")
+    flags.DEFINE_list("seeds", ["3"], f"{run_flags.SEEDS}; paired over methods.")
     flags.DEFINE_string("workdir", f"runs/{experiment}", "Folder for everything that is written.")
     flags.DEFINE_string(
         "hparams",

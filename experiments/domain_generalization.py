@@ -58,7 +58,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Flags of this module."""
     domain_flags.define_flags("runs/domain_generalization")
-    flags.DEFINE_list("seeds", ["3"], "Number of seeds, or a list of them; paired over methods.")
+    flags.DEFINE_list("seeds", ["3"], f"{run_flags.SEEDS}; paired over methods.")
     flags.DEFINE_integer("draws", 1, "Sets of hyperparameters of each method; 1: fixed ones.")
     flags.DEFINE_bool(
         "leave_two_out", False, "Also train without each pair of domains, for cross-validation."

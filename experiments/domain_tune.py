@@ -23,10 +23,10 @@ from experiments import (
     domain_flags,
     domain_selection,
     entry_point,
-    files,
     methods,
     run_flags,
     search,
+    search_loop,
 )
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_settings import DomainSettings, DomainSource
@@ -40,13 +40,8 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Flags of this module."""
     domain_flags.define_flags("runs/domain_tune")
-    flags.DEFINE_integer("trials", 12, "Trials of every method.")
-    flags.DEFINE_integer("num_seeds", 1, "Seeds that every trial is averaged over.")
-    flags.DEFINE_integer("first_seed", 100, "The first of them; keep test seeds out.")
-    flags.DEFINE_integer("search_seed", 0, "Seed of the random search.")
-    flags.DEFINE_string("output", "", "File for the chosen hyperparameters; not written if empty.")
-    flags.DEFINE_integer("worker", 0, "Which share of the trials this process runs.")
-    flags.DEFINE_integer("num_workers", 1, "Processes that share the trials.")
+    search_loop.define_flags(trials=12, seeds="100-100")
+    flags.adopt_module_key_flags(search_loop)
     flags.adopt_module_key_flags(domain_flags)
     flags.adopt_module_key_flags(run_flags)
 
@@ -63,34 +58,12 @@ class Trial(NamedTuple):
     network: Network
 
 
-def seeds() -> range:
-    """Seeds that every trial is averaged over.
-
-    Raises:
-      ValueError: a flag is out of range.
-    """
-    for name, low in (("num_seeds", 1), ("first_seed", 0)):
-        if FLAGS[name].value < low:
-            raise ValueError(f"--{name} must be >= {low}, got {FLAGS[name].value}")
-    return range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.num_seeds)
-
-
 def trial_options(settings: DomainSettings, method: str, trial: int) -> dict[str, Any]:
     """What a trial draws, and what flags fix for all."""
     hidden = run_flags.searched_layers(settings.model)
     drawn = search.draw(method, trial, hidden, FLAGS.search_seed, domain_flags.search_ranges())
     explicit = domain_flags.explicit_options()
     return methods.options_for(method, drawn, explicit) | run_flags.explicit_run_options()
-
-
-def best(scores: Mapping[int, float | None]) -> int | None:
-    """The first of the trials with the highest score; None if all diverged.
-
-    >>> best({0: None, 1: 0.5, 2: 0.7, 3: 0.7})
-    2
-    """
-    scored = {trial: score for trial, score in scores.items() if score is not None}
-    return max(scored, key=scored.__getitem__, default=None)
 
 
 def choose(
@@ -105,7 +78,7 @@ def choose(
     domains = dict.fromkeys(domain for _, domain in scores)
     by_domain = {}
     for domain in domains:
-        chosen = best({trial: scores[trial, domain] for trial in trials})
+        chosen = search_loop.best({trial: scores[trial, domain] for trial in trials})
         if chosen is None:
             return None
         by_domain[domain] = {
@@ -114,17 +87,8 @@ def choose(
             "validation_accuracy": scores[chosen, domain],
         }
     average = {trial: _mean([scores[trial, domain] for domain in domains]) for trial in trials}
-    pooled = best(average)
-    if pooled is None:
-        return None
-    return {
-        "chosen": trials[pooled],
-        "trial": pooled,
-        "validation_accuracy": average[pooled],
-        "all_scores": sorted((s for s in average.values() if s is not None), reverse=True),
-        "diverged": sum(score is None for score in average.values()),
-        "by_test_domain": by_domain,
-    }
+    pooled = search_loop.choice(average, trials)
+    return None if pooled is None else pooled | {"by_test_domain": by_domain}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -140,17 +104,11 @@ def tune(interrupts: Interrupts) -> None:
     """Runs this worker's missing trials; writes the choice when no trial is missing."""
     settings = domain_flags.settings()
     run_flags.apply_runtime_flags()
-    if FLAGS.trials < 1:
-        raise ValueError(f"--trials must be >= 1, got {FLAGS.trials}")
-    if not 0 <= FLAGS.worker < FLAGS.num_workers:
-        raise ValueError(
-            f"--worker must lie in 0..{FLAGS.num_workers - 1} (--num_workers - 1), "
-            f"got {FLAGS.worker}"
-        )
+    search_loop.check_flags()
     source = DomainSource(settings)
     trials = [
         Trial(number, Network(method, trial_options(settings, method, number), (test,), seed))
-        for seed in seeds()
+        for seed in run_flags.seeds(FLAGS.seeds)
         for method in FLAGS.methods
         for number in range(FLAGS.trials)
         for test in domain_flags.domains_to_test(source.names)
@@ -167,8 +125,7 @@ def tune(interrupts: Interrupts) -> None:
     todo = []
     for trial in trials:
         trainings.program(trial.network).check(trial.network.options)
-        mine = trial.number % FLAGS.num_workers == FLAGS.worker
-        if trainings.finished(trial.network) is None and mine:
+        if trainings.finished(trial.network) is None and search_loop.is_mine(trial.number):
             todo.append(trial.network)
     quiet = FLAGS.quiet or not multihost.is_first_host()
     with interrupts, RunProgress(len(todo), settings.intervals, quiet) as progress:
@@ -178,7 +135,7 @@ def tune(interrupts: Interrupts) -> None:
         return
     found = [trainings.finished(trial.network) for trial in trials]
     if None in found:
-        print("Trials of other workers are missing; run any worker again when they are done.")
+        search_loop.say_incomplete()
         return
     chosen = choose_all(trials, [training["records"] for training in found])
     report(settings, chosen)
@@ -211,20 +168,16 @@ def choose_all(
 def report(settings: DomainSettings, chosen: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints what was chosen and writes it."""
     for method, entry in chosen.items():
-        print(f"{method}: {100 * entry['validation_accuracy']:.2f} %  {entry['chosen']}")
+        search_loop.say_choice(method, entry)
         for test, of_domain in entry["by_test_domain"].items():
             accuracy = 100 * of_domain["validation_accuracy"]
             print(f"  without {test}: {accuracy:.2f} %  trial {of_domain['trial']}")
-    if not FLAGS.output:
-        return
     searched = {
         "settings": settings.as_dict(),
-        "seeds": list(seeds()),
+        "seeds": run_flags.seeds(FLAGS.seeds),
         "search_seed": FLAGS.search_seed,
-        "trials": FLAGS.trials,
     }
-    files.write_json(FLAGS.output, {"search": searched, "methods": chosen})
-    print(f"Written to {FLAGS.output}")
+    search_loop.write(searched, chosen)
 
 
 def main(argv: list[str]) -> None:

@@ -77,11 +77,11 @@ def run(folder: pathlib.Path) -> int:
 
 def _run_locked(folder: pathlib.Path) -> int:
     job = jobs.read(folder)
-    # --seeds=4 would mean the seeds 0 to 3; a job is one seed.
-    run_flags.seeds = lambda given: [job.seed]
     workdir = folder / jobs.RUN
     try:
-        with parsed(job.experiment, [*job.arguments, f"--workdir={workdir}"]) as module:
+        # --seeds=4 would mean the seeds 0 to 3; a job is one seed.
+        own = (f"--seeds={job.seed}-{job.seed}", f"--workdir={workdir}")
+        with parsed(job.experiment, [*job.arguments, *own]) as module:
             module.main([job.experiment])
         error = None
     except KeyboardInterrupt:
@@ -108,6 +108,16 @@ def _run_locked(folder: pathlib.Path) -> int:
     return outcome["exit_status"]
 
 
+def _leave(number, frame) -> None:
+    """Ends the process: outside a training, which handles SIGTERM itself, there is nothing to save.
+
+    At once, since an exception would be swallowed where the signal comes within a callback of the
+    garbage collector (JAX has one), and the job would go on until it is killed.
+    """
+    os.write(2, b"SIGTERM: stopped outside the training\n")
+    os._exit(jobs.INTERRUPTED)
+
+
 def check(experiment: str, argument_lists: Sequence[Sequence[str]]) -> None:
     """Parses flags as the jobs will.
 
@@ -132,8 +142,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2 or not pathlib.Path(argv[1], jobs.JOB).is_file():
         print(f"error: name one folder with a {jobs.JOB}", file=sys.stderr)
         return 1
-    # A sweep that stops asks with SIGTERM: a shell may have started it with SIGINT ignored.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _leave)
     return run(pathlib.Path(argv[1]))
 
 

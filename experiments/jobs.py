@@ -148,11 +148,6 @@ def start(job: Job, environment: Mapping[str, str] | None = None) -> subprocess.
     )
 
 
-def execute(job: Job) -> Outcome:
-    """Runs a job to its end; what a node of a cluster does."""
-    return outcome_of(job, start(job).wait())
-
-
 def outcome_of(job: Job, exit_status: int) -> Outcome:
     """What the exit status of `experiments.job_run` means."""
     if exit_status == 0:
@@ -226,36 +221,3 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def run_on_cluster(
-    jobs: Sequence[Job], executor, report: Callable[[Outcome], None] = lambda outcome: None
-) -> list[Outcome]:
-    """Runs jobs through a submitit executor; a KeyboardInterrupt cancels those not ended.
-
-    Args:
-      jobs: in order.
-      executor: `submitit.AutoExecutor`, or anything with its `batch` and `submit`.
-      report: called with each outcome as it comes.
-    """
-    with executor.batch():
-        submitted = {i: executor.submit(execute, job) for i, job in enumerate(jobs)}
-    outcomes = []
-    try:
-        while submitted:
-            for i in [i for i, remote in submitted.items() if remote.done()]:
-                outcomes.append(_remote_outcome(jobs[i], submitted.pop(i)))
-                report(outcomes[-1])
-            time.sleep(0.2)
-    finally:
-        for remote in submitted.values():
-            remote.cancel()
-    return outcomes
-
-
-def _remote_outcome(job: Job, remote) -> Outcome:
-    error = remote.exception()
-    if error is None:
-        return Outcome(job, *remote.result()[1:])
-    # The node was lost or the time ran out: nothing was said by the job itself.
-    return Outcome(job, FAILED, str(error).strip().splitlines()[-1])

@@ -18,6 +18,8 @@ from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
 
+# Help of every --seeds.
+SEEDS = "Number of seeds, or a list of seeds and ranges such as 0-3,8 (4-4: seed 4 alone)"
 # Flags that set an option of every perturbation that has it; None leaves it as tuned or default.
 OPTION_FLAGS = (
     "radius",
@@ -340,21 +342,31 @@ def explicit_run_options() -> dict[str, float]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def seeds(count_or_list: list[str]) -> list[int]:
-    """Seeds from a flag: one number n means 0..n-1, several mean themselves.
+def seeds(texts: list[str]) -> list[int]:
+    """Seeds from a flag: one number n means 0..n-1, several and ranges mean themselves.
 
     Raises:
-      ValueError: not whole numbers >= 0, none, or one twice.
+      ValueError: not whole numbers >= 0 or ranges of them, none, or one twice.
 
-    >>> seeds(["3"]), seeds(["4", "7"])
-    ([0, 1, 2], [4, 7])
+    >>> seeds(["3"]), seeds(["4", "7"]), seeds(["0-3", "8"]), seeds(["4-4"])
+    ([0, 1, 2], [4, 7], [0, 1, 2, 3, 8], [4])
     """
-    if not count_or_list or not all(text.strip().isdecimal() for text in count_or_list):
-        raise ValueError(f"--seeds must be whole numbers >= 0, got {','.join(count_or_list)!r}")
-    numbers = [int(text) for text in count_or_list]
-    numbers = list(range(numbers[0])) if len(numbers) == 1 else numbers
+    given = ",".join(texts)
+    if len(texts) == 1 and texts[0].strip().isdecimal():
+        texts = [f"0-{int(texts[0]) - 1}"] if int(texts[0]) else []
+    numbers = []
+    for text in texts:
+        first, dash, last = (part.strip() for part in text.partition("-"))
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal():
+            raise ValueError(
+                f"--seeds must be whole numbers >= 0 or ranges such as 4-7, got {given!r}"
+            )
+        if int(last) < int(first):
+            raise ValueError(f"--seeds: the range {text.strip()!r} ends before it begins")
+        numbers += range(int(first), int(last) + 1)
     if not numbers or len(set(numbers)) < len(numbers):
-        raise ValueError(f"--seeds must name different seeds, got {','.join(count_or_list)!r}")
+        raise ValueError(f"--seeds must name different seeds, got {given!r}")
     return numbers
 
 

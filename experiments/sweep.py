@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments import files, jobs, report, run_flags
+from experiments import cluster, files, jobs, report, run_flags
 
 FLAGS = flags.FLAGS
 CLUSTERS = ("none", "slurm", "local", "debug")
@@ -45,7 +45,7 @@ def define_flags() -> None:
     """Flags of this module."""
     flags.DEFINE_string("experiment", "long_tail", "Module of experiments that jobs run.")
     flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to run.")
-    flags.DEFINE_list("seeds", ["8"], "Number of seeds, or a list of them.")
+    flags.DEFINE_list("seeds", ["8"], f"{run_flags.SEEDS}.")
     flags.DEFINE_multi_string("set", [], "FLAG=VALUE,VALUE: a flag of the jobs and its values.")
     flags.DEFINE_string("description", None, "JSON file in place of the four flags above.")
     flags.DEFINE_string("workdir", "runs/sweep", "Folder of the jobs and their report.")
@@ -226,7 +226,8 @@ def run(planned: Sequence[jobs.Job], workdir: pathlib.Path) -> list[jobs.Outcome
         return outcomes
     if FLAGS.cluster == "none":
         return outcomes + jobs.run_here(todo, FLAGS.num_workers, FLAGS.gpus, progress)
-    return outcomes + jobs.run_on_cluster(todo, executor(workdir), progress)
+    ended = cluster.SlurmQueue() if FLAGS.cluster == "slurm" else cluster.by_submitit
+    return outcomes + cluster.run(todo, executor(workdir), ended, progress)
 
 
 def summarize(outcomes: Sequence[jobs.Outcome]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import files, methods, radius_center, run_flags, runner, search
+from experiments import files, methods, radius_center, run_flags, runner, search, search_loop
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
 from lpa_jax import trainer
@@ -28,13 +28,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Flags of this module."""
     flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to tune.")
-    flags.DEFINE_integer("trials", 40, "Trials of every method.")
-    flags.DEFINE_list(
-        "seeds",
-        ["100", "101", "102"],
-        "Seeds that every trial is averaged over; keep test seeds out.",
-    )
-    flags.DEFINE_integer("search_seed", 0, "Seed of the random search.")
+    search_loop.define_flags(trials=40, seeds="100-102")
     flags.DEFINE_enum(
         "radius_center",
         "range",
@@ -44,9 +38,6 @@ def define_flags() -> None:
         "warm-up on the first seed.",
     )
     flags.DEFINE_string("workdir", "runs/tune", "Folder of the trials.")
-    flags.DEFINE_string("output", "", "File for the chosen hyperparameters; not written if empty.")
-    flags.DEFINE_integer("worker", 0, "Which share of the trials this process runs.")
-    flags.DEFINE_integer("num_workers", 1, "Processes that share the trials.")
     run_flags.define_data_flags(dataset="mnist5k", profile="exponential")
     run_flags.define_training_flags()
     run_flags.define_search_flags()
@@ -54,6 +45,7 @@ def define_flags() -> None:
     run_flags.define_perturbation_flags()
     FLAGS.set_default("evaluate_on", "validation")
     flags.adopt_module_key_flags(run_flags)
+    flags.adopt_module_key_flags(search_loop)
 
 
 def run_trial(
@@ -108,18 +100,12 @@ def choose(workdir: pathlib.Path, names: list[str], trials: int) -> dict[str, An
         outcomes = [files.read_json(trial_path(workdir, method, t)) for t in range(trials)]
         if any(outcome is None for outcome in outcomes):
             return None
-        scored = [outcome for outcome in outcomes if outcome["score"] is not None]
-        if not scored:
+        chosen[method] = search_loop.choice(
+            {outcome["trial"]: outcome["score"] for outcome in outcomes},
+            {outcome["trial"]: outcome["options"] for outcome in outcomes},
+        )
+        if chosen[method] is None:
             raise ValueError(f"--methods: every trial of {method} diverged")
-        best = max(scored, key=lambda outcome: outcome["score"])
-        scores = sorted((outcome["score"] for outcome in scored), reverse=True)
-        chosen[method] = {
-            "chosen": best["options"],
-            "trial": best["trial"],
-            "validation_accuracy": best["score"],
-            "all_scores": scores,
-            "diverged": len(outcomes) - len(scored),
-        }
     return chosen
 
 
@@ -156,7 +142,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         (method, trial)
         for trial in range(FLAGS.trials)
         for method in FLAGS.methods
-        if trial % FLAGS.num_workers == FLAGS.worker
+        if search_loop.is_mine(trial)
         and files.read_json(trial_path(workdir, method, trial)) is None
     ]
     programs: dict[Any, runner.Program] = {}
@@ -166,14 +152,11 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
             files.write_json(trial_path(workdir, method, trial), outcome)
     chosen = choose(workdir, FLAGS.methods, FLAGS.trials)
     if chosen is None:
-        print("Trials of other workers are missing; run any worker again when they are done.")
+        search_loop.say_incomplete()
         return
     for method, entry in chosen.items():
-        print(f"{method}: {100 * entry['validation_accuracy']:.2f} %  {entry['chosen']}")
-    if FLAGS.output:
-        content = {"search": setting | {"trials": FLAGS.trials}, "methods": chosen}
-        files.write_json(FLAGS.output, content)
-        print(f"Written to {FLAGS.output}")
+        search_loop.say_choice(method, entry)
+    search_loop.write(setting, chosen)
 
 
 def main(argv: list[str]) -> None:
@@ -187,13 +170,7 @@ def main(argv: list[str]) -> None:
         run_flags.apply_runtime_flags()
         if settings.evaluate_on != "validation":
             raise ValueError("--evaluate_on must be validation: test images choose nothing")
-        if FLAGS.trials < 1:
-            raise ValueError(f"--trials must be >= 1, got {FLAGS.trials}")
-        if not 0 <= FLAGS.worker < FLAGS.num_workers:
-            raise ValueError(
-                f"--worker must lie in 0..{FLAGS.num_workers - 1} (--num_workers - 1), "
-                f"got {FLAGS.worker}"
-            )
+        search_loop.check_flags()
         run_flags.prepare_data()
         tune(settings, pathlib.Path(FLAGS.workdir))
     except ValueError as error:

@@ -22,6 +22,7 @@ from experiments import (
     image_flags,
     run_flags,
     search,
+    search_loop,
 )
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_settings import DomainSettings, DomainSource
@@ -302,7 +303,7 @@ def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("argument", ["--trials=0", "--num_seeds=0", "--worker=1"])
+@pytest.mark.parametrize("argument", ["--trials=0", "--seeds=0", "--worker=1"])
 def test_tuning_refuses_bad_input_before_anything_is_written(run, tmp_path, argument):
     message, *_ = run("domain_tune", *TINY, argument, f"--workdir={tmp_path / 'tune'}")
     assert argument.partition("=")[0] in message and "\n" not in message
@@ -322,7 +323,7 @@ def test_every_flag_has_a_help_text_and_is_read(request):
         module.define_flags()
         sources = "".join(
             pathlib.Path(m.__file__).read_text()
-            for m in (module, domain_flags, run_flags, distributed, image_flags)
+            for m in (module, domain_flags, run_flags, search_loop, distributed, image_flags)
         )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name

@@ -23,6 +23,7 @@ from experiments import (
     long_tail,
     run_flags,
     runner,
+    search_loop,
     tune,
 )
 from experiments.methods import RUN_OPTIONS
@@ -226,13 +227,40 @@ def test_every_flag_has_a_help_text_and_is_read(request):
         module.define_flags()
         sources = "".join(
             pathlib.Path(m.__file__).read_text()
-            for m in (module, comparison, run_flags, distributed, image_flags)
+            for m in (module, comparison, run_flags, search_loop, distributed, image_flags)
         )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name
             read = f"FLAGS.{name}" in sources or name in BY_NAME
             assert read, f"--{name} is never read"
         forget_flags()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("3", [0, 1, 2]), ("4,7", [4, 7]), ("4-7", [4, 5, 6, 7]), ("4-4", [4]),
+     ("0-2, 8", [0, 1, 2, 8]), ("8,0-1", [8, 0, 1])],
+)  # fmt: skip
+def test_seeds_are_a_number_or_a_list_of_seeds_and_ranges(text, expected):
+    assert run_flags.seeds(text.split(",")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", "--seeds must name different seeds, got '0'"),
+        ("", "--seeds must be whole numbers >= 0 or ranges such as 4-7, got ''"),
+        ("-3", "ranges such as 4-7, got '-3'"),
+        ("4-", "ranges such as 4-7, got '4-'"),
+        ("1-2-3", "ranges such as 4-7, got '1-2-3'"),
+        ("1.5", "ranges such as 4-7, got '1.5'"),
+        ("7-4", "--seeds: the range '7-4' ends before it begins"),
+        ("0-3,2", "--seeds must name different seeds, got '0-3,2'"),
+    ],
+)
+def test_wrong_seeds_are_named(text, expected):
+    with pytest.raises(ValueError, match=re.escape(expected) + "$"):
+        run_flags.seeds(text.split(","))
 
 
 def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):

@@ -1,7 +1,6 @@
 """Sweeps: one real one, and everything that can go wrong with processes that take no time."""
 
 import contextlib
-import gc
 import json
 import os
 import pathlib
@@ -13,7 +12,6 @@ import time
 
 import made_up_runs
 import pytest
-import submitit
 from absl import flags
 
 from experiments import job_run, jobs, report_data, sweep
@@ -234,6 +232,26 @@ def test_a_running_job_is_left_alone(planned):
     assert jobs.outcome_of(planned[0], jobs.LOCKED).status == "running"
 
 
+def test_sigterm_before_training_ends_a_job_even_where_exceptions_are_swallowed(
+    planned, monkeypatch
+):
+    """As in JAX's callback of the garbage collector, where a real `scancel` was lost."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+
+    def swallow(folder):
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(job_run, "run", swallow)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        job_run.main(["job_run", planned[0].folder])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left == [jobs.INTERRUPTED]
+
+
 def test_the_claim_of_a_dead_process_does_not_hold(planned):
     folder = pathlib.Path(planned[0].folder)
     script = f"""
@@ -323,64 +341,3 @@ def test_a_child_that_does_not_listen_is_killed_after_the_grace(monkeypatch):
     with contextlib.closing(process.stdout):
         jobs.stop([process])
     assert process.returncode == -signal.SIGKILL
-
-
-# Clusters
-
-
-# submitit's debug jobs leave their logs to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_submitit_runs_the_jobs_and_brings_their_outcomes_back(tmp_path, planned, monkeypatch):
-    monkeypatch.setattr(jobs, "start", fake_start("import sys; sys.exit('lpa' in sys.argv[1])"))
-    executor = submitit.AutoExecutor(folder=tmp_path / "submitit", cluster="debug")
-    executor.update_parameters(**sweep.slurm_parameters(["timeout_min=5"], 2))
-    outcomes = jobs.run_on_cluster(planned, executor)
-    assert [(o.job, o.status) for o in outcomes] == list(
-        zip(planned, ["done", "failed", "done", "failed"], strict=True)
-    )
-    del executor
-    gc.collect()
-
-
-class FakeRemote:
-    """A submitted job of a cluster that loses the second and never ends the third."""
-
-    def __init__(self, number, function, job):
-        self._number, self._function, self._job = number, function, job
-        self.cancelled = False
-
-    def done(self):
-        if self._number == 3:
-            raise KeyboardInterrupt
-        return self._number < 2
-
-    def exception(self):
-        return RuntimeError("traceback\nnode lost") if self._number == 1 else None
-
-    def result(self):
-        return jobs.Outcome(self._job, "done")
-
-    def cancel(self):
-        self.cancelled = True
-
-
-class FakeExecutor:
-    def __init__(self):
-        self.remotes = []
-
-    def batch(self):
-        return contextlib.nullcontext()
-
-    def submit(self, function, job):
-        self.remotes.append(FakeRemote(len(self.remotes), function, job))
-        return self.remotes[-1]
-
-
-def test_a_lost_node_is_a_failure_and_an_interrupt_cancels_what_has_not_ended(planned):
-    executor, ends = FakeExecutor(), []
-    outcomes = jobs.run_on_cluster(planned[:2], executor, ends.append)
-    assert [(o.status, o.detail) for o in outcomes] == [("done", ""), ("failed", "node lost")]
-    executor = FakeExecutor()
-    with pytest.raises(KeyboardInterrupt):
-        jobs.run_on_cluster(planned, executor)
-    assert [remote.cancelled for remote in executor.remotes][2:] == [True, True]
