@@ -6,7 +6,8 @@ trains (or finds in --workdir) every method with every seed and measures, part b
 
 - flatness: top Hessian eigenvalues, trace, worst-case and average sharpness of the training loss in
   weight space, as they are and filter-normalised, where networks of other scales compare;
-- activation: the same in the space of the activations at --measure_layers, per example;
+- spectrum: the density of all Hessian eigenvalues in weight space, by Lanczos quadrature;
+- activation: flatness in the space of the activations at --measure_layers, per example;
 - landscape: the loss along random filter-normalised lines, and over a plane for the first seed;
 - amplification: how LPA's perturbation, AFP's and random ones of LPA's length grow from every layer
   to every later one, with the local bound beside them: a heat map, layer x layer;
@@ -36,6 +37,7 @@ from experiments import (
     measure_tables,
     methods,
     run_flags,
+    spectrum_plots,
     summary,
     trained,
 )
@@ -48,6 +50,7 @@ FLAGS = flags.FLAGS
 # --parts, and what each measures; the plane is measured for the first seed alone.
 PARTS = {
     "flatness": ("flatness",),
+    "spectrum": ("spectrum",),
     "activation": ("activation",),
     "landscape": ("line", "plane"),
     "amplification": ("amplification",),
@@ -76,8 +79,15 @@ def define_flags() -> None:
         "measure_layers", [], "Layers of activation and geometry; unset: all hidden ones."
     )
     flags.DEFINE_integer("eigenvalues", how.eigenvalues, "Largest Hessian eigenvalues to find.")
-    flags.DEFINE_integer("lanczos_steps", how.lanczos_steps, "Hessian products to find them by.")
+    flags.DEFINE_integer(
+        "lanczos_steps",
+        how.lanczos_steps,
+        "Hessian products to find them by, and those of each probe of the spectrum.",
+    )
     flags.DEFINE_integer("probes", how.probes, "Random vectors for the trace.")
+    flags.DEFINE_integer(
+        "spectrum_probes", how.spectrum_probes, "Random vectors for the spectral density."
+    )
     flags.DEFINE_float(
         "sharpness_radius",
         how.sharpness_radius,
@@ -166,6 +176,7 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
     """Prints the tables and writes them with the figures."""
     figures = {
         "flatness": measure_plots.bars,
+        "spectrum": spectrum_plots.spectra,
         "activation": measure_plots.bars,
         "line": measure_plots.lines,
         "plane": measure_plots.planes,

@@ -41,7 +41,7 @@ def layer_sweep(
         "error_consistency": "error consistency (kappa)",
         "cka": "CKA of the last hidden layer",
     }
-    figure, axes = _panels(len(placed), len(measures))
+    figure, axes = panels(len(placed), len(measures))
     for row, (method, at) in enumerate(placed.items()):
         layers = list(at)
         references = (layers[0], layers[-1], baseline)
@@ -69,7 +69,7 @@ def layer_sweep(
     figure.legend(
         handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def bars(found: Found, path: pathlib.Path) -> None:
@@ -78,11 +78,11 @@ def bars(found: Found, path: pathlib.Path) -> None:
     measures, names = measure_tables.measures_of(values), list(values)
     columns = min(_COLUMNS, len(measures))
     height = 0.9 + 0.28 * len(names)
-    figure, axes = _panels(-(-len(measures) // columns), columns, height, sharey=True)
+    figure, axes = panels(-(-len(measures) // columns), columns, height, sharey=True)
     for axis, measure in zip(axes.flat, measures, strict=False):
         estimates = [measure_tables.estimate(values, name, measure) for name in names]
         means, errors = np.array(estimates).T
-        colors = [_color(names, name) for name in names]
+        colors = [color_of(names, name) for name in names]
         axis.barh(
             range(len(names)), means, xerr=np.nan_to_num(errors), color=colors, ecolor="#888888"
         )
@@ -94,23 +94,23 @@ def bars(found: Found, path: pathlib.Path) -> None:
     axes.flat[0].invert_yaxis()
     for axis in axes.flat[len(measures) :]:
         axis.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def lines(found: Found, path: pathlib.Path) -> None:
     """The loss along random lines: means over seeds of the mean over directions."""
-    figure, axes = _panels(1, 1, 4.0, width=6.0)
+    figure, axes = panels(1, 1, 4.0, width=6.0)
     axis = axes[0, 0]
     for method, seeds in found.items():
         # Infinite losses are null in files.
         losses = np.array([one["losses"] for one in seeds.values()], float).mean(axis=1)
         steps = next(iter(seeds.values()))["steps"]
-        _curve(axis, steps, losses, _color(list(found), method), method)
+        _curve(axis, steps, losses, color_of(list(found), method), method)
     axis.set_yscale("log")
     axis.set(xlabel="step, in filter norms", ylabel="loss")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def planes(found: Found, path: pathlib.Path) -> None:
@@ -121,7 +121,7 @@ def planes(found: Found, path: pathlib.Path) -> None:
     low, high = np.log10(np.maximum([every.min(), every.max()], 1e-8))
     levels = np.logspace(low, max(high, low + 1e-3), 16)
     columns = min(_COLUMNS, len(losses))
-    figure, axes = _panels(-(-len(losses) // columns), columns, 3.2, sharey=True)
+    figure, axes = panels(-(-len(losses) // columns), columns, 3.2, sharey=True)
     for axis, (method, table) in zip(axes.flat, losses.items(), strict=False):
         steps = one[method]["steps"]
         shown = np.ma.masked_invalid(np.maximum(table.T, levels[0]))
@@ -136,7 +136,7 @@ def planes(found: Found, path: pathlib.Path) -> None:
     bar = figure.colorbar(filled, ax=axes, label="loss", ticks=ticks, shrink=0.8)
     bar.ax.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
     bar.ax.minorticks_off()
-    _save(figure, path)
+    save(figure, path)
 
 
 def amplification(found: Found, path: pathlib.Path) -> None:
@@ -154,7 +154,7 @@ def amplification(found: Found, path: pathlib.Path) -> None:
     every = every[np.isfinite(every) & (every > 0)]
     norm = LogNorm(every.min(), every.max())
     side = 1.2 + 0.5 * len(layers)
-    figure, axes = _panels(len(maps), len(probes), side, width=side)
+    figure, axes = panels(len(maps), len(probes), side, width=side)
     for row, (method, own) in zip(axes, maps.items(), strict=True):
         for axis, (probe, table) in zip(row, own.items(), strict=True):
             shown = table[:-1, 1:]
@@ -169,13 +169,13 @@ def amplification(found: Found, path: pathlib.Path) -> None:
             axis.set_yticks(range(len(layers) - 1), layers[:-1], fontsize=8)
             axis.set_title(f"{method}: {probe}", fontsize=9)
     figure.colorbar(image, ax=axes, label="mean gain", shrink=0.7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def geometry(found: Found, path: pathlib.Path) -> None:
     """Loss change against norm ratio, a point a class and seed, a panel a method and layer."""
     layers = list(next(iter(next(iter(found.values())).values()))["classes"])
-    figure, axes = _panels(len(found), len(layers), 2.4)
+    figure, axes = panels(len(found), len(layers), 2.4)
     signs = ((1, "positive", COLORS[4], "^"), (-1, "negative", COLORS[5], "v"),
              (0, "neutral", "#999999", "o"))  # fmt: skip
     for row, (method, seeds) in zip(axes, found.items(), strict=True):
@@ -199,18 +199,18 @@ def geometry(found: Found, path: pathlib.Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("loss change")
     axes[0, 0].legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def corrupted(found: Found, path: pathlib.Path) -> None:
     """Reliability, and accuracy against severity: the mean of all corruptions, and each."""
     first = next(iter(next(iter(found.values())).values()))
     names, severities = list(first["by_severity"]), first["severities"]
-    panels = 2 + len(names)
-    columns = min(_COLUMNS, panels)
-    figure, axes = _panels(-(-panels // columns), columns, 2.6)
+    count = 2 + len(names)
+    columns = min(_COLUMNS, count)
+    figure, axes = panels(-(-count // columns), columns, 2.6)
     for method, seeds in found.items():
-        color, runs = _color(list(found), method), list(seeds.values())
+        color, runs = color_of(list(found), method), list(seeds.values())
         means = [np.array([one["reliability"][k] for one in runs], float)
                  for k in ("confidence", "accuracy")]  # fmt: skip
         # Bins without examples in some seed: the mean of the others.
@@ -230,12 +230,13 @@ def corrupted(found: Found, path: pathlib.Path) -> None:
         axis.set_xticks(severities)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    for axis in axes.flat[panels:]:
+    for axis in axes.flat[count:]:
         axis.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _color(names: Sequence[str], name: str) -> str:
+def color_of(names: Sequence[str], name: str) -> str:
+    """Of a method among the methods of a figure."""
     return COLORS[names.index(name) % len(COLORS)]
 
 
@@ -254,7 +255,8 @@ def _curve(axis, steps, runs: np.ndarray, color: str, label: str) -> None:
         axis.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
 
 
-def _panels(rows: int, columns: int, height: float = 3.2, width: float = 3.2, sharey: bool = False):
+def panels(rows: int, columns: int, height: float = 3.2, width: float = 3.2, sharey: bool = False):
+    """(figure, axes [rows, columns]); sizes of a panel in inches."""
     return plt.subplots(
         rows,
         columns,
@@ -265,5 +267,6 @@ def _panels(rows: int, columns: int, height: float = 3.2, width: float = 3.2, sh
     )
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def save(figure, path: pathlib.Path) -> None:
+    """Writes the figure, with the folder that it stands in, and closes it."""
     write_figure(figure, path, dpi=130)

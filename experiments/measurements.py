@@ -39,6 +39,7 @@ class Measuring:
     eigenvalues: int = 3
     lanczos_steps: int = 25
     probes: int = 32
+    spectrum_probes: int = 4
     sharpness_radius: float = 0.05
     average_radius: float = 1.0
     activation_radius: float = 0.1
@@ -62,6 +63,7 @@ class Measuring:
             ("eigenvalues", 1),
             ("lanczos_steps", self.eigenvalues),
             ("probes", 2),
+            ("spectrum_probes", 2),
             ("directions", 1),
             ("resolution", 3),
             ("power_iterations", 1),
@@ -121,6 +123,39 @@ def flatness(model: Model, how: Measuring) -> Measured:
             objective, how.sharpness_radius, steps=5
         )
     return {"values": values, "errors": errors}
+
+
+def spectrum(model: Model, how: Measuring) -> Measured:
+    """All eigenvalues of the Hessian in weight space: their quadrature, and what it says.
+
+    effective rank: (sum |lambda|)^2 / sum lambda^2, how many equal eigenvalues would weigh as much;
+    negative share: sum of |lambda| over negative lambda / sum of |lambda|.
+    """
+    objective = diagnostics.weight_objective(model.network, model.variables, how.batches(model))
+    size = objective.dimension
+    found = diagnostics.spectral_quadrature(
+        objective,
+        rng=jax.random.key(_KEY),
+        probes=how.spectrum_probes,
+        steps=min(how.lanczos_steps, size),
+    )
+    nodes = np.nan_to_num(found.nodes)
+    total, negative = ((found.weights * part).sum(axis=1)
+                       for part in (np.abs(nodes), np.maximum(-nodes, 0.0)))  # fmt: skip
+    squares = (found.weights * nodes**2).sum(axis=1)
+    by_probe = {
+        "trace": size * (found.weights * nodes).sum(axis=1),
+        "effective rank": size * total**2 / squares,
+        "negative share": negative / total,
+    }
+    estimates = {name: diagnostics.Estimate.over(each) for name, each in by_probe.items()}
+    ends = {"largest": np.nanmax(found.nodes), "smallest": np.nanmin(found.nodes)}
+    return {
+        "values": ends | {name: estimate.value for name, estimate in estimates.items()},
+        "errors": {name: estimate.standard_error for name, estimate in estimates.items()},
+        "nodes": found.nodes,
+        "weights": found.weights,
+    }
 
 
 def activation(model: Model, how: Measuring) -> Measured:
@@ -263,6 +298,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Model, Measuring], Measured], tuple[str,
         flatness,
         (*_IMAGES, "eigenvalues", "lanczos_steps", "probes", "sharpness_radius", "average_radius"),
     ),
+    "spectrum": (spectrum, (*_IMAGES, "lanczos_steps", "spectrum_probes")),
     "activation": (activation, (*_IMAGES, "measure_layers", "activation_radius")),
     "line": (line, (*_SLICE, "directions")),
     "plane": (plane, _SLICE),

@@ -115,12 +115,45 @@ def test_spectral_density_is_that_of_the_eigenvalues(single):
     exact /= 0.4 * np.sqrt(2 * np.pi)
     np.testing.assert_allclose(np.trapezoid(found.density, found.grid), 1, atol=1e-3)
     assert np.mean(np.abs(found.density - exact) < 4 * found.standard_error + 1e-4) > 0.97
+    np.testing.assert_allclose(found.quadrature.weights.sum(axis=-1), 1, rtol=1e-6)
+
+
+def test_quadrature_has_the_moments_that_each_probe_sees(single):
+    steps, A = 4, symmetric(EIGENVALUES, 0)
+    found = diagnostics.spectral_quadrature(single, rng=KEY, probes=3, steps=steps)
+    for nodes, weights, key in zip(
+        found.nodes, found.weights, jax.random.split(KEY, 3), strict=True
+    ):
+        v = np.asarray(curvature.random_signs(key, single), np.float64)[0]
+        for degree in range(2 * steps):  # exact up to 2 steps - 1, and no further
+            moment = v @ np.linalg.matrix_power(A, degree) @ v / SIZE
+            np.testing.assert_allclose(weights @ nodes**degree, moment, rtol=1e-3, atol=1e-3)
+        beyond = v @ np.linalg.matrix_power(A, 2 * steps) @ v / SIZE
+        assert abs(weights @ nodes ** (2 * steps) / beyond - 1) > 1e-3
+
+
+def test_means_over_the_spectrum_lie_within_their_standard_errors(single):
+    found = diagnostics.spectral_quadrature(single, rng=KEY, probes=40, steps=SIZE)
+    for function in (lambda t: t, np.square, lambda t: np.minimum(t, 0), lambda t: np.abs(t) > 2.5):
+        estimate = found.mean(function)
+        assert estimate.standard_error > 0
+        assert abs(estimate.value - function(EIGENVALUES).mean()) < 4 * estimate.standard_error
+
+
+def test_quadrature_ends_with_the_krylov_space_and_leaves_rows_without_examples_out(table):
+    low_rank = objective([symmetric(np.array([3.0, 1.0] + [0.0] * 10), 0)], lead=())
+    found = diagnostics.spectral_quadrature(low_rank, rng=KEY, probes=2, steps=8)
+    assert np.isnan(found.nodes[:, 3:]).all() and not found.weights[:, 3:].any()
+    np.testing.assert_allclose(found.density([3.0], 0.1).value.shape, (1,))
     np.testing.assert_allclose(found.weights.sum(axis=-1), 1, rtol=1e-6)
+    rows = diagnostics.spectral_density(table, rng=KEY, probes=2, steps=3, points=5)
+    assert rows.density.shape == (3, 5) and np.isnan(rows.density[1]).all()
+    assert np.isfinite(rows.density[[0, 2]]).all()
 
 
 def test_spectral_moments_agree_with_matfrees_quadrature(single):
     found = diagnostics.spectral_density(single, rng=KEY, probes=12, steps=6)
-    ours = SIZE * np.sum(found.weights * found.nodes**2, axis=-1).mean()
+    ours = SIZE * found.quadrature.mean(np.square).value
     A = jnp.asarray(symmetric(EIGENVALUES, 0), jnp.float32)
     square = funm.monte_carlo_funm_sym(funm.dense_funm_sym_eigh(jnp.square), decomp.tridiag_sym(6))
     sampler = stochtrace.sampler_signs(jnp.ones(SIZE), num=12)

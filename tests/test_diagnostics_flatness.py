@@ -96,6 +96,17 @@ def test_the_trace_in_weight_space_lies_within_its_standard_errors(weights, dens
     np.testing.assert_allclose(estimate.standard_error, np.sqrt(variance), rtol=0.5)
 
 
+def test_the_spectral_density_of_the_weights_is_that_of_the_dense_hessian(weights, dense):
+    eigenvalues = np.linalg.eigvalsh(dense)
+    width = 0.05 * np.ptp(eigenvalues)
+    found = diagnostics.spectral_density(weights, rng=KEY, probes=20, steps=30, width=width)
+    exact = np.exp(-0.5 * ((found.grid[:, None] - eigenvalues) / width) ** 2).mean(axis=1)
+    exact /= width * np.sqrt(2 * np.pi)
+    slack = 4 * found.standard_error + 0.01 * exact.max()
+    assert np.mean(np.abs(found.density - exact) < slack) > 0.97
+    assert np.mean(np.abs(found.density - exact)) < 0.2 * exact.mean()
+
+
 def filter_scales(params):
     """Filter norms as loops: the weights into one output, the size of a vector's entry."""
     scales = {}

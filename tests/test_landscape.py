@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from module_call import call
 
-from experiments import landscape, measure_tables, measurements, trained
+from experiments import landscape, measure_tables, measurements, spectrum_plots, trained
 from lpa_jax.interrupts import InterruptedRunError
 
 TINY = (
     "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--seeds=2",
     "--methods=erm,dropout", "--compilation_cache=", "--quiet", "--measure_batches=1",
     "--measure_batch_size=32", "--measure_layers=hidden3", "--lanczos_steps=4", "--eigenvalues=2",
-    "--probes=2", "--directions=1", "--resolution=3", "--power_iterations=5",
+    "--probes=2", "--spectrum_probes=2", "--directions=1", "--resolution=3", "--power_iterations=5",
     "--corruptions=contrast", "--severities=1,5",
 )  # fmt: skip
-FILES = ("flatness", "activation", "line", "amplification", "geometry", "calibration")
+FILES = ("flatness", "spectrum", "activation", "line", "amplification", "geometry", "calibration")
 
 
 def arguments(workdir):
@@ -51,6 +51,27 @@ def test_every_part_has_a_table_over_seeds_and_a_figure(job):
         assert "vs erm" in (job / f"{name}.md").read_text()
         assert (job / f"{name}.png").stat().st_size > 10_000
     assert (job / "plane.png").stat().st_size > 10_000
+
+
+def test_the_spectrum_is_within_its_ends_and_reaches_as_far_as_the_largest_eigenvalue(job):
+    found, flat = measured(job, "spectrum"), measured(job, "flatness")["values"]
+    nodes, weights = (np.array(found[name], float) for name in ("nodes", "weights"))
+    assert nodes.shape == weights.shape == (2, 4)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
+    values = found["values"]
+    assert values["smallest"] <= 0 < values["largest"] == pytest.approx(flat["lambda1"], rel=0.2)
+    assert 0 <= values["negative share"] < 0.5
+    assert found["errors"]["trace"] > 0
+
+
+def test_a_figure_of_spectra_holds_methods_that_differ_by_orders_of_magnitude(tmp_path):
+    narrow = {"values": {"largest": 1e-3}, "nodes": [[-1e-4, 0.0, 1e-3, None]] * 2,
+              "weights": [[0.1, 0.8, 0.1, 0.0]] * 2}  # fmt: skip
+    wide = {**narrow, "values": {"largest": 1e3}, "nodes": [[-1.0, 0.0, 1e3, None]] * 2}
+    spectrum_plots.spectra({"erm": {0: narrow}, "lpa": {0: wide, 1: wide}}, tmp_path / "a.png")
+    flat = {**narrow, "values": {"largest": 0.0}, "nodes": [[0.0] * 4] * 2}  # a dead network
+    spectrum_plots.spectra({"erm": {0: flat}}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
 
 
 def test_lines_and_plane_pass_through_the_loss_that_flatness_is_measured_at(job):
@@ -143,7 +164,7 @@ def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--parts=flat", "error: --parts must be among flatness, activation, landscape, "),
+        ("--parts=flat", "error: --parts must be among flatness, spectrum, activation, "),
         ("--parts=", "error: --parts must name at least one"),
         ("--measure_layers=stage9", "error: --measure_layers: "),
         ("--eigenvalues=0", "error: --eigenvalues must be >= 1, got 0"),

@@ -2,8 +2,8 @@
 
 Pure functions of a `Network` and its variables, whoever trained them: what a perturbation does
 (`geometry`), how it grows on its way up (`amplification`), how flat a network is in its weights and
-activations (`objective`, `curvature`, `landscape`), how alike two networks are (`similarity`), and
-how far one can be trusted (`calibration`, `corruptions`).
+activations (`objective`, `curvature`, `spectrum`, `landscape`), how alike two networks are
+(`similarity`), and how far one can be trusted (`calibration`, `corruptions`).
 """
 
 from lpa_jax.diagnostics import corruptions
@@ -28,9 +28,7 @@ from lpa_jax.diagnostics.calibration import (
 from lpa_jax.diagnostics.curvature import (
     Eigenvalues,
     Estimate,
-    SpectralDensity,
     average_sharpness,
-    spectral_density,
     top_eigenvalues,
     trace,
     worst_case_sharpness,
@@ -47,6 +45,12 @@ from lpa_jax.diagnostics.geometry import (
 from lpa_jax.diagnostics.landscape import filter_normalized_directions, loss_slice
 from lpa_jax.diagnostics.objective import Objective, objective_over
 from lpa_jax.diagnostics.similarity import error_consistency, linear_cka, prediction_agreement
+from lpa_jax.diagnostics.spectrum import (
+    SpectralDensity,
+    SpectralQuadrature,
+    spectral_density,
+    spectral_quadrature,
+)
 
 __all__ = [
     "ActivationFlatness",
@@ -58,6 +62,7 @@ __all__ = [
     "Observation",
     "Reliability",
     "SpectralDensity",
+    "SpectralQuadrature",
     "activation_flatness",
     "activation_objective",
     "agreement",
@@ -81,6 +86,7 @@ __all__ = [
     "random_directions",
     "reliability",
     "spectral_density",
+    "spectral_quadrature",
     "top_eigenvalues",
     "trace",
     "weight_objective",

@@ -1,4 +1,4 @@
-r"""How flat an objective is: Hessian eigenvalues, trace, spectrum, and sharpness within a radius.
+r"""How flat an objective is: Hessian eigenvalues, trace, and sharpness within a radius.
 
 All estimators work on every `Objective`, in weight space and in activation space, row by row, and
 touch the Hessian through its products with vectors only. Results are NumPy float64 with the shape
@@ -179,77 +179,9 @@ def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
     checks.integer("probes", probes, minimum=2)
     samples = []
     for key in jax.random.split(rng, probes):
-        signs = _signs(key, objective)
+        signs = random_signs(key, objective)
         samples.append(np.asarray(pgd.inner_products(signs, objective.hessian_product(signs))))
     return Estimate(*map(objective.shaped, Estimate.over(np.asarray(samples, np.float64))))
-
-
-class SpectralDensity(NamedTuple):
-    """Density of the Hessian's eigenvalues, smoothed by Gaussians.
-
-    Attributes:
-      grid: eigenvalues t, [G].
-      density: phi(t), [*lead, G]; integrates to 1.
-      standard_error: of the density over probes, [*lead, G].
-      nodes, weights: the quadrature behind it, [*lead, probes, steps]; weights sum to 1, and are 0
-        at nodes of nan, beyond the end of a Krylov space.
-    """
-
-    grid: np.ndarray
-    density: np.ndarray
-    standard_error: np.ndarray
-    nodes: np.ndarray
-    weights: np.ndarray
-
-
-def spectral_density(
-    objective: Objective,
-    *,
-    rng: Array,
-    probes: int = 8,
-    steps: int = 40,
-    points: int = 512,
-    width: float | None = None,
-) -> SpectralDensity:
-    r"""Density of all eigenvalues by stochastic Lanczos quadrature.
-
-        phi(t) = (1/n) sum_p sum_j w_pj N(t; theta_pj, width^2),    w_pj = (e_1^T s_pj)^2,
-
-    with Ritz values theta_pj and vectors s_pj of Lanczos from random sign vectors p = 1..n.
-
-    Args:
-      objective: from `weight_objective` or `activation_objective`.
-      rng: a key.
-      probes: n, >= 2.
-      steps: Lanczos steps a probe, >= 1; at most N are made.
-      points: G, >= 2, evenly over the Ritz values and five widths on both sides.
-      width: of the Gaussians, in units of the eigenvalues; None is 1% of the range of Ritz values.
-
-    Raises:
-      ValueError: a value out of range.
-
-    Source: Ghorbani et al., ICML 2019 (arXiv 1901.10159).
-    """
-    checks.integer("probes", probes, minimum=2)
-    checks.integer("points", points, minimum=2)
-    steps = min(checks.integer("steps", steps, minimum=1), objective.dimension)
-    found = []
-    for key in jax.random.split(rng, probes):
-        tridiagonal = lanczos(objective.hessian_product, _signs(key, objective), steps)
-        found.append(tridiagonal.ritz()[:2])
-    nodes, weights = (np.stack(part, axis=1) for part in zip(*found, strict=True))
-    present = nodes[objective.counts > 0]
-    low, high = np.nanmin(present), np.nanmax(present)
-    if width is None:
-        width = 0.01 * (high - low) or 1e-3
-    check_range("width", width, np.finfo(float).tiny)
-    grid = np.linspace(low - 5 * width, high + 5 * width, points)
-    distance = (grid - np.nan_to_num(nodes)[..., None]) / width  # nan has weight 0
-    bell = np.exp(-0.5 * distance**2) / (width * np.sqrt(2 * np.pi))
-    density = Estimate.over(np.einsum("rps,rpsg->prg", weights, bell))
-    return SpectralDensity(
-        grid, *map(objective.shaped, density), objective.shaped(nodes), objective.shaped(weights)
-    )
 
 
 def worst_case_sharpness(
@@ -326,7 +258,8 @@ def _without(rows: Array, unit: Array) -> Array:
     return rows - pgd.inner_products(rows, unit)[:, None] * unit
 
 
-def _signs(key: Array, objective: Objective) -> Array:
+def random_signs(key: Array, objective: Objective) -> Array:
+    """Independent +-1 in the shape of the objective's shift, [R, N]."""
     return jax.random.rademacher(key, (objective.rows, objective.dimension), objective.dtype)
 
 
