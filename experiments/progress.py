@@ -11,8 +11,12 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from lpa_jax.trainer import EpochRecord
+
+# Everything has to fit into 80 columns, of which the status takes up to 40.
+_NAME_WIDTH, _BAR_WIDTH = 16, 5
 
 
 class RunProgress:
@@ -21,9 +25,11 @@ class RunProgress:
     Lines go to standard error, so that standard output holds the result alone.
     """
 
-    def __init__(self, num_runs: int, epochs: int, quiet: bool = False):
+    def __init__(
+        self, num_runs: int, epochs: int, quiet: bool = False, console: Console | None = None
+    ):
         self._num_runs, self._epochs, self._quiet = num_runs, epochs, quiet
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False)
         self._live = not quiet and self._console.is_terminal
         self._done = 0
         self._bar = self._task = None
@@ -31,12 +37,15 @@ class RunProgress:
     def __enter__(self) -> "RunProgress":
         if self._live:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                # Everything has to fit into 80 columns.
-                BarColumn(bar_width=8),
+                TextColumn(
+                    "{task.description}",
+                    markup=False,
+                    table_column=Column(max_width=_NAME_WIDTH, no_wrap=True, overflow="ellipsis"),
+                ),
+                BarColumn(bar_width=_BAR_WIDTH),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
                 console=self._console,
             )
             self._bar.start()
@@ -67,7 +76,7 @@ class RunProgress:
             status = (
                 f"step {record.step} loss {record.train['loss']:.3f} "
                 f"acc {100 * record.train['accuracy']:.0f}% "
-                f"{record.examples_per_second:,.0f} img/s"
+                f"{_rounded(record.examples_per_second)} img/s"
             )
             done = self._done * self._epochs + record.epoch
             self._bar.update(self._task, completed=done, status=status)
@@ -79,3 +88,8 @@ class RunProgress:
         self.say(f"[{self._done}/{self._num_runs}] {self._name}: {outcome} ({seconds:.1f} s)")
         if self._live:
             self._bar.update(self._task, completed=self._done * self._epochs)
+
+
+def _rounded(number: float) -> str:
+    """Three characters or four: 846, 12k."""
+    return f"{number:.0f}" if number < 1000 else f"{number / 1000:.0f}k"
