@@ -15,8 +15,20 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import entry_point, files, methods, plots, run_flags, run_folder, runner, summary
+from experiments import (
+    entry_point,
+    files,
+    geometry_plots,
+    methods,
+    plots,
+    run_flags,
+    run_folder,
+    runner,
+    summary,
+)
+from experiments.program import make_program
 from experiments.progress import RunProgress
+from experiments.recording import TENSORBOARD, Logging
 from experiments.settings import Settings, TaskSource
 from lpa_jax import data, multihost, workdir_lock
 from lpa_jax.interrupts import Interrupts
@@ -40,6 +52,19 @@ def define_flags(experiment: str, profile: str) -> None:
         "auto",
         "File of tuned hyperparameters from experiments.tune; auto takes the one that comes with "
         "the project for this data set and model, none takes the methods' defaults.",
+    )
+    flags.DEFINE_integer(
+        "class_geometry_batches",
+        0,
+        "Training batches on which every evaluation measures what the perturbations do to each "
+        "class (norm ratio, cosine, loss change, sign, radius), for figures over epochs.",
+    )
+    flags.DEFINE_enum(
+        "tensorboard",
+        "scalars",
+        TENSORBOARD,
+        "full adds histograms of the weights and of what is logged by class, and a figure of the "
+        "classes' accuracy, at every evaluation.",
     )
     run_flags.define_data_flags(dataset="mnist5k", profile=profile)
     run_flags.define_training_flags()
@@ -82,12 +107,13 @@ def train_all(
     if first:
         workdir_lock.refuse_if_held(workdir)  # before data are read
     saving = run_flags.saving()
+    logging = Logging(FLAGS.class_geometry_batches, FLAGS.tensorboard)
     seeds = run_flags.seeds(FLAGS.seeds)
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in seeds}
     # Every program is built before the first run, so that a bad option stops everything at once.
     programs = {
-        (method, tasks[seed].counts): runner.make_program(
+        (method, tasks[seed].counts): make_program(
             method, options[method], settings, tasks[seed], FLAGS.layer
         )
         for method in options
@@ -125,6 +151,7 @@ def train_all(
                         folder,
                         progress.epoch,
                         saving=saving,
+                        logging=logging,
                         should_stop=interrupts,
                         say=progress.say,
                     )
@@ -147,6 +174,7 @@ def report(results: summary.Results, settings: Settings, workdir: pathlib.Path) 
     files.write_text(workdir / "table.md", summary.as_markdown(results, title))
     plots.per_class_accuracy(results, workdir / "per_class_accuracy.png")
     plots.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
+    geometry_plots.over_epochs(results, workdir / "class_geometry.png")
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(summary.COLUMNS):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)

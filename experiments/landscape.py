@@ -11,7 +11,9 @@ trains (or finds in --workdir) every method with every seed and measures, part b
 - landscape: the loss along random filter-normalised lines, and over a plane for the first seed;
 - amplification: how LPA's perturbation, AFP's and random ones of LPA's length grow from every layer
   to every later one, with the local bound beside them: a heat map, layer x layer;
-- geometry: what LPA's perturbation does to norm and loss of every class: is expansive positive?
+- geometry: what LPA's perturbation does to norm and loss of every class at every layer, with and
+  without its half-space: is expansive positive? geometry_classes.csv has a line a class; and,
+  if runs logged it (--class_geometry_batches), the same over the epochs of training;
 - calibration: ECE and likelihood on the evaluation images, accuracy on corrupted ones.
 
 For each part it writes PART.csv and PART.md (mean +- standard error over seeds, paired differences
@@ -33,6 +35,7 @@ from experiments import (
     comparison,
     entry_point,
     files,
+    geometry_plots,
     measure_plots,
     measure_tables,
     methods,
@@ -42,7 +45,7 @@ from experiments import (
     trained,
 )
 from experiments.measurements import MEASUREMENTS, Measuring
-from lpa_jax import workdir_lock
+from lpa_jax import pgd, workdir_lock
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.interrupts import Interrupts
 
@@ -109,6 +112,11 @@ def define_flags() -> None:
         how.probe_radius,
         "Radius of the perturbations of amplification and geometry, relative to mean ||h||.",
     )
+    flags.DEFINE_list(
+        "probe_geometries",
+        list(how.probe_geometries),
+        f"Forms of LPA that geometry measures, among {', '.join(pgd.GEOMETRIES)}.",
+    )
     flags.DEFINE_integer(
         "power_iterations", how.power_iterations, "Most power iterations for a local bound."
     )
@@ -138,7 +146,9 @@ def measuring(model: str) -> Measuring:
         raise ValueError(f"--severities must be whole numbers, got {given!r}") from None
     values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Measuring)}
     values |= {"severities": severities}
-    values |= {name: tuple(values[name]) for name in ("measure_layers", "corruptions")}
+    values |= {
+        name: tuple(values[name]) for name in ("measure_layers", "probe_geometries", "corruptions")
+    }
     return Measuring(**values).check(model)
 
 
@@ -181,7 +191,7 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
         "line": measure_plots.lines,
         "plane": measure_plots.planes,
         "amplification": measure_plots.amplification,
-        "geometry": measure_plots.geometry,
+        "geometry": geometry_plots.every_form,
         "calibration": measure_plots.corrupted,
     }
     for name, measured in found.items():
@@ -205,6 +215,9 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
         files.write_text(workdir / f"{name}.csv", summary.csv_text(table))
         text = measure_tables.markdown(values, shown, methods.ERM, f"{name}: {title}")
         files.write_text(workdir / f"{name}.md", text + "\n" + measure_tables.LEGEND)
+        if name == "geometry":
+            classes = measure_tables.class_frame(measured)
+            files.write_text(workdir / "geometry_classes.csv", summary.csv_text(classes))
         print(text)
 
 
@@ -222,6 +235,8 @@ def run(interrupts: Interrupts) -> None:
     # Without what is evaluated: each part has images and measures of its own.
     title = summary.title_of(settings.as_dict()).rpartition(", ")[0]
     report(found, title, workdir)
+    if "geometry" in found:
+        geometry_plots.over_epochs(models.results, workdir / "geometry_epochs.png")
     if not FLAGS.quiet:
         print(f"Written to {workdir}/", file=sys.stderr)
 

@@ -13,8 +13,11 @@ every layer; they are not comparable all the same: the loss change that a relati
 differs between layers by orders of magnitude. --layer_radii sets one for each layer, a --hparams
 file may hold an entry for each placed method (`lpa@hidden1`), and --radius is for all.
 
-Writes layer_sweep.csv, .md and .png into --workdir. The MLP has five injection points: with ERM and
-5 seeds a sweep of one method trains 30 models, and compiles six programs.
+Writes layer_sweep.csv, .md and .png into --workdir, and layer_sweep_geometry.png: norm ratio and
+loss change by sign group and layer, and with --class_geometry_batches their correlation.
+
+The MLP has five injection points: with ERM and 5 seeds a sweep of one method trains 30 models, and
+compiles six programs.
 """
 
 import math
@@ -31,6 +34,7 @@ from experiments import (
     comparison,
     entry_point,
     files,
+    geometry_plots,
     measure_plots,
     measure_tables,
     methods,
@@ -40,7 +44,9 @@ from experiments import (
 )
 from experiments.settings import Settings
 from lpa_jax import models, perturbations, workdir_lock
+from lpa_jax.diagnostics import agreement as class_agreement
 from lpa_jax.diagnostics import error_consistency, linear_cka, prediction_agreement
+from lpa_jax.diagnostics.geometry import GROUPS
 from lpa_jax.injection import INPUT, LOGITS, check_layer
 from lpa_jax.interrupts import Interrupts
 
@@ -181,6 +187,25 @@ def compared(
     }
 
 
+def effects(result: Mapping[str, Any], layer: str) -> dict[str, float]:
+    """What the perturbation at a layer did at the end of training, as the run logged it.
+
+    Norm ratio and loss change by sign group, on one batch; and, of runs that logged classes, the
+    correlation of the two over classes.
+    """
+    last = result["curve"][-1]
+    values = {
+        f"{name} {group}": last.get(f"effect/{layer}/{name}/{group}")
+        for name in ("norm_ratio", "loss_change")
+        for group in GROUPS
+    }
+    names = ("norm_ratio", "loss_change", "sign", "delta_norm")
+    classes = {name: np.array(last.get(f"classes/{layer}/{name}", []), float) for name in names}
+    if np.sum(np.nan_to_num(classes["delta_norm"]) > 0) > 1:
+        values["correlation of loss and norm"] = class_agreement(classes).correlation
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def measure(
     found: trained.Models, layers: tuple[str, ...], interrupts: Interrupts
 ) -> dict[str, dict[int, dict[str, float | None]]]:
@@ -197,12 +222,14 @@ def measure(
                     placed, seed, "layer_sweep", settings,
                     partial(compared, placed, references, outputs),
                 )  # fmt: skip
+    at = {place(method, layer): layer for method in FLAGS.methods for layer in layers}
     for method, results in found.results.items():
         for result in results:
             accuracy = {"accuracy": result["accuracy"]}
             groups = {f"accuracy {k}": v for k, v in result["group_accuracy"].items()}
             seed = result["seed"]
-            values[method][seed] = accuracy | groups | values[method].get(seed, {})
+            own = effects(result, at[method]) if method in at else {}
+            values[method][seed] = accuracy | groups | values[method].get(seed, {}) | own
     return values
 
 
@@ -236,6 +263,7 @@ def sweep(interrupts: Interrupts) -> None:
     files.write_text(workdir / "layer_sweep.md", text + "\n" + measure_tables.LEGEND)
     placed = {method: {layer: place(method, layer) for layer in layers} for method in FLAGS.methods}
     measure_plots.layer_sweep(values, placed, ERM, workdir / "layer_sweep.png")
+    geometry_plots.swept(values, placed, workdir / "layer_sweep_geometry.png")
     print(text)
     if not FLAGS.quiet:
         print(f"Written to {workdir}/layer_sweep.{{csv,md,png}}", file=sys.stderr)

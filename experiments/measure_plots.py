@@ -172,36 +172,6 @@ def amplification(found: Found, path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def geometry(found: Found, path: pathlib.Path) -> None:
-    """Loss change against norm ratio, a point a class and seed, a panel a method and layer."""
-    layers = list(next(iter(next(iter(found.values())).values()))["classes"])
-    figure, axes = panels(len(found), len(layers), 2.4)
-    signs = ((1, "positive", COLORS[4], "^"), (-1, "negative", COLORS[5], "v"),
-             (0, "neutral", "#999999", "o"))  # fmt: skip
-    for row, (method, seeds) in zip(axes, found.items(), strict=True):
-        for axis, layer in zip(row, layers, strict=True):
-            classes = {
-                name: np.array([one["classes"][layer][name] for one in seeds.values()], float)
-                for name in ("norm_ratio", "loss_change", "sign")
-            }
-            for sign, label, color, marker in signs:
-                chosen = np.nan_to_num(classes["sign"]) == sign
-                axis.plot(
-                    classes["norm_ratio"][chosen], classes["loss_change"][chosen], marker,
-                    color=color, markersize=4, alpha=0.7, label=label if chosen.any() else None,
-                )  # fmt: skip
-            axis.axvline(1, color="#666666", linewidth=0.8)
-            axis.axhline(0, color="#666666", linewidth=0.8)
-            axis.set_title(f"{method}, {layer}", fontsize=9)
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("norm ratio")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("loss change")
-    axes[0, 0].legend(fontsize=8)
-    save(figure, path)
-
-
 def corrupted(found: Found, path: pathlib.Path) -> None:
     """Reliability, and accuracy against severity: the mean of all corruptions, and each."""
     first = next(iter(next(iter(found.values())).values()))

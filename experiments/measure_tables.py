@@ -74,23 +74,67 @@ def _compared(values, method, measure, baseline) -> dict[str, Any]:
 
 
 def markdown(values: Values, measures: Sequence[str], baseline: str, title: str) -> str:
-    """Tables of methods by measures: the values, and the paired differences to the baseline."""
-    header = ["method", *measures]
-    lines = [header]
+    """Tables of methods by measures: the values, and the paired differences to the baseline.
+
+    Measures called `PART: NAME` stand under a heading a part.
+    """
+    parts = [f"## {title}\n"]
+    by_part: dict[str, list[str]] = {}
+    for measure in measures:
+        by_part.setdefault(measure.rpartition(": ")[0], []).append(measure)
+    for part, own in by_part.items():
+        parts += [f"### {part}\n"] if part else []
+        parts += _tables(values, own, baseline)
+    return "\n".join(parts)
+
+
+def _tables(values: Values, measures: Sequence[str], baseline: str) -> list[str]:
+    names = {measure: measure.rpartition(": ")[2] for measure in measures}
+    lines = [["method", *names.values()]]
     for method in values:
         cells = (text(estimate(values, method, measure)) for measure in measures)
         lines.append([method, *cells])
-    parts = [f"## {title}\n", summary.markdown_table(lines)]
+    parts = [summary.markdown_table(lines)]
     others = [method for method in values if method != baseline]
     shared = [m for m in measures if baseline in values and by_seed(values, baseline, m)]
     if shared and others:
-        lines = [[f"vs {baseline}", *shared]]
+        lines = [[f"vs {baseline}", *(names[measure] for measure in shared)]]
         for method in others:
             compared = (_compared(values, method, measure, baseline) for measure in shared)
             cells = (Estimate(c["difference"], c["difference_se"]) for c in compared)
             lines.append([method, *(text(cell, signed=True) for cell in cells)])
         parts.append(summary.markdown_table(lines))
-    return "\n".join(parts)
+    return parts
+
+
+def class_frame(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> pd.DataFrame:
+    """What `measurements.geometry` found, one row a method, form, layer and class.
+
+    Means over the seeds that have the class among the images measured, with standard errors.
+    """
+    first = next(iter(next(iter(found.values())).values()))["classes"]
+    records = []
+    for method, seeds in found.items():
+        for form, layers in first.items():
+            for layer, measures in layers.items():
+                tables = {
+                    name: np.array([one["classes"][form][layer][name] for one in seeds.values()],
+                                   float)
+                    for name in measures
+                }  # fmt: skip
+                for c in range(len(measures["norm_ratio"])):
+                    records.append({"method": method, "geometry": form, "layer": layer, "class": c}
+                                   | _class_record(tables, c))  # fmt: skip
+    return pd.DataFrame.from_records(records)
+
+
+def _class_record(tables: Mapping[str, np.ndarray], c: int) -> dict[str, float]:
+    record = {"seeds": int(np.isfinite(tables["norm_ratio"][:, c]).sum())}
+    for name, table in tables.items():
+        known = table[:, c][np.isfinite(table[:, c])]
+        mean, error = statistics.estimate(known) if known.size else summary.UNKNOWN
+        record |= {name: mean, f"{name}_se": error}
+    return record
 
 
 def text(value: Estimate, signed: bool = False) -> str:

@@ -15,7 +15,7 @@ from experiments.assembly import assemble
 from experiments.trained import Model
 from lpa_jax import diagnostics, metrics, models, pgd
 from lpa_jax.diagnostics import corruptions
-from lpa_jax.injection import check_layer
+from lpa_jax.injection import INPUT, LOGITS, check_layer
 
 Array = jax.Array
 Batches = Sequence[Mapping[str, Array]]
@@ -47,6 +47,7 @@ class Measuring:
     resolution: int = 15
     span: float = 1.0
     probe_radius: float = 0.1
+    probe_geometries: tuple[str, ...] = ("signed", "free")
     power_iterations: int = 30
     corruptions: tuple[str, ...] = corruptions.names()
     severities: tuple[int, ...] = (1, 3, 5)
@@ -76,6 +77,12 @@ class Measuring:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"--{name} must be finite and > 0, got {value!r}")
+        for name in self.probe_geometries:
+            if name not in pgd.GEOMETRIES:
+                known = ", ".join(pgd.GEOMETRIES)
+                raise ValueError(f"--probe_geometries must be among {known}, got {name!r}")
+        if not self.probe_geometries:
+            raise ValueError("--probe_geometries must name at least one")
         for name in self.corruptions:
             if name not in corruptions.names():
                 known = ", ".join(corruptions.names())
@@ -240,24 +247,55 @@ def amplification(model: Model, how: Measuring) -> Measured:
 
 
 def geometry(model: Model, how: Measuring) -> Measured:
-    """What LPA's perturbation does to every class at every measured layer of the model."""
-    found, key = _full(how.batches(model)), jax.random.key(_KEY)
-    counts = model.task.counts
+    """What LPA's perturbation does to every class, at input, measured layers and logits.
+
+    With the half-space of `signed` in force the norm follows the sign by construction; `free`
+    leaves it to the loss, and asks whether expansive is positive.
+    """
+    wanted = (INPUT, *how.measure_layers, LOGITS)
+    layers = [layer for layer in model.network.layers if layer in wanted]
     values, classes = {}, {}
-    for layer in how.measure_layers:
-        total = None
-        for batch in found:
-            seen = _probed(
-                model.network, model.variables, batch, key,
-                name="lpa", layer=layer, counts=counts, radius=how.probe_radius,
-            )  # fmt: skip
-            pairs = diagnostics.class_geometry(seen, batch["label"], len(counts))
-            total = pairs if total is None else metrics.add(total, pairs)
-        classes[layer] = metrics.compute(total)
-        agreed = diagnostics.agreement(classes[layer])
-        for name in ("loss_and_norm", "sign_and_loss", "sign_and_norm", "correlation"):
-            values[f"{layer} {name}"] = getattr(agreed, name)
-    return {"values": values, "errors": {}, "classes": classes}
+    for form in how.probe_geometries:
+        classes[form] = {layer: _classes(model, how, layer, form) for layer in layers}
+        for layer, found in classes[form].items():
+            own = _by_sign(found)
+            agreed = _agreement(found)
+            for name in ("correlation", "loss_and_norm", "sign_and_loss", "sign_and_norm"):
+                own[name] = getattr(agreed, name, float("nan"))
+            values |= {f"{form} at {layer}: {name}": value for name, value in own.items()}
+    return {"values": values, "errors": {}, "layers": layers, "classes": classes}
+
+
+def _classes(model: Model, how: Measuring, layer: str, form: str) -> dict[str, np.ndarray]:
+    """Measures of every class over all full batches, [C] each."""
+    counts, key, total = model.task.counts, jax.random.key(_KEY), None
+    for batch in _full(how.batches(model)):
+        seen = _probed(
+            model.network, model.variables, batch, key,
+            name="lpa", layer=layer, counts=counts, radius=how.probe_radius, form=form,
+        )  # fmt: skip
+        pairs = diagnostics.class_geometry(seen, batch["label"], len(counts))
+        total = pairs if total is None else metrics.add(total, pairs)
+    return metrics.compute(total)
+
+
+def _by_sign(found: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means over the classes of a sign: every class counts alike, however many images it has."""
+    means = {}
+    for group, sign in (("positive", 1), ("negative", -1)):
+        chosen = np.nan_to_num(found["sign"]) == sign
+        for name in ("norm_ratio", "loss_change", "cosine"):
+            known = found[name][chosen & np.isfinite(found[name])]
+            means[f"{name} {group}"] = known.mean() if known.size else float("nan")
+    return means
+
+
+def _agreement(found: Mapping[str, np.ndarray]) -> diagnostics.Agreement | None:
+    """None where fewer than two classes moved, as in a dead network."""
+    try:
+        return diagnostics.agreement(found)
+    except ValueError:
+        return None
 
 
 def calibration(model: Model, how: Measuring) -> Measured:
@@ -303,7 +341,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Model, Measuring], Measured], tuple[str,
     "line": (line, (*_SLICE, "directions")),
     "plane": (plane, _SLICE),
     "amplification": (amplification, (*_IMAGES, "probe_radius", "power_iterations")),
-    "geometry": (geometry, (*_IMAGES, "measure_layers", "probe_radius")),
+    "geometry": (geometry, (*_IMAGES, "measure_layers", "probe_radius", "probe_geometries")),
     "calibration": (calibration, ("corruptions", "severities")),
 }
 
@@ -341,10 +379,12 @@ def _accuracy(found: trained.Outputs) -> float:
     return float(np.mean(found.logits.argmax(axis=1) == found.labels))
 
 
-@partial(jax.jit, static_argnames=("network", "name", "layer", "counts", "radius"))
-def _probed(network, variables, batch, rng, *, name, layer, counts, radius):
+@partial(jax.jit, static_argnames=("network", "name", "layer", "counts", "radius", "form"))
+def _probed(network, variables, batch, rng, *, name, layer, counts, radius, form="signed"):
     """What `lpa` or `adversarial` does at a layer of any network, however that was trained."""
-    options = {f"{name}.radius": radius} | ({"lpa.mode": "cold"} if name == "lpa" else {})
+    options = {f"{name}.radius": radius}
+    if name == "lpa":
+        options |= {"lpa.mode": "cold", "lpa.geometry": form}
     method = f"{name}@{layer}"
     parts = assemble(
         method,

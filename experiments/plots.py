@@ -115,6 +115,15 @@ def per_class_accuracy(results: Results, path: pathlib.Path) -> bool:
     return True
 
 
+def class_accuracy_figure(accuracy: np.ndarray) -> Figure:
+    """Bars of one model's accuracy by class, [C]; the caller closes it."""
+    figure, axis = plt.subplots(figsize=(max(4.0, min(12.0, 0.35 * len(accuracy))), 2.6))
+    axis.bar(range(len(accuracy)), 100 * np.nan_to_num(accuracy), color=COLORS[5])
+    axis.set(xlabel="class", ylabel="accuracy %", ylim=(0, 100))
+    figure.tight_layout()
+    return figure
+
+
 def _class_bars(values: Mapping[str, np.ndarray], names: Sequence[str], path: pathlib.Path) -> None:
     positions = np.arange(len(names))
     figure, axis = plt.subplots(figsize=(max(7.0, 0.45 * len(names) + 3), 4.2))
@@ -164,7 +173,7 @@ def training_curves(results: Results, path: pathlib.Path, evaluated_on: str) -> 
         ("train/loss", "training loss (perturbed)", 1.0),
         ("evaluation/accuracy", f"{evaluated_on} accuracy %", 100.0),
     )
-    curves = [{m: c for m in results if (c := _curve(results[m], name))} for name, *_ in panels]
+    curves = [{m: c for m in results if (c := curve_of(results[m], name))} for name, *_ in panels]
     if not any(curves):
         return False
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
@@ -192,7 +201,7 @@ def effect_curves(results: Results, path: pathlib.Path) -> bool:
             if name.startswith("effect/")
         }
     )
-    curves = {n: {m: c for m in results if (c := _curve(results[m], n))} for n in names}
+    curves = {n: {m: c for m in results if (c := curve_of(results[m], n))} for n in names}
     curves = {name: found for name, found in curves.items() if found}
     if not curves:
         return False
@@ -216,8 +225,8 @@ def effect_curves(results: Results, path: pathlib.Path) -> bool:
     return True
 
 
-def _curve(runs: Sequence[Mapping], name: str) -> tuple[list[int], np.ndarray] | None:
-    """Epochs that all runs recorded a scalar in, and its values [runs, epochs]."""
+def curve_of(runs: Sequence[Mapping], name: str) -> tuple[list[int], np.ndarray] | None:
+    """Epochs in which all runs recorded a value, and the values [runs, epochs, ...], or None."""
     records = [
         {r["epoch"]: r[name] for r in run.get("curve", ()) if r.get(name) is not None}
         for run in runs

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from experiments import methods, runner, search, task_data
+from experiments import methods, search, task_data
 from experiments.assembly import assemble
+from experiments.program import make_program
 from experiments.settings import Settings, Task
 from lpa_jax import models, parallel
 from lpa_jax.injection import LOGITS
@@ -103,7 +104,7 @@ class Suggestions:
     def _warm_state(self):
         if self._warm is None:
             settings, train = self._settings, self._task.train
-            program = runner.make_program(methods.ERM, {}, settings, self._task)
+            program = make_program(methods.ERM, {}, settings, self._task)
             batches = task_data.train_batches(train, self._seed, settings.batch_size)
             state = program.init(self._seed)
             epochs = max(1, round(WARMUP * settings.epochs))

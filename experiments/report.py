@@ -8,8 +8,10 @@ errors, bootstrap intervals and Holm-corrected Wilcoxon tests. Writes report.md,
 of the tables), runs.csv (one line a run), table.tex and figures; `--html` adds report.html, one
 page that needs nothing else. `--compare=lpa:lpl,lpa+lpl:lpa` adds those differences to every table
 that has both methods, Holm-corrected among themselves alone (contrasts.csv): name beforehand what
-is to be tested, and the correction is for that and not for a table of twenty methods. Runs that are
-incomplete, failed or unreadable are listed, never counted.
+is to be tested, and the correction is for that and not for a table of twenty methods. What
+`landscape` measured of the runs (geometry, amplification, spectrum, loss along lines) is drawn
+where it stands beside them. Runs that are incomplete, failed or unreadable are listed, never
+counted.
 """
 
 import pathlib

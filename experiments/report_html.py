@@ -2,19 +2,15 @@
 
 import base64
 import html
-import importlib.metadata
 import json
-import pathlib
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import contrasts, report_tables, summary
+from experiments.environment import environment
 from experiments.report_data import Problem, Run, Setting
 from experiments.report_tables import Section
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "tensorflow-datasets")
 # More different values than this are counted instead of listed.
 MOST_VALUES = 4
 
@@ -40,7 +36,7 @@ tr + tr td { border-top: 1px solid var(--line); }
 .pairs th, .pairs td { text-align: left; white-space: normal; vertical-align: top; }
 figure { margin: 1.25rem 0; }
 figure .wide { background: #fff; }
-img { display: block; width: 100%; min-width: 38rem; max-width: 62rem; margin: 0 auto;
+img { display: block; width: 100%; max-width: 62rem; margin: 0 auto;
   height: auto; }
 figcaption, .notes { font-size: .875rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; }
@@ -89,11 +85,15 @@ def _section(section: Section, anchor: str) -> list[str]:
         contrast_table = _table(contrasts.text_table(section.contrasts), "numbers")
         parts += ["<h3>Contrasts</h3>", f'<div class="wide">{contrast_table}</div>']
     for caption, path in section.figures:
-        image = base64.b64encode(path.read_bytes()).decode()
+        content = path.read_bytes()
+        image = base64.b64encode(content).decode()
         text = html.escape(caption)
+        # Never below half its pixels, where text is still read: a phone scrolls sideways instead.
+        least = int.from_bytes(content[16:20]) // 2
         parts.append(
             f'<figure><div class="wide"><img alt="{html.escape(section.title)}: {text}" '
-            f'src="data:image/png;base64,{image}"></div><figcaption>{text}</figcaption></figure>'
+            f'style="min-width: {least}px" src="data:image/png;base64,{image}"></div>'
+            f"<figcaption>{text}</figcaption></figure>"
         )
     parts.append(_details("Seeds", _table(report_tables.seeds_table(section), "pairs")))
     parts.append(_details("Options of the methods", _table(_options(section.setting), "pairs")))
@@ -159,30 +159,3 @@ def _environments(runs: Sequence[Run]) -> list[str]:
 def _environment(title: str, values: Mapping[str, Any]) -> str:
     lines = [["", title], *([name, _text(value)] for name, value in values.items())]
     return f'<div class="wide">{_table(lines, "pairs")}</div><p></p>'
-
-
-def environment() -> dict[str, str]:
-    """Versions of what matters, and the git revision of this project."""
-    versions = {"git revision": git_revision(), "Python": platform.python_version()}
-    for package in PACKAGES:
-        versions[package] = importlib.metadata.version(package)
-    return versions | {"system": platform.platform()}
-
-
-def git_revision() -> str:
-    """Commit of the project's folder, marked if files differ from it; unknown without git."""
-    folder = pathlib.Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(  # noqa: S603 (no shell, no argument from outside)
-            ["git", "-C", folder, *arguments],  # noqa: S607 (git where the user has it)
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../lpa_jax")
-        return git("rev-parse", "HEAD") + (", files changed since" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -7,7 +7,17 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from experiments import contrasts, files, plots, published, report_data, statistics, summary
+from experiments import (
+    contrasts,
+    files,
+    geometry_plots,
+    plots,
+    published,
+    report_data,
+    report_measured,
+    statistics,
+    summary,
+)
 from experiments.contrasts import Contrast, Pair
 from experiments.report_data import Problem, Run, Setting
 from experiments.summary import Results, Summary
@@ -99,12 +109,14 @@ def _section(
          lambda path: plots.training_curves(results, path, config.get("evaluate_on", "test"))),
         ("effect of the perturbations", "effects",
          lambda path: plots.effect_curves(results, path)),
+        ("what the perturbations do to classes", "classes",
+         lambda path: geometry_plots.over_epochs(results, path)),
     )  # fmt: skip
     figures = tuple(
         (caption, path)
         for caption, name, draw in drawn
         if draw(path := output / "figures" / f"{slug}_{name}.png")
-    )
+    ) + tuple(report_measured.figures(setting, output, slug))
     comparable = (
         {} if selection not in (None, report_data.SELECTION) else published.accuracies(config)
     )

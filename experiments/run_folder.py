@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from experiments import files
+from experiments.environment import environment
 from experiments.saving import Saving
 from lpa_jax import multihost
 from lpa_jax.checkpoint import Checkpoints, Restored, Totals, differences
@@ -12,6 +13,7 @@ from lpa_jax.checkpoint import Checkpoints, Restored, Totals, differences
 RESULT = "result.json"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+MEASURED = "measured"  # a folder of what `landscape` and `layer_sweep` found of the model
 
 
 class Names(NamedTuple):
@@ -121,7 +123,13 @@ class RunFolder:
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the result; checkpoints go unless they are wanted. Returns it as plain values."""
-        result = files.plain({**result, "checkpoints_kept": self._saving.keep_finished})
+        result = files.plain(
+            {
+                **result,
+                "environment": environment(),
+                "checkpoints_kept": self._saving.keep_finished,
+            }
+        )
         if self._path is not None:
             files.write_json(self._path / self._names.result, result)
             if not self._saving.keep_finished:

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import assembly, comparison, files, run_flags, run_folder, runner, task_data
+from experiments.program import make_program
 from experiments.settings import Settings, Task, TaskSource
 from lpa_jax.checkpoint import Checkpoints
 from lpa_jax.injection import LOGITS, Network
@@ -76,7 +77,7 @@ class Models:
           lpa_jax.checkpoint.CheckpointError: its checkpoints are damaged.
         """
         task, options = self.tasks[seed], self.options[method]
-        program = runner.make_program(method, options, self.settings, task, FLAGS.layer)
+        program = make_program(method, options, self.settings, task, FLAGS.layer)
         config = runner.configuration(program, seed, task)
         folder = self.folder(method, seed)
         checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config=config)
@@ -109,7 +110,7 @@ class Models:
         Raises:
           ValueError: a symbolic link leads out of the working folder.
         """
-        path = self.folder(method, seed) / "measured" / f"{name}.json"
+        path = self.folder(method, seed) / run_folder.MEASURED / f"{name}.json"
         run_folder.check_inside(self.workdir, path)
         settings = files.plain(settings)
         earlier = files.read_json(path)

@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import files, methods, radius_center, run_flags, runner, search, search_loop
+from experiments.program import Program, make_program, structure
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
 from lpa_jax import trainer
@@ -54,7 +55,7 @@ def run_trial(
     settings: Settings,
     tasks: dict[int, Any],
     progress: RunProgress,
-    programs: dict[Any, runner.Program],
+    programs: dict[Any, Program],
     suggestions: radius_center.Suggestions | None = None,
 ) -> dict[str, Any]:
     """Trains one draw of options with every seed; a diverged trial scores null.
@@ -69,9 +70,9 @@ def run_trial(
     try:
         for seed, task in tasks.items():
             progress.start(f"{method} trial {trial} seed {seed}")
-            key = method, runner.structure(method, options), task.counts
+            key = method, structure(method, options), task.counts
             if key not in programs:
-                programs[key] = runner.make_program(method, options, settings, task)
+                programs[key] = make_program(method, options, settings, task)
             program = _scoring(programs[key].with_options(options))
             accuracies.append(runner.run(program, task, seed, None, progress.epoch)["accuracy"])
             progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
@@ -83,7 +84,7 @@ def run_trial(
             "accuracies": accuracies}  # fmt: skip
 
 
-def _scoring(program: runner.Program) -> runner.Program:
+def _scoring(program: Program) -> Program:
     """The program without what a score does not need, which would have to be compiled, too."""
     return program._replace(effect=None)
 
@@ -145,7 +146,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         if search_loop.is_mine(trial)
         and files.read_json(trial_path(workdir, method, trial)) is None
     ]
-    programs: dict[Any, runner.Program] = {}
+    programs: dict[Any, Program] = {}
     with RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet) as progress:
         for method, trial in todo:
             outcome = run_trial(method, trial, settings, tasks, progress, programs, suggestions)

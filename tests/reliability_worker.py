@@ -23,6 +23,7 @@ import optax
 
 import lpa_jax
 from experiments import files, runner
+from experiments.program import Program
 from experiments.saving import Saving
 from experiments.settings import Settings, Task
 from lpa_jax import array_files, checkpoint, data, losses, parallel, trainer, workdir_lock
@@ -48,7 +49,7 @@ def make_task():
 
 
 def make_program():
-    """The program of the run, as `runner.make_program` would return it."""
+    """The program of the run, as `experiments.program.make_program` would return it."""
     perturbations = {
         "hidden1": lpa_jax.lpa(
             0.1, steps=2, mode="carry", assignment=lpa_jax.by_confidence(ema=0.9)
@@ -63,7 +64,7 @@ def make_program():
     evaluate = parallel.map_step(lpa_jax.eval_step)
     rate = optax.cosine_decay_schedule(0.1, TOTAL_STEPS)
     example = {"image": np.zeros((BATCH, *toy.IMAGE), np.float32)}
-    return runner.Program(
+    return Program(
         method="toy",
         options={},
         settings=Settings(epochs=EPOCHS, batch_size=BATCH, evaluate_every=1),

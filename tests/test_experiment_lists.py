@@ -9,6 +9,7 @@ from absl import flags
 from test_experiments import forget_flags
 
 from experiments import long_tail, run_flags, runner, task_data
+from experiments.program import make_program
 from experiments.settings import Settings, TaskSource
 from lpa_jax import data
 from lpa_jax.data import list_files
@@ -85,7 +86,7 @@ def test_a_run_from_files_equals_the_run_in_memory(settings, monkeypatch):
         monkeypatch.setattr(task_data, "_READ_INTO_MEMORY", limit)
         task = TaskSource(settings).task(seed=0)
         assert isinstance(task.train, data.Dataset) == (limit > 0)
-        program = runner.make_program("erm", {}, settings, task)
+        program = make_program("erm", {}, settings, task)
         results.append(runner.run(program, task, seed=0, folder=None))
     in_memory, from_files = results
     assert from_files["accuracy"] == in_memory["accuracy"]

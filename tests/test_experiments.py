@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 
+import numpy as np
 import pytest
 from absl import flags
 from module_call import forget_flags, own_flags, run_main
@@ -27,6 +28,7 @@ from experiments import (
     tune,
 )
 from experiments.methods import RUN_OPTIONS
+from experiments.program import make_program, over_devices
 from experiments.settings import Settings, TaskSource
 from lpa_jax import models
 
@@ -60,7 +62,8 @@ def run(data_dir, capsys):
 
 
 TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
-JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2")
+JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2", "--class_geometry_batches=2",
+       "--tensorboard=full")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,28 @@ def test_the_loss_change_of_every_sign_group_is_logged(job):
     assert last["effect/logits/loss_change/positive"] > 0
 
 
+def test_what_perturbations_do_to_classes_is_logged_on_request_and_drawn(job):
+    workdir, *_ = job
+    folder = workdir / "runs" / "lpa+lpl" / "seed_0"
+    last = json.loads((folder / "result.json").read_text())["curve"][-1]
+    sign, radius, moved, change = (
+        np.array(last[f"classes/logits/{name}"], float)
+        for name in ("sign", "radius", "delta_norm", "loss_change")
+    )
+    present = np.isfinite(moved)
+    assert present.sum() >= 8 and set(sign[present]) == {1.0, -1.0}
+    assert np.all(moved[present] <= radius[present] * (1 + 1e-4))
+    assert np.all(np.sign(change[present & (moved > 0)]) == sign[present & (moved > 0)])
+    assert (
+        "classes/hidden2/norm_ratio"
+        in (workdir / "runs" / "dropout@hidden2" / "seed_1" / "metrics.jsonl").read_text()
+    )
+    assert "classes/" not in (workdir / "runs" / "erm" / "seed_0" / "metrics.jsonl").read_text()
+    assert (workdir / "class_geometry.png").stat().st_size > 10_000
+    (events,) = folder.glob("events.out.tfevents.*")
+    assert b"weights/" in events.read_bytes() and b"\x89PNG" in events.read_bytes()
+
+
 def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, copy_of_job):
     workdir = copy_of_job
     paths = sorted(workdir.glob("runs/*/seed_*/result.json"))
@@ -147,7 +172,7 @@ def test_other_settings_in_the_same_workdir_are_refused_by_name(run, job):
 def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
     settings = Settings(dataset="digits", data_dir=str(data_dir), head="normalized")
     task = TaskSource(settings).task(seed=0)
-    program = runner.make_program("ldam_drw", {}, settings, task)
+    program = make_program("ldam_drw", {}, settings, task)
     assert set(program.init(0).params["logits"]) == {"kernel"}
     assert runner.configuration(program, 0, task)["settings"]["head"] == "normalized"
     # What earlier runs did not write is not asked of them.
@@ -302,16 +327,16 @@ def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path,
 
 
 def test_accumulation_and_synchronised_batch_norm_reach_the_model():
-    settings = runner.Settings(model="small_cnn", accumulate=3, sync_batch_norm=True)
+    settings = Settings(model="small_cnn", accumulate=3, sync_batch_norm=True)
     plain = models.create("small_cnn", 5, dtype="float32")
-    network = runner.over_devices(settings, plain)
+    network = over_devices(settings, plain)
     # On one device there is no axis to synchronise over.
     assert (network.micro_batches, network.network.model) == (3, plain)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner.parallel, "batch_axis", lambda: "devices")
-        network = runner.over_devices(settings, plain)
+        network = over_devices(settings, plain)
     assert network.network.model.axis_name == "devices"
     with pytest.raises(ValueError, match="--sync_batch_norm: option 'axis_name' is unknown to"):
-        runner.over_devices(runner.Settings(sync_batch_norm=True), models.create("mlp", 5))
+        over_devices(Settings(sync_batch_norm=True), models.create("mlp", 5))
     with pytest.raises(ValueError, match="--accumulate must be finite and >= 1, got 0"):
-        runner.Settings(accumulate=0).check()
+        Settings(accumulate=0).check()

@@ -108,7 +108,7 @@ def test_calibration_is_of_the_model_that_was_evaluated(job):
 
 
 def test_geometry_states_signs_and_radii_of_the_probe(job):
-    classes = measured(job, "geometry")["classes"]["hidden3"]
+    classes = measured(job, "geometry")["classes"]["signed"]["hidden3"]
     present = [c for c, norm in enumerate(classes["delta_norm"]) if norm is not None]
     assert {classes["sign"][c] for c in present} == {1.0, -1.0}
     assert all(
@@ -116,6 +116,29 @@ def test_geometry_states_signs_and_radii_of_the_probe(job):
         for c in present
         if classes["delta_norm"][c] > 0
     )
+
+
+def test_geometry_has_every_form_from_input_to_logits_by_sign_and_by_class(job):
+    found = measured(job, "geometry")
+    assert found["layers"] == ["input", "hidden3", "logits"]
+    assert list(found["classes"]) == ["signed", "free"]
+    classes = {name: np.array(v, float) for name, v in found["classes"]["free"]["logits"].items()}
+    rare = np.nan_to_num(classes["sign"]) == 1
+    mean = np.nanmean(classes["norm_ratio"][rare])
+    assert found["values"]["free at logits: norm_ratio positive"] == pytest.approx(mean)
+    with (job / "geometry_classes.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "erm"]
+    assert len(rows) == 2 * 3 * 10
+    row = next(
+        r for r in rows if (r["geometry"], r["layer"], r["class"]) == ("free", "logits", "0")
+    )
+    other = measured(job, "geometry", seed=1)["classes"]["free"]["logits"]
+    expected = np.mean([classes["loss_change"][0], other["loss_change"][0]])
+    assert float(row["loss_change"]) == pytest.approx(expected, rel=1e-4)
+    assert row["seeds"] == "2" and float(row["loss_change_se"]) >= 0
+    assert "### free at logits\n" in (job / "geometry.md").read_text()
+    for form in ("signed", "free"):
+        assert (job / f"geometry_{form}.png").stat().st_size > 10_000
 
 
 def test_only_what_a_changed_flag_decides_is_measured_again(job, monkeypatch):
@@ -172,6 +195,7 @@ def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
         ("--probes=1", "error: --probes must be >= 2, got 1"),
         ("--sharpness_radius=nan", "error: --sharpness_radius must be finite and > 0, got nan"),
         ("--probe_radius=0", "error: --probe_radius must be finite and > 0, got 0.0"),
+        ("--probe_geometries=round", "error: --probe_geometries must be among signed, free, "),
         ("--corruptions=rain", "error: --corruptions must be among brightness, "),
         ("--severities=6", "error: --severities must be from 1 to 5, got 6"),
         ("--severities=one", "error: --severities must be whole numbers, got 'one'"),

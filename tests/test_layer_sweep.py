@@ -14,7 +14,7 @@ from lpa_jax.diagnostics import prediction_agreement
 TINY = (
     "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--seeds=2",
     "--methods=adversarial", "--steps=1", "--hidden_layers=hidden2",
-    "--layer_radii=hidden2=0.3", "--compilation_cache=", "--quiet",
+    "--layer_radii=hidden2=0.3", "--compilation_cache=", "--quiet", "--class_geometry_batches=3",
 )  # fmt: skip
 
 
@@ -61,6 +61,30 @@ def test_agreement_is_that_of_the_trained_models_averaged_over_seeds(job):
     assert rows["adversarial@input", "agreement input"]["mean"] == ""  # with itself: nothing to say
     assert (job.workdir / "layer_sweep.png").stat().st_size > 20_000
     assert "adversarial@hidden2" in job.out and "vs erm" in job.out
+
+
+def test_what_the_perturbation_does_is_tabled_and_drawn_by_layer(job):
+    rows = table(job.workdir)
+    for layer in ("input", "hidden2", "logits"):
+        curves = [
+            json.loads(
+                (job.workdir / f"runs/adversarial@{layer}/seed_{s}/result.json").read_text()
+            )["curve"][-1]
+            for s in (0, 1)
+        ]
+        change = [curve[f"effect/{layer}/loss_change/neutral"] for curve in curves]
+        row = rows[f"adversarial@{layer}", "loss_change neutral"]
+        assert float(row["mean"]) == pytest.approx(np.mean(change), rel=1e-4)
+        found = float(rows[f"adversarial@{layer}", "correlation of loss and norm"]["mean"])
+        correlations = []
+        for curve in curves:
+            values = np.array(
+                [curve[f"classes/{layer}/{k}"] for k in ("loss_change", "norm_ratio")], float
+            )
+            values = values[:, np.isfinite(values).all(axis=0)]
+            correlations.append(np.corrcoef(values)[0, 1])
+        assert found == pytest.approx(np.mean(correlations), abs=1e-4)
+    assert (job.workdir / "layer_sweep_geometry.png").stat().st_size > 10_000
 
 
 def test_loaded_weights_reproduce_the_accuracy_of_the_run(job):

@@ -11,10 +11,11 @@ import safetensors.numpy
 from module_call import call
 from test_models_pretrained import made_tensors
 
-from experiments import domain_generalization, long_tail, runner
+from experiments import domain_generalization, long_tail
 from experiments.domain_program import Program
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.image_settings import ImageSettings
+from experiments.program import make_program
 from experiments.settings import Settings, Task
 from lpa_jax import data, models
 from lpa_jax.models import pretrained
@@ -86,7 +87,7 @@ def test_both_protocols_start_from_the_weights(photos):
     images = np.zeros((4, SIZE, SIZE, 3), np.uint8)
     dataset = data.Dataset("small", images, np.arange(4), num_classes=5)
     task = Task(dataset, dataset, data.IMAGENET_NORMALIZATION, np.arange(4))
-    other = runner.make_program("erm", {}, Settings(profile="none", **common).check(), task)
+    other = make_program("erm", {}, Settings(profile="none", **common).check(), task)
     for state in (program.init(0), other.init(0)):
         model = getattr(state.network, "model", None) or state.network.network.model
         assert model.frozen_norm

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import plots, report, report_data, report_html, report_tables, statistics, summary
+from experiments import (
+    environment,
+    plots,
+    report,
+    report_data,
+    report_measured,
+    report_tables,
+    statistics,
+    summary,
+)
 
 FLAGS = flags.FLAGS
 
@@ -343,10 +352,33 @@ def test_the_page_needs_no_other_file_and_holds_tables_figures_and_environment(t
     assert len(reader.names["img"]) == len(figures) == 4
     assert any(figure.name.endswith("effects.png") for figure in figures)
     assert "&lt;lpa.radius&gt;: 0.25, 1.25" in text and "prefers-color-scheme: dark" in text
-    assert "9.9.9" in text and report_html.git_revision() in text
+    assert "9.9.9" in text and environment.git_revision() in text
     assert "<td>imbalance</td><td>10.0</td>" in text
+
+
+def test_the_page_shows_what_landscape_left_beside_the_runs_and_nothing_of_other_settings(
+    tmp_path, command
+):
+    spectrum = {"values": {"largest": 1.0}, "nodes": [[-0.1, 0.0, 1.0]] * 2,
+                "weights": [[0.1, 0.8, 0.1]] * 2}  # fmt: skip
+    for seed, settings in ((0, {"probes": 2}), (1, {"probes": 2}), (2, {"probes": 9})):
+        folder = made_up_runs.write(tmp_path / f"runs/{seed}", "lpa", seed, 0.5)
+        (folder / "measured").mkdir()
+        content = {"settings": settings, "measured": spectrum}
+        (folder / "measured" / "spectrum.json").write_text(json.dumps(content))
+        # Of an earlier form, cut short, and no object: none of them counts.
+        old = {"settings": {}, "measured": {"values": {}, "classes": {}}}
+        (folder / "measured" / "geometry.json").write_text(json.dumps(old))
+        (folder / "measured" / "line.json").write_text('{"settings": {')
+        (folder / "measured" / "amplification.json").write_text("[1]")
+    message, *_ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}", "--html")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert message is None and "density of the eigenvalues" in text
+    assert "geometry: what" not in text and "amplification: mean" not in text
+    (setting,) = report_data.group(report_data.collect([tmp_path / "runs"])[0])
+    assert list(report_measured.measured(setting, "spectrum", ("nodes",))["lpa"]) == [0, 1]
 
 
 def test_without_git_the_revision_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert report_html.git_revision() == "unknown"
+    assert environment.git_revision() == "unknown"

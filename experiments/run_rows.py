@@ -1,0 +1,69 @@
+"""What a run writes down of its epochs and at its end; programs are `program.Program`s."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.recording import Logging
+from experiments.settings import shot_groups
+from lpa_jax import metrics, trainer
+from lpa_jax.step import TrainState
+
+
+def effects(program, state: TrainState, probe: Mapping[str, Any]) -> dict[str, float]:
+    """What the perturbations do by sign group, on one batch."""
+    if program.effect is None:
+        return {}
+    effect = metrics.compute(program.effect(state, probe))
+    return {f"effect/{name}": value for name, value in effect.items()}
+
+
+def classes(program, state: TrainState, probes) -> dict[str, np.ndarray]:
+    """What the perturbations do to every class, over all probes, [C] a measure."""
+    if program.classes is None or not probes:
+        return {}
+    total = None
+    for probe in probes:
+        pairs = program.classes(state, probe)
+        total = pairs if total is None else metrics.add(total, pairs)
+    return {
+        f"classes/{layer}/{name}": values
+        for layer, geometry in total.items()
+        for name, values in metrics.compute(geometry).items()
+    }
+
+
+def details(logging: Logging, state: TrainState, record: trainer.EpochRecord) -> dict[str, Any]:
+    """Weights and accuracies of classes, for TensorBoard, at evaluations."""
+    if logging.tensorboard != "full" or record.evaluation is None:
+        return {}
+    return {
+        "weights": jax.device_get(state.params),
+        "class_accuracy": np.asarray(record.evaluation["per_class_accuracy"]),
+    }
+
+
+def scalars(record: trainer.EpochRecord) -> dict[str, float]:
+    """What training and evaluation said of an epoch."""
+    scalars = {"epoch": record.epoch, "step": record.step}
+    scalars |= {f"train/{name}": value for name, value in record.train.items()}
+    if record.evaluation is not None:
+        scalars |= {f"evaluation/{name}": record.evaluation[name] for name in ("loss", "accuracy")}
+    scalars["examples_per_second"] = record.examples_per_second
+    return scalars
+
+
+def final_metrics(evaluation: Mapping[str, Any], counts: tuple[int, ...]) -> dict[str, Any]:
+    """What the last evaluation says of the run."""
+    per_class = np.asarray(evaluation["per_class_accuracy"])
+    groups = {
+        name: float(np.nanmean(per_class[members])) for name, members in shot_groups(counts).items()
+    }
+    return {
+        "accuracy": evaluation["accuracy"],
+        "loss": evaluation["loss"],
+        "per_class_accuracy": per_class,
+        "group_accuracy": groups,
+    }
