@@ -89,13 +89,29 @@ def inner_products(a: Array, b: Array) -> Array:
 
 
 def row_norms(table: Array, norm: str = "l2") -> Array:
-    """Row-wise norms, [C, ...] -> [C]; l2 is scaled by the largest entry: no square underflows."""
+    """Row-wise norms, [C, ...] -> [C], of rows of any size: no square under- or overflows.
+
+    A row's squares are summed three times, as it is, scaled up and scaled down by a power of two;
+    the first sum says which one is accurate. Sums that depend on nothing but the table are one
+    read of it, where scaling by its largest entry takes two.
+
+    >>> print(row_norms(jnp.array([[3.0, 4.0], [3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])))
+    [5.e+00 5.e-30 5.e+30 0.e+00]
+    """
     axes = tuple(range(1, table.ndim))
-    largest = jnp.max(jnp.abs(table), axis=axes)
     if norm == "linf":
-        return largest
-    scale = jnp.where(largest > 0, largest, 1.0)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(table / over_classes(scale, table)), axis=axes))
+        return jnp.max(jnp.abs(table), axis=axes)
+    # In float32 2^80: a row whose sum of squares is below 2^-80 loses to underflow what matters,
+    # but scaled up it reaches from 2^-92, the square of the smallest entry, to 2^80 at most.
+    up = 2.0 ** (jnp.finfo(table.dtype).maxexp * 5 // 8)
+    plain, small, large = (
+        jnp.sum(jnp.square(table * scale), axis=axes) for scale in (1.0, up, 1 / up)
+    )
+    return jnp.where(
+        plain < 1 / up,
+        jnp.sqrt(small) / up,
+        jnp.where(plain < jnp.inf, jnp.sqrt(plain), jnp.sqrt(large) * up),
+    )
 
 
 def unit_rows(table: Array) -> Array:

@@ -282,6 +282,19 @@ def test_contract_06_the_scale_of_the_gradient_does_not_matter(factor):
     np.testing.assert_allclose(scaled, p.solve(), atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 4096])
+def test_norms_of_rows_of_every_size_are_accurate(width):
+    # One row a binary exponent, up to the largest norms and down to entries at the edge of what is
+    # flushed to zero; a few entries are much smaller than the rest.
+    entries = np.random.default_rng(8).uniform(0.5, 1.0, (235, width))
+    entries[:, 1::7] *= 1e-3
+    rows = (entries * 2.0 ** np.arange(-108, 127)[:, None] / np.sqrt(width)).astype(np.float32)
+    expected = np.linalg.norm(rows.astype(np.float64), axis=1)
+    np.testing.assert_allclose(pgd.row_norms(jnp.asarray(rows)), expected, rtol=1e-6)
+    special = jnp.array([[0.0, 0.0], [jnp.inf, 1.0], [1.0, jnp.nan]])
+    np.testing.assert_array_equal(pgd.row_norms(special), [0.0, np.inf, np.nan])
+
+
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize(("label", "position"), [(CLASSES, 4), (-1, 0), (1000, 2)])
 def test_contract_10_labels_outside_the_classes_are_refused(convert, label, position):
