@@ -174,7 +174,7 @@ def measure(state: lpa_jax.TrainState, batch: step_cost.Batch, cases: Sequence[C
     def pass_flops(layer):
         if layer == "-":
             return 0.0
-        return step_cost.flops(step_cost.compile_gradient_pass(state, batch, layer))
+        return step_cost.flops(step_cost.lower_gradient_pass(state, batch, layer).compile())
 
     for case in cases:
         own_state = step_cost.with_perturbations(state, batch, case.perturbations)

@@ -56,7 +56,7 @@ def compile_step(
     return compiled, time.perf_counter() - start
 
 
-def compile_gradient_pass(state: lpa_jax.TrainState, batch: Batch, layer: str) -> Compiled:
+def lower_gradient_pass(state: lpa_jax.TrainState, batch: Batch, layer: str) -> jax.stages.Lowered:
     """Decode forward and backward, in training mode, to the activation at `layer` alone."""
 
     def gradient_pass(variables, activation, images, labels, rng):
@@ -70,7 +70,7 @@ def compile_gradient_pass(state: lpa_jax.TrainState, batch: Batch, layer: str) -
 
     shapes = injection.activation_shapes(state.network, state.variables, batch["image"], [layer])
     arguments = (state.variables, shapes[layer], batch["image"], batch["label"], state.rng)
-    return jax.jit(gradient_pass).lower(*arguments).compile()
+    return jax.jit(gradient_pass).lower(*arguments)
 
 
 def flops(compiled: Compiled) -> float:

@@ -6,6 +6,7 @@ How long it would run does not come out.
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import os
 import time
@@ -17,7 +18,7 @@ import jax
 from jax.experimental import topologies
 
 import lpa_jax
-from experiments import benchmark, hlo
+from experiments import hlo, step_cost
 from lpa_jax import models, parallel
 from lpa_jax.perturbations import Perturbation
 
@@ -143,6 +144,54 @@ class Program:
         return cls(**plain)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program before the compiler, which is where the time goes.
+
+    Attributes:
+      lowered: of `jax.stages`.
+      layers: the network's injection points.
+      seconds: that tracing and lowering took.
+    """
+
+    lowered: Any
+    layers: Sequence[str]
+    seconds: float
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the text that the compiler gets: equal texts compile to equal programs."""
+        return hashlib.sha256(self.lowered.as_text().encode()).hexdigest()[:16]
+
+    def compile(self) -> Program:
+        """What the compiler makes of it; that it does not fit the device is an answer too."""
+        start = time.perf_counter()
+        try:
+            compiled: Any = self.lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refused = str(error).splitlines()[0]
+            return Program(compile_s=self.seconds + time.perf_counter() - start, refused=refused)
+        seconds = self.seconds + time.perf_counter() - start
+        instructions = hlo.executed(compiled.as_text())
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        return Program(
+            flops=step_cost.flops(compiled),
+            bytes_accessed=float(cost["bytes accessed"]),
+            memory={
+                "arguments": memory.argument_size_in_bytes,
+                "results": memory.output_size_in_bytes,
+                "aliased": memory.alias_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes,
+                "code": memory.generated_code_size_in_bytes,
+            },
+            collectives=hlo.collectives(instructions),
+            contractions=hlo.tally(hlo.contractions(instructions), self.layers),
+            compile_s=round(seconds, 1),
+        )
+
+
 @functools.cache
 def topology(name: str) -> Topology:
     """The TPU slice called `name`, KIND:AxB or KIND:AxBxC.
@@ -196,16 +245,17 @@ def abstract_state(
     model = models.create(setting.model, setting.num_classes, dtype=setting.dtype)
 
     def make():
-        state, batch = benchmark.make_state(
+        state, batch = step_cost.make_state(
             model, share(setting), setting.image_size, setting.channels
         )
-        return benchmark.with_perturbations(state, batch, perturbations), batch
+        return step_cost.with_perturbations(state, batch, perturbations), batch
 
     return jax.eval_shape(make)
 
 
-def compile_step(setting: Setting, perturbations: Mapping[str, Perturbation]) -> Program:
+def lower_step(setting: Setting, perturbations: Mapping[str, Perturbation]) -> Lowered:
     """The training step, mapped over all devices by `parallel.pmapped`; its state is given away."""
+    start = time.perf_counter()
     devices = topology(setting.topology).devices
     state, batch = abstract_state(setting, perturbations)
     batch = {
@@ -213,18 +263,20 @@ def compile_step(setting: Setting, perturbations: Mapping[str, Perturbation]) ->
         for name, part in batch.items()
     }
     step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations)
-    mapped = parallel.pmapped(step, devices, donate_state=True)
-    return _read(state.network.layers, lambda: mapped.lower(state, batch).compile())
+    lowered = parallel.pmapped(step, devices, donate_state=True).lower(state, batch)
+    return Lowered(lowered, state.network.layers, time.perf_counter() - start)
 
 
-def compile_gradient_pass(setting: Setting, layer: str) -> Program:
+def lower_gradient_pass(setting: Setting, layer: str) -> Lowered:
     """One gradient pass above `layer` with one device's share: see `experiments.benchmark`."""
+    start = time.perf_counter()
     place = jax.sharding.SingleDeviceSharding(topology(setting.topology).devices[0])
     state, batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract_state(setting, {}),
     )
-    return _read(state.network.layers, lambda: benchmark.compile_gradient_pass(state, batch, layer))
+    lowered = step_cost.lower_gradient_pass(state, batch, layer)
+    return Lowered(lowered, state.network.layers, time.perf_counter() - start)
 
 
 def table_row(setting: Setting, layer: str, shape: str) -> tuple[int, ...]:
@@ -235,30 +287,3 @@ def table_row(setting: Setting, layer: str, shape: str) -> tuple[int, ...]:
     )
     row = jax.eval_shape(lambda h: lpa_jax.pgd.reduce_to_shape(h, shape), at[layer])
     return row.shape[1:]
-
-
-def _read(layers: Sequence[str], compile_it) -> Program:
-    start = time.perf_counter()
-    try:
-        compiled: Any = compile_it()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Program(compile_s=time.perf_counter() - start, refused=str(error).splitlines()[0])
-    seconds = time.perf_counter() - start
-    instructions = hlo.executed(compiled.as_text())
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return Program(
-        flops=benchmark.flops(compiled),
-        bytes_accessed=float(cost["bytes accessed"]),
-        memory={
-            "arguments": memory.argument_size_in_bytes,
-            "results": memory.output_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "code": memory.generated_code_size_in_bytes,
-        },
-        collectives=hlo.collectives(instructions),
-        contractions=hlo.tally(hlo.contractions(instructions), layers),
-        compile_s=seconds,
-    )

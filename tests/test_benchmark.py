@@ -97,7 +97,7 @@ def test_the_floor_is_that_of_the_matmuls_and_the_compiled_step_reaches_it(
     above = np.sum(matmuls[first_above:])
 
     erm, _ = step_cost.compile_step(state, batch, {})
-    gradient_pass = step_cost.compile_gradient_pass(state, batch, layer)
+    gradient_pass = step_cost.lower_gradient_pass(state, batch, layer).compile()
     assert step_cost.flops(erm) == pytest.approx(plain, rel=0.05)
     assert step_cost.flops(gradient_pass) == pytest.approx(2 * above, rel=0.05)
 

@@ -11,9 +11,10 @@ import pathlib
 import jax
 import pytest
 from absl import flags
+from commands import parsed
 from module_call import run_main
 
-from experiments import compile_check, hlo, promises, tpu
+from experiments import compile_check, hlo, program_store, promises, step_cost, tpu
 from lpa_jax.perturbations import Site
 
 FLAGS = flags.FLAGS
@@ -316,8 +317,11 @@ def test_a_small_pod_keeps_every_promise_and_a_second_run_compiles_nothing(
     assert "method: all-reduce" in out and "s32[64]" in out
     kept = json.loads(path.read_text(encoding="utf-8"))
     assert len(kept["programs"]) == 6 and kept["versions"]["jax"] == jax.__version__
-    programs = {key: tpu.Program.from_dict(value) for key, value in kept["programs"].items()}
-    erm, gradient_pass, method = (p for key, p in programs.items() if "num_classes=10," in key)
+    gradient_pass, erm, method = (
+        tpu.Program.from_dict(entry["program"])
+        for key, entry in kept["programs"].items()
+        if "num_classes=10," in key
+    )
     # The forward pass, the gradient of every product's input but the images', of every weight.
     sizes = (16, 256, 256, 128, 10)
     products = [2 * 16 * a * b for a, b in itertools.pairwise(sizes)]
@@ -328,10 +332,27 @@ def test_a_small_pod_keeps_every_promise_and_a_second_run_compiles_nothing(
     assert method.flops == pytest.approx(erm.flops + 2 * gradient_pass.flops, rel=0.05)
     assert method.exchanged_bytes == erm.exchanged_bytes + 4 * (3 * 10 * 256 + 10 + 1)
 
-    monkeypatch.setattr(tpu, "compile_step", None)
+    # Other sources, the same steps: traced again, not compiled again, and then not traced either.
+    monkeypatch.setattr(program_store, "sources", lambda: "other")
+    monkeypatch.setattr(tpu.Lowered, "compile", None)
+    assert run(*arguments)[0] is None
+    monkeypatch.setattr(tpu, "lower_step", None)
     message, out = run(*arguments, "--markdown", "--nocompile", "--mode=cold,carry")
     assert message is None
     assert [line.split(" | ")[-1] for line in out.splitlines()[2:]] == ["6/6 |"] * 2
+
+
+@needs_libtpu
+def test_a_program_of_another_step_is_marked_in_the_table_and_compiled_again(
+    run, tmp_path, monkeypatch
+):
+    arguments = (*TINY, f"--output={tmp_path / 'programs.json'}", "--mode=free", "--markdown")
+    assert run(*arguments)[1].endswith("6/6 |\n")
+    monkeypatch.setattr(program_store, "sources", lambda: "other")
+    monkeypatch.setattr(step_cost, "RADIUS", 0.06)
+    assert run(*arguments, "--nocompile")[1].endswith("6/6, older code |\n")
+    assert run(*arguments)[1].endswith("6/6 |\n")
+    assert run(*arguments, "--nocompile")[1].endswith("6/6 |\n")
 
 
 @needs_libtpu
@@ -346,17 +367,93 @@ def test_a_step_that_exchanges_more_is_noticed(run, monkeypatch):
     assert "beyond ERM, devices exchange" in failed and "beyond: 1 x f32[64]" in failed
 
 
-def test_a_file_of_other_versions_is_not_continued(tmp_path, monkeypatch):
+class Lowered:
+    """Stands for a program whose lowered text is `text`; counts how often it is compiled."""
+
+    compiled = 0
+
+    def __init__(self, text):
+        self.fingerprint = text
+
+    def compile(self):
+        Lowered.compiled += 1
+        return kept().erm
+
+
+def test_a_program_is_compiled_again_where_its_text_or_its_reading_changed_and_nowhere_else(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(Lowered, "compiled", 0)
     path = str(tmp_path / "programs.json")
-    program = compile_check.Programs(path).get("a", lambda: kept().erm)
-    assert compile_check.Programs(path).get("a", None) == program
+
+    def get(text, compiled, **changes):
+        for name, value in changes.items():
+            monkeypatch.setattr(program_store, name, value)
+        programs = program_store.Programs(path)
+        assert programs.get("a", lambda: Lowered(text)) == kept().erm
+        assert programs.holds("a") and not programs.holds("b") and Lowered.compiled == compiled
+
+    get("one", 1)
+    get("not looked at while the sources are the same", 1)
+    get("one", 1, sources=lambda: "second")
+    get("two", 2, sources=lambda: "third")
+    get("two", 3, READING=program_store.READING + 1)
+    monkeypatch.setattr(program_store, "sources", lambda: "fourth")
+    old = program_store.Programs(path, compile_missing=False)
+    assert old.get("a", lambda: Lowered("three")) == kept().erm
+    assert "a" in old and not old.holds("a") and Lowered.compiled == 3
+
+
+def test_a_file_of_other_versions_or_of_something_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    path = tmp_path / "programs.json"
+    program_store.Programs(str(path)).get("a", lambda: Lowered("one"))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.0")
     with pytest.raises(ValueError, match=r"--output: .* holds programs of .*1.0.*, this is .*2.0"):
-        compile_check.Programs(path)
-    pathlib.Path(path).write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"--output: .* is not a file of this program"):
-        compile_check.Programs(path)
+        program_store.Programs(str(path))
+    for text in ("[]", path.read_text(encoding="utf-8")[:-20]):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"--output: .* is not a file of this program"):
+            program_store.Programs(str(path))
+
+
+def test_sources_differ_by_what_runs_and_not_by_what_is_said_about_it():
+    texts = {
+        name: program_store.fingerprint_source(text)
+        for name, text in {
+            "plain": "class A:\n    def f(self):\n        return 1\n",
+            "said": 'class A:\n    "A."\n    def f(self):  # one\n        "F."\n        return 1\n',
+            "other": "class A:\n    def f(self):\n        return 2\n",
+        }.items()
+    }
+    assert texts["plain"] == texts["said"] != texts["other"]
+
+
+def test_the_star_has_each_level_of_the_grid_once_around_the_base_case():
+    with parsed(compile_check, []):
+        cases = compile_check.make_star({**compile_check.GRID, "layer": ["stage2"]})
+    assert len(cases) == len(set(cases)) == 22
+    rays = [f"{s.topology} {s.dtype} {s.num_classes} {m}" for s, m in cases if s.model[0] == "r"]
+    assert rays[:6] == [
+        "v5e:16x16 float32 100 lpa:cold:3 at stage2, full",
+        "v5e:16x16 float32 100 lpa:cold:3 at stage2, channel",
+        "v5e:16x16 float32 100 lpa:carry at stage2, full",
+        "v5e:16x16 float32 100 lpa:free at stage2, full",
+        "v5e:4x4 float32 100 lpa:cold:3 at stage2, full",
+        "v5e:16x16 bfloat16 100 lpa:cold:3 at stage2, full",
+    ]
+    assert [s.num_classes for s, _ in cases[-3:]] == [10, 1000, 8142]
+    assert {m.steps for _, m in cases if m.mode == "cold"} == {1, 3, 5}
+
+
+def test_the_star_of_flags_that_are_given_has_its_base_in_them():
+    values = {**compile_check.GRID, "layer": ["stage2"], "model": ["mlp"], "mode": ["free"]}
+    with parsed(compile_check, []):
+        cases = compile_check.make_star({**values, "topology": ["v5e:2x2", "v5e:4x4"]})
+    assert {s.topology for s, _ in cases} == {"v5e:2x2", "v5e:4x4"}
+    assert {(s.model, m.mode, m.steps) for s, m in cases} == {("mlp", "free", 1)}
+    assert cases[0][0].topology == "v5e:2x2" and len(cases) == 1 + 1 + 1 + 1 + 3
 
 
 def test_every_flag_has_a_help_text_and_is_read():
