@@ -119,11 +119,14 @@ def session(hosts: Hosts | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _ended_by_sigint() -> Iterator[None]:
     """Lets Ctrl-C end a wait in C++, after which Python would learn of it only."""
-    earlier = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(error: BaseException) -> None:

@@ -93,15 +93,24 @@ def sources() -> Iterator[dict[str, Callable[[], data.Batches | data.ReadAhead]]
         }
 
 
-def measure(source: str, make_batches: Callable[[], data.Batches | data.ReadAhead]) -> Row:
-    """Times the steps both ways, in turn, after one round that is not counted."""
+def make_step() -> tuple[parallel.MappedStep, lpa_jax.TrainState]:
+    """A step of plain training, which is compiled once for all sources, and its first state."""
     step = parallel.map_step(
         functools.partial(lpa_jax.lpa_step, augment=_scaled), num_classes=CLASSES
     )
     example = {"image": np.zeros((FLAGS.batch_size, FLAGS.image_size, FLAGS.image_size, 3), "f4")}
     model = models.create(FLAGS.model, CLASSES)
     # A rate so small that random labels cannot drive a long run out of range.
-    state = lpa_jax.TrainState.create(model, optax.sgd(1e-3), jax.random.key(0), example)
+    return step, lpa_jax.TrainState.create(model, optax.sgd(1e-3), jax.random.key(0), example)
+
+
+def measure(
+    source: str,
+    make_batches: Callable[[], data.Batches | data.ReadAhead],
+    step: parallel.MappedStep,
+    state: lpa_jax.TrainState,
+) -> Row:
+    """Times the steps both ways, in turn, after one round that is not counted."""
     rounds = []
     for number in range(1 + FLAGS.rounds):
         rates = {}
@@ -164,8 +173,9 @@ def main(argv: list[str]) -> None:
     rows = []
     try:
         with sources() as found:
+            step, state = make_step()
             for source, make_batches in found.items():
-                rows.append(measure(source, make_batches))
+                rows.append(measure(source, make_batches, step, state))
                 print(source, file=sys.stderr, flush=True)
     except ValueError as error:
         sys.exit(f"error: {error}")

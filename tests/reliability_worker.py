@@ -137,6 +137,19 @@ def announce_steps(pace):
     trainer.train = paced
 
 
+def slow_down(owner, name, seconds):
+    """Has a function take longer."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    if seconds:
+        setattr(owner, name, slow)
+
+
 class CompileAnnouncer(logging.Handler):
     """Prints when XLA begins and ends to compile a program, which JAX logs."""
 
@@ -162,6 +175,8 @@ def main(arguments):
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--every", default="3steps")
     parser.add_argument("--pace", type=float, default=0.0, help="seconds added to every step")
+    parser.add_argument("--pace_files", type=float, default=0.0, help="to every deletion of a file")
+    parser.add_argument("--pace_evaluation", type=float, default=0.0, help="to every batch")
     parser.add_argument("--compile", action="store_true", help="without a compilation cache")
     flags = parser.parse_args(arguments)
     if flags.compile:
@@ -172,6 +187,9 @@ def main(arguments):
     announce(trainer, "evaluate_batches", "evaluation")
     announce(files, "write_json", "file")
     announce_steps(flags.pace)
+    slow_down(os, "rmdir", flags.pace_files)
+    slow_down(os, "unlink", flags.pace_files)
+    slow_down(data.EvaluationBatches, "__getitem__", flags.pace_evaluation)
     interrupts = Interrupts(lambda name: os.write(1, f"caught {name}\n".encode()))
     try:
         with workdir_lock.hold(flags.folder), interrupts:

@@ -9,6 +9,7 @@ module's `main` with them, one with `wait` waits for such a process; the answer 
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -29,6 +30,8 @@ def serve(module):
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(request["environment"])
+        # A shell that starts the tests in the background has Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         warnings.simplefilter("error")
         status = status_of(module.main, request["arguments"])
         sys.stdout.flush()

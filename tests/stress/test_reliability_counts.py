@@ -42,6 +42,16 @@ PHASES = {
     "step": 0.15,
 }
 
+# Phase -> options of the run, which of its occurrences to strike, seconds within which to do it.
+# The phases that are over in a moment are made longer, between the files that they touch.
+INSIDE = {
+    "compile": (("--compile",), 17, 0.5),
+    "restore": ((), 1, 0.1),
+    "delete": (("--pace=0.01", "--pace_files=0.01"), 3, 0.1),
+    "evaluation": (("--pace_evaluation=0.05",), 2, 0.15),
+    "save": ((), 4, 0.2),
+}
+
 
 @pytest.fixture(scope="module")
 def zygote():
@@ -98,6 +108,43 @@ def test_killed_at_random_moments(zygote, tmp_path, report, devices):
         f"kill -9, {devices} device(s): {struck.total()}/{struck.total()} resumed, "
         f"{equal}/{chains} chains bit-equal, {max(lost)} steps lost at most; {dict(struck)}"
     )
+
+
+@pytest.mark.parametrize("phase", INSIDE)
+def test_killed_inside_a_phase(zygote, reference, tmp_path, report, phase):
+    """At random moments between the beginning and the end that the run itself announces."""
+    rng = np.random.default_rng((SEED, *phase.encode()))
+    wanted, (options, occurrences, window) = KILLS // 4, INSIDE[phase]
+    inside = missed = chains = 0
+    while inside < wanted:
+        folder = tmp_path / f"chain{chains}"
+        for step in (3, int(rng.integers(8, worker.TOTAL_STEPS - 4))):
+            # Goes on for a while, since no kill may let a run come further.
+            run = zygote.start(folder, "--pace=0.01")
+            assert run.wait_for(f"begin step {step}"), run.lines()
+            run.send(SIGTERM)
+            assert run.wait() == 143
+            for _ in range(KILLS_PER_CHAIN):
+                run = zygote.start(folder, *options)
+                if not run.wait_for(f"begin {phase}", int(rng.integers(1, occurrences + 1))):
+                    assert run.wait() == 0
+                    break
+                time.sleep(rng.uniform(0, window))
+                run.send(SIGKILL)
+                assert run.wait() in (0, EXIT_STATUS[SIGKILL]), run.lines()
+                names = [" ".join(line.split()[:2]) for line in run.lines()]
+                hit = names.count(f"begin {phase}") > names.count(f"end {phase}")
+                inside, missed = inside + hit, missed + (not hit)
+            if (folder / "result.json").exists():
+                break
+        zygote.finish(folder)
+        assert_same_outcome(folder, reference)
+        chains += 1
+        shutil.rmtree(folder)
+        report(
+            f"kill -9 inside {phase}: {inside}/{inside} resumed, {chains}/{chains} runs bit-equal "
+            f"({missed} kills came after its end)"
+        )
 
 
 def test_signals_in_each_phase(zygote, reference, tmp_path, report):
