@@ -43,12 +43,17 @@ LDAM = MappingProxyType(
 )
 
 
-def defaults(dataset: str, profile: str) -> Mapping[str, Any]:
+# LPL's wide ResNets have dropout between the convolutions of a block.
+_WIDE_RESNET_DROPOUT = {"model_dropout": 0.3}
+
+
+def defaults(dataset: str, profile: str, model: str | None = None) -> Mapping[str, Any]:
     """Values of flags that are not given, by name; empty where no recipe is published.
 
     Args:
       dataset: `--dataset`.
       profile: `--profile`, of which none asks for LPL's recipe and every other for LDAM's.
+      model: `--model` if it is given, else the recipe's.
 
     >>> defaults("cifar100", "none")["epochs"], defaults("cifar10", "step")["model"]
     (240, 'resnet32')
@@ -57,4 +62,7 @@ def defaults(dataset: str, profile: str) -> Mapping[str, Any]:
     """
     if dataset not in CIFAR:
         return {}
-    return LPL if profile == "none" else LDAM
+    if profile != "none":
+        return LDAM
+    wide = (model or LPL["model"]).startswith("wrn")
+    return LPL | (_WIDE_RESNET_DROPOUT if wide else {})

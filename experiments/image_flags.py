@@ -44,6 +44,12 @@ def define_flags(defaults: type[ImageSettings]) -> None:
         HEADS,
         "Classifier: linear, or normalized for cosines, which LDAM was published with.",
     )
+    flags.DEFINE_float(
+        "model_dropout",
+        0.0,
+        "Rate of the dropout layers within models that have them (wide ResNets, MLPs, ViTs); as a "
+        "method to compare, dropout is a perturbation.",
+    )
     flags.DEFINE_string(
         "pretrained",
         None,
@@ -71,6 +77,7 @@ def values() -> dict[str, Any]:
         "jitter": _numbers("jitter", FLAGS.jitter),
         "grayscale_probability": FLAGS.grayscale_probability,
         "head": FLAGS.head,
+        "model_dropout": FLAGS.model_dropout,
         "pretrained": _weights(FLAGS.pretrained),
         "freeze_batch_norm": FLAGS.freeze_batch_norm,
     }

@@ -15,6 +15,7 @@ from lpa_jax.models.pretrained import Weights, convert
 # Earlier runs were made without these settings: at their defaults they are not written.
 _LATER = (
     "head",
+    "model_dropout",
     "crop_scale",
     "jitter",
     "grayscale_probability",
@@ -30,6 +31,7 @@ class ImageSettings:
     model: str = "mlp"
     dtype: str = "float32"
     head: str = "linear"
+    model_dropout: float = 0.0
     pretrained: Weights | None = None
     freeze_batch_norm: bool = False
     augmentation: str = "none"
@@ -46,6 +48,8 @@ class ImageSettings:
         """
         if self.head not in HEADS:
             raise ValueError(f"--head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        if self.model_dropout:
+            _named("model_dropout", lambda: self.network(2))
         if self.freeze_batch_norm and self.pretrained is None:
             raise ValueError(
                 "--freeze_batch_norm needs --pretrained: without, norms have no statistics to keep"
@@ -71,6 +75,8 @@ class ImageSettings:
         """
         if self.freeze_batch_norm:
             options["frozen_norm"] = True
+        if self.model_dropout:
+            options["dropout"] = self.model_dropout
         options |= {"dtype": self.dtype, "head": self.head}
         return models.create(self.model, num_classes, **options)
 

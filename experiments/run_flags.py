@@ -280,7 +280,8 @@ def follow_recipe() -> Mapping[str, Any]:
     """
     if FLAGS.recipe == "none":
         return {}
-    recipe = data_set_defaults.defaults(FLAGS.dataset, FLAGS.profile)
+    model = FLAGS.model if FLAGS["model"].present else None
+    recipe = data_set_defaults.defaults(FLAGS.dataset, FLAGS.profile, model)
     for name in set(recipe) - {*methods.RUN_OPTIONS}:
         FLAGS.set_default(name, recipe[name])
     return recipe

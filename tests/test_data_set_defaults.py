@@ -26,6 +26,7 @@ def test_balanced_cifar_is_trained_by_the_recipe_of_lpl():
     assert settings.clip_norm is None and settings.augmentation == "crop+flip"
     assert [round(m * settings.epochs) for m in settings.milestones] == [60, 120, 160, 200]
     assert (settings.schedule, settings.decay_factor, settings.crop_padding) == ("step", 0.2, 4)
+    assert settings.model_dropout == settings.network(10).dropout == 0.3
     assert explicit == {}, "a recipe's learning rate is no reason to ignore a tuned one"
 
 
@@ -38,6 +39,8 @@ def test_long_tailed_cifar_is_trained_by_the_recipe_of_ldam():
 
 def test_flags_override_single_values_of_a_recipe_and_none_overrides_it_whole():
     given = ("--epochs=7", "--learning_rate=0.3", "--clip_norm=5")
+    other, _ = parsed(balanced, "--dataset=cifar10", "--model=resnet110")
+    assert (other.epochs, other.model_dropout) == (240, 0), "only wide ResNets have dropout"
     settings, explicit = parsed(long_tail, "--dataset=cifar10", *given)
     assert (settings.epochs, settings.learning_rate, settings.clip_norm) == (7, 0.3, 5)
     assert (settings.model, settings.batch_size) == ("resnet32", 128)
