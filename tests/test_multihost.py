@@ -124,6 +124,40 @@ def test_a_missing_flag_is_named_unless_the_cluster_knows_it(parsed):
     assert (found.coordinator_address, found.num_processes, found.heartbeat_timeout) == (None, 2, 7)
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from there"),
+        (SystemExit("error: no room"), 1, "error: no room"),
+        (ValueError("--flag: is wrong"), 1, "error: --flag: is wrong"),
+        (RuntimeError("Gloo all-reduce failed"), 1, f"error: {distributed.LOST}"),
+    ],
+)
+def test_who_leaves_several_processes_says_why_and_waits_for_nobody(
+    monkeypatch, capfd, error, status, line
+):
+    ends = []
+    monkeypatch.setattr(distributed.os, "_exit", ends.append)
+    distributed._leave(error)
+    assert ends == [status]
+    assert capfd.readouterr().err == f"{runtime_log.LAST_LINE}{line}\n"
+
+
+def test_ctrl_c_ends_a_wait_for_other_processes_unless_it_is_ignored():
+    earlier = signal.getsignal(signal.SIGINT)
+    try:
+        for handler, within in (
+            (signal.default_int_handler, signal.SIG_DFL),
+            (signal.SIG_IGN, signal.SIG_IGN),
+        ):
+            signal.signal(signal.SIGINT, handler)
+            with distributed._ended_by_sigint():
+                assert signal.getsignal(signal.SIGINT) == within
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 def test_a_session_of_one_process_changes_nothing():
     with pytest.raises(KeyError), distributed.session(None):
         raise KeyError
