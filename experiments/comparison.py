@@ -166,10 +166,7 @@ def report(results: summary.Results, settings: Settings, workdir: pathlib.Path) 
     """Prints the table and writes it with the figures; the first host does."""
     if not multihost.is_first_host():
         return
-    sizes = f"{settings.profile} {settings.imbalance:g}:1"
-    if settings.profile == "none":
-        sizes = f"{settings.per_class or 'all'} training images a class"
-    title = f"{settings.dataset}, {sizes}, {settings.model}, {settings.evaluate_on} accuracy"
+    title = summary.title_of(settings.as_dict())
     files.write_text(workdir / "table.csv", summary.as_csv(results))
     files.write_text(workdir / "table.md", summary.as_markdown(results, title))
     plots.per_class_accuracy(results, workdir / "per_class_accuracy.png")

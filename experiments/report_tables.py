@@ -147,6 +147,12 @@ def notes(table: Summary) -> list[str]:
         lacking = [seed for seed in everyone if seed not in row.seeds]
         if lacking:
             lines.append(f"{row.method} lacks seeds that others have: {ranges(lacking)}.")
+    for row in table.rows:
+        if row.comparison is not None and row.comparison.pairs < len(everyone):
+            lines.append(
+                f"{row.method} and {table.baseline} are compared over their "
+                f"{row.comparison.pairs} common seeds alone."
+            )
     return lines + limits(_compared(table))
 
 

@@ -1,10 +1,8 @@
-"""Statistics against values worked out by hand, and reports of made-up result folders."""
+"""Reports of made-up result folders."""
 
 import csv
 import html.parser
-import itertools
 import json
-import math
 import pathlib
 
 import made_up_runs
@@ -19,74 +17,11 @@ from experiments import (
     report_data,
     report_measured,
     report_tables,
-    statistics,
     summary,
 )
 
 FLAGS = flags.FLAGS
 
-
-# Statistics
-
-
-def slow_signed_rank_p(differences):
-    """Two-sided: the share of sign patterns whose rank sum is as far from the middle."""
-    values = [d for d in differences if d != 0]
-    sizes = sorted(abs(d) for d in values)
-    ranks = [np.mean([i + 1 for i, size in enumerate(sizes) if size == abs(d)]) for d in values]
-    middle = sum(ranks) / 2
-    observed = abs(sum(r for r, d in zip(ranks, values, strict=True) if d > 0) - middle)
-    patterns = itertools.product((0, 1), repeat=len(ranks))
-    sums = [abs(np.dot(pattern, ranks) - middle) for pattern in patterns]
-    return np.mean([value >= observed - 1e-9 for value in sums])
-
-
-@pytest.mark.parametrize(
-    "thousandths",
-    [(3, 1, 2, 4), (3, -1, 2, 4), (1, 1, 1, -1, 2), (0, 0, 5, -3, 3, 3), (2, 2, 2, 2, 2, 2, 2, -7)],
-)
-def test_the_signed_rank_p_value_counts_all_signs_with_ties_and_zeros(thousandths):
-    # Accuracies that differ by the same number of images must tie, whatever rounding does.
-    differences = np.array([(800 + d) / 1000 - 0.8 for d in thousandths])
-    expected = slow_signed_rank_p(thousandths)
-    assert statistics.wilcoxon_p(differences) == pytest.approx(expected)
-
-
-def test_differences_that_are_all_zero_give_no_evidence_and_no_warning():
-    comparison = statistics.compare({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.6, 2: 0.7})
-    assert comparison == ((0.0, 0.0), 0.0, 0.0, 1.0, 3, 0)
-
-
-def test_one_pair_has_a_difference_but_no_interval_and_no_p_value():
-    comparison = statistics.compare({0: 0.75, 1: 0.9}, {0: 0.5})
-    assert comparison.difference.mean == 0.25 and comparison.pairs == 1
-    assert math.isnan(comparison.low) and math.isnan(comparison.p_value)
-    assert comparison.interval() == "" and statistics.compare({0: 0.5}, {1: 0.5}) is None
-
-
-def test_seeds_are_paired_by_name_and_not_by_position():
-    comparison = statistics.compare({2: 0.9, 0: 0.5}, {0: 0.4, 2: 0.7, 5: 0.1})
-    assert comparison.difference.mean == pytest.approx(0.15) and comparison.pairs == 2
-
-
-def test_the_bootstrap_interval_is_repeatable_and_close_to_students_with_many_seeds():
-    differences = np.random.default_rng(3).normal(0.02, 0.01, 200)
-    low, high = statistics.bootstrap_interval(differences)
-    assert (low, high) == statistics.bootstrap_interval(differences)
-    half = 1.96 * differences.std(ddof=1) / math.sqrt(200)
-    assert low == pytest.approx(differences.mean() - half, abs=2e-4)
-    assert high == pytest.approx(differences.mean() + half, abs=2e-4)
-    assert statistics.bootstrap_interval(np.array([0.01, 0.03])) == (0.01, 0.03)
-
-
-def test_holm_multiplies_step_by_step_stays_in_order_and_ignores_what_was_not_tested():
-    corrected = statistics.holm([0.04, 0.001, math.nan, 0.03, 0.6])
-    assert corrected[:2] + corrected[3:] == pytest.approx([0.09, 0.004, 0.09, 0.6])
-    assert math.isnan(corrected[2]) and statistics.holm([]) == []
-    assert statistics.holm([0.7, 0.8]) == [1.0, 1.0]
-
-
-# Reports
 
 ACCURACIES = {
     "erm": [0.60, 0.62, 0.61, 0.63, 0.60, 0.62, 0.61, 0.63],
@@ -163,7 +98,10 @@ def test_markdown_and_latex_escape_what_would_break_a_table(made):
     cells = table[0].replace("\\|", "").count("|")
     assert "manifold\\_mixup@input\\textbar{}hidden1" in (output / "table.tex").read_text()
     assert cells == text.splitlines()[4].count("|") and "input\\|hidden1" in table[0]
-    assert "manifold_mixup@input|hidden1 lacks seeds that others have: 4-7." in text
+    mixup = "manifold_mixup@input|hidden1"
+    assert f"{mixup} lacks seeds that others have: 4-7." in text
+    assert f"{mixup} and erm are compared over their 4 common seeds alone." in text
+    assert "lpa and erm are compared over" not in text, "both have all seeds"
     assert "Too few common seeds" in text and "(4)" in text and "lpa (8)" not in text
     assert len(sections[0].table[0]) == len(sections[0].table[-1])
 
