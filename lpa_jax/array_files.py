@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+_MOST_NAMED = 6  # differing arrays in one message
 
 
 def flatten(prefix: str, tree: Any) -> Arrays:
@@ -34,14 +35,23 @@ def unflatten(prefix: str, template: Any, arrays: Mapping[str, np.ndarray]) -> A
     """The template's structure with the arrays of that prefix.
 
     Raises:
-      ValueError: names, shapes or types are not the template's; names the first.
+      ValueError: names, shapes or types are not the template's; names what differs.
     """
     named = _named_leaves(prefix, template)
     names = {name for name, _ in named}
     unknown = sorted(name for name in arrays if name.startswith(f"{prefix}/") and name not in names)
-    if unknown:
-        raise ValueError(f"the checkpoint holds {unknown[0]!r}, which this {prefix} has not")
-    leaves = [_restored(name, leaf, arrays, prefix) for name, leaf in named]
+    problems = [f"the checkpoint holds {name!r}, which this {prefix} has not" for name in unknown]
+    leaves = []
+    for name, leaf in named:
+        try:
+            leaves.append(_restored(name, leaf, arrays, prefix))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        more = len(problems) - _MOST_NAMED
+        raise ValueError(
+            "; ".join(problems[:_MOST_NAMED]) + (f"; and {more} more differ" if more > 0 else "")
+        )
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 

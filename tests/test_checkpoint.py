@@ -228,9 +228,14 @@ def test_another_configuration_is_refused_naming_what_differs(two_steps, templat
         restore(two_steps, template, other)
 
 
-def test_another_state_is_refused_naming_the_array(two_steps, template):
+def test_another_state_is_refused_naming_the_arrays(two_steps, template, monkeypatch):
     wide = template.replace(params=jax.tree.map(lambda p: jnp.zeros((7, 7)), template.params))
     with pytest.raises(ValueError, match=r"'state/params/.* is float32\[.*this state's is float32"):
+        restore(two_steps, wide)
+    with pytest.raises(ValueError, match=r"hidden1/dense/bias.*; .*logits/dense/kernel"):
+        restore(two_steps, wide)  # all of a few, not the first alone
+    monkeypatch.setattr(array_files, "_MOST_NAMED", 1)
+    with pytest.raises(ValueError, match=r"hidden1/dense/bias[^;]*; and 3 more differ$"):
         restore(two_steps, wide)
     more = template.replace(model_state={**template.model_state, "new": jnp.ones(1)})
     with pytest.raises(ValueError, match="holds no 'state/model_state/new'"):

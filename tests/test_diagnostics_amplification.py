@@ -140,6 +140,7 @@ def test_random_directions_have_the_lengths_of_the_perturbation_and_no_preferenc
         ({"tolerance": 0.0}, r"tolerance must be > 0, got 0\.0"),
         ({"iterations": 0}, r"iterations=0: must be an integer of at least 1"),
         ({"inputs": np.ones((0, 5), np.float32)}, r"inputs must hold at least one example"),
+        ({"inputs": np.full((2, 5), np.nan, np.float32)}, r"activation at 'input' is not finite"),
         ({"inputs": np.ones((2, 5), np.int32)}, r"only a floating activation has a Jacobian"),
     ],
 )  # fmt: skip
@@ -148,6 +149,13 @@ def test_bad_arguments_of_the_bound_are_refused(linear, changes, message):
     good = {"inputs": np.ones((2, 5), np.float32), "layer": "input", "target": "w1"}
     with pytest.raises(ValueError, match=message):
         local_bound(network, variables, **(good | changes), rng=KEY)
+
+
+def test_gains_of_no_example_are_refused(linear):
+    network, variables, _ = linear
+    none = np.ones((0, 5), np.float32)
+    with pytest.raises(ValueError, match="inputs must hold at least one example, got none"):
+        gains(network, variables, none, "input", none)
 
 
 def test_a_jacobian_that_is_not_finite_is_refused(linear):

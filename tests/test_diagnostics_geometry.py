@@ -68,6 +68,18 @@ def test_padding_is_not_counted():
     toy.assert_trees_close(padded, class_geometry(cut, LABELS[:4], toy.CLASSES))
 
 
+def test_an_empty_batch_and_a_loss_that_is_not_finite_are_refused(network, variables):
+    lpa = {"hidden1": lpa_jax.lpa(0.1, assignment=lpa_jax.custom(toy.SIGN))}
+    empty = {name: values[:0] for name, values in toy.batch(LABELS).items()}
+    with pytest.raises(ValueError, match="batch must hold at least one example, got none"):
+        observe(network, variables, empty, lpa, rng=jax.random.key(1))
+    seen = observation()
+    seen.loss_after[2] = np.nan
+    with pytest.raises(ValueError, match="loss_after must be finite, got nan"):
+        class_geometry(seen, LABELS, toy.CLASSES)
+    class_geometry(seen, LABELS, toy.CLASSES, mask=np.array([1, 1, 0, 1, 1, 1]))  # padding
+
+
 def test_examples_that_did_not_move_have_no_cosine():
     seen = observation()
     pairs = class_geometry(seen._replace(after=seen.before), LABELS, toy.CLASSES)

@@ -77,7 +77,8 @@ def gains(
       `metrics.mean(gain, jnp.isfinite(gain))`).
 
     Raises:
-      ValueError: unknown `layer`, or a delta of another shape than the activation there.
+      ValueError: unknown `layer`, no example, or a delta of another shape than the activation
+        there.
 
     >>> from lpa_jax.injection import CutFunctions
     >>> network = CutFunctions(lambda p, x: 3 * x, lambda p, h: 2 * h)
@@ -86,6 +87,8 @@ def gains(
     {'hidden': [3.0], 'logits': [6.0]}
     """
     above = layers_above(network, layer)
+    if not len(inputs):
+        raise ValueError("inputs must hold at least one example, got none")
     delta = jnp.asarray(delta)
     lengths = pgd.row_norms(delta.astype(pgd.perturbation_dtype(delta)))
 
@@ -153,7 +156,7 @@ def local_bound(
 
     Raises:
       ValueError: unknown layer, a `target` not above `layer`, an empty batch, a value out of range,
-        or a Jacobian that is not finite.
+        or an activation or a Jacobian that is not finite.
 
     >>> from lpa_jax.injection import CutFunctions
     >>> network = CutFunctions(lambda p, x: x @ p, lambda p, h: h)
@@ -176,6 +179,9 @@ def local_bound(
         raise ValueError(
             f"only a floating activation has a Jacobian, {layer!r} is {activation.dtype}"
         )
+    # The Jacobian of a network at nan is 0 after a rectifier.
+    if not bool(jnp.isfinite(activation).all()):
+        raise ValueError(f"the activation at {layer!r} is not finite")
     v = pgd.unit_rows(jax.random.normal(rng, activation.shape, activation.dtype))
     sigma, change, done = np.zeros(len(inputs)), np.full(len(inputs), np.inf), 0
     while done < iterations and np.any(change > tolerance):

@@ -75,7 +75,7 @@ def observe(
       layer -> observation.
 
     Raises:
-      ValueError: unknown layer.
+      ValueError: unknown layer, or an empty batch.
 
     >>> network = injection.CutFunctions(lambda p, x: x, lambda p, h: h @ p)
     >>> batch = {"image": jnp.ones((2, 3)), "label": jnp.array([0, 1])}
@@ -87,6 +87,8 @@ def observe(
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     labels, inputs = batch["label"], batch["image"]
+    if not jnp.shape(labels)[0]:
+        raise ValueError("batch must hold at least one example, got none")
     shapes = injection.activation_shapes(
         network, variables, inputs, (*perturbations, injection.LOGITS)
     )
@@ -204,7 +206,8 @@ def class_geometry(
       `metrics.compute` turns these into nan.
 
     Raises:
-      ValueError: activations, losses, labels and mask that do not fit together.
+      ValueError: activations, losses, labels and mask that do not fit together, or (unless traced)
+        a loss that is not finite.
 
     >>> h = jnp.array([[3.0, 4.0], [1.0, 0.0]])
     >>> grown = Observation(h, 2 * h, jnp.zeros(2), jnp.ones(2), None, None)
@@ -217,6 +220,7 @@ def class_geometry(
     _check_rows(observation, labels, mask)
     mask = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask)
     weight = (mask != 0).astype(observation.before.dtype)
+    _check_finite(observation, weight)
     counts = pgd.class_sums(weight, labels, num_classes)
     member_sums = pgd.class_sums(
         observation.before * pgd.over_classes(weight, observation.before), labels, num_classes
@@ -309,6 +313,17 @@ def _stated(aux: Mapping[str, Array], name: str) -> Array | None:
 def _norm_ratio(observation: Observation) -> Array:
     norms = pgd.row_norms(observation.before)
     return pgd.row_norms(observation.after) / jnp.where(norms > 0, norms, 1.0)
+
+
+def _check_finite(observation: Observation, weight: Array) -> None:
+    """Traced losses have no values to check."""
+    for name in ("loss_before", "loss_after"):
+        losses = getattr(observation, name)
+        if not any(isinstance(value, jax.core.Tracer) for value in (losses, weight)):
+            counted = np.asarray(losses)[np.asarray(weight) != 0]
+            if not np.isfinite(counted).all():
+                worst = counted[~np.isfinite(counted)][0]
+                raise ValueError(f"{name} must be finite, got {worst}")
 
 
 def _check_rows(observation: Observation, labels: Array, mask: Array | None) -> None:
