@@ -62,7 +62,13 @@ def run_trial(
 
     `programs` keeps what is compiled: trials that differ in numbers alone share it.
     """
-    drawn = search.draw(method, trial, run_flags.searched_layers(settings.model), FLAGS.search_seed)
+    drawn = search.draw(
+        method,
+        trial,
+        run_flags.searched_layers(settings.model),
+        FLAGS.search_seed,
+        run_flags.searched_space(),
+    )
     if suggestions is not None:
         drawn = suggestions.recentred(method, drawn)
     options = methods.options_for(method, drawn, run_flags.explicit_options())

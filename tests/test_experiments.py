@@ -310,6 +310,34 @@ def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, 
     assert config["options"] == best["options"]
 
 
+def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):
+    arguments = (*TINY, "--methods=lpa", "--trials=2", "--seeds=100-100",
+                 f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+    message, *_ = run("tune", *arguments, "--search_layers=hidden3",
+                      "--space=learning_rate=0.001:0.002", "--space=lpa.steps=1|2")  # fmt: skip
+    assert message is None
+    trials = [json.loads(path.read_text()) for path in tmp_path.glob("tune/trials/lpa/*")]
+    assert len(trials) == 2
+    for options in (trial["options"] for trial in trials):
+        assert 0.001 <= options["learning_rate"] <= 0.002
+        assert options["lpa.steps"] in (1, 2) and options["lpa.layer"] == "hidden3"
+    message, *_ = run("tune", *arguments)
+    assert "holds trials with other settings" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--space=lpa.radius", "--space: 'lpa.radius' is not OPTION=RANGE"),
+        ("--space=learning_rate=2:1", "--space: 'learning_rate=2:1' must be OPTION=LOW:HIGH"),
+        ("--search_layers=stage9", "unknown layer 'stage9'"),
+    ],
+)
+def test_tuning_refuses_bad_ranges_before_anything_is_written(run, tmp_path, argument, expected):
+    message, *_ = run("tune", *TINY, argument, f"--workdir={tmp_path / 'tune'}")
+    assert expected in message and not (tmp_path / "tune").exists()
+
+
 def test_tuning_refuses_the_test_images(run, tmp_path):
     message, *_ = run("tune", *TINY, "--evaluate_on=test", f"--workdir={tmp_path / 'tune'}")
     assert "--evaluate_on must be validation" in message
