@@ -62,14 +62,14 @@ def _compared(values, method, measure, baseline) -> dict[str, Any]:
     if method != baseline and baseline in values:
         pair = (by_seed(values, name, measure) for name in (method, baseline))
         comparison = statistics.compare(*pair)
-    difference, low, high, p_value, pairs = comparison or (summary.UNKNOWN, *[np.nan] * 3, 0)
+    found = comparison or summary.NOT_COMPARED
     return {
-        "pairs": pairs,
-        "difference": difference.mean,
-        "difference_se": difference.error,
-        "difference_low": low,
-        "difference_high": high,
-        "p_value": p_value,
+        "pairs": found.pairs,
+        "difference": found.difference.mean,
+        "difference_se": found.difference.error,
+        "difference_low": found.low,
+        "difference_high": found.high,
+        "p_value": found.p_value,
     }
 
 

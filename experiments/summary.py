@@ -15,6 +15,7 @@ from experiments.statistics import Comparison, Estimate, estimate
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 UNKNOWN = Estimate(float("nan"), float("nan"))
+NOT_COMPARED = Comparison(UNKNOWN, *[float("nan")] * 3, pairs=0, higher=0)
 
 
 class Row(NamedTuple):
@@ -198,7 +199,7 @@ def frame(summary: Summary) -> pd.DataFrame:
 
 def comparison_numbers(comparison: Comparison | None, p_holm: float) -> dict[str, float]:
     """The same numbers as fractions, by the names that tables have them under."""
-    found = comparison or Comparison(UNKNOWN, *[float("nan")] * 3, pairs=0, higher=0)
+    found = comparison or NOT_COMPARED
     return {
         "pairs": found.pairs,
         **_numbers("difference", found.difference),
