@@ -91,16 +91,26 @@ def inner_products(a: Array, b: Array) -> Array:
 def row_norms(table: Array, norm: str = "l2") -> Array:
     """Row-wise norms, [C, ...] -> [C], of rows of any size: no square under- or overflows.
 
-    A row's squares are summed three times, as it is, scaled up and scaled down by a power of two;
-    the first sum says which one is accurate. Sums that depend on nothing but the table are one
-    read of it, where scaling by its largest entry takes two.
-
     >>> print(row_norms(jnp.array([[3.0, 4.0], [3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])))
     [5.e+00 5.e-30 5.e+30 0.e+00]
     """
-    axes = tuple(range(1, table.ndim))
     if norm == "linf":
-        return jnp.max(jnp.abs(table), axis=axes)
+        return jnp.max(jnp.abs(table), axis=tuple(range(1, table.ndim)))
+    # A third less of a TPU's time for a step's tables, twice a CPU's.
+    return jax.lax.platform_dependent(table, tpu=_norms_in_one_read, default=_norms_in_two_reads)
+
+
+def _norms_in_two_reads(table: Array) -> Array:
+    """Squares of the rows divided by their largest entries."""
+    axes = tuple(range(1, table.ndim))
+    largest = jnp.max(jnp.abs(table), axis=axes)
+    scale = jnp.where(largest > 0, largest, 1.0)
+    return scale * jnp.sqrt(jnp.sum(jnp.square(table / over_classes(scale, table)), axis=axes))
+
+
+def _norms_in_one_read(table: Array) -> Array:
+    """Squares of the rows as they are, scaled up and scaled down: one of the sums is accurate."""
+    axes = tuple(range(1, table.ndim))
     # In float32 2^80: a row whose sum of squares is below 2^-80 loses to underflow what matters,
     # but scaled up it reaches from 2^-92, the square of the smallest entry, to 2^80 at most.
     up = 2.0 ** (jnp.finfo(table.dtype).maxexp * 5 // 8)
