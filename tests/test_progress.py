@@ -28,9 +28,10 @@ def test_a_terminal_shows_step_loss_accuracy_speed_and_time_left_on_one_line_of_
     shown(Console(file=out, force_terminal=True, width=80, color_system=None))
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 80
+    # On a busy machine the only frame may be that of the finished run, of 60 epochs.
     bars = [line for line in lines if "step" in line]
     assert bars and all(
-        re.search(r"7/240 (-|\d+):[-\d:]+ step 19200 loss 0\.123 acc 99% 12k img/s", line)
+        re.search(r"(7|60)/240 (-|\d+):[-\d:]+ step 19200 loss 0\.123 acc 99% 12k img/s", line)
         for line in bars[:1]
     ), bars
     assert bars[0].startswith("manifold_mixup@…")
