@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 import lpa_jax
 from experiments.methods import (
@@ -18,7 +19,7 @@ from experiments.methods import (
     own_options,
     parse,
 )
-from lpa_jax import losses, penalties, perturbations
+from lpa_jax import losses, optimizers, penalties, perturbations
 from lpa_jax.injection import INPUT, LOGITS, check_layer
 from lpa_jax.perturbations import Perturbation
 
@@ -64,6 +65,42 @@ class Assembled(NamedTuple):
     loss_stages: tuple[tuple[int, losses.Loss], ...] | None
     sam_rho: float | None
     adjust_logits: Callable[[jax.Array], jax.Array] | None
+
+
+class Mixed(NamedTuple):
+    """A method with its options put in."""
+
+    parts: Assembled
+    optimizer: optax.GradientTransformation
+    loss_stages: tuple[tuple[int, losses.Loss], ...]
+
+
+def mixed(
+    parts: Assembled,
+    settings: Any,
+    options: Mapping[str, Any],
+    rate: optax.Schedule,
+    loss_stages: tuple[tuple[int, losses.Loss], ...],
+) -> Mixed:
+    """The parts with an optimiser, SAM around it if the method says so, and the losses in force.
+
+    Args:
+      parts: from `assemble`.
+      settings: with the fields of an optimiser (`optimizer`, `weight_decay`, `clip_norm`, ...).
+      options: of the method, whose own weight decay comes first.
+      rate: learning rate as a function of the step.
+      loss_stages: (first epoch, loss) pairs for methods that leave the loss alone.
+    """
+    optimizer = optimizers.create(
+        settings.optimizer,
+        rate,
+        weight_decay=options.get("weight_decay", settings.weight_decay),
+        clip_norm=settings.clip_norm,
+        decay_biases_and_norms=settings.decay_biases_and_norms,
+    )
+    if parts.sam_rho is not None:
+        optimizer = optimizers.sam(optimizer, parts.sam_rho)
+    return Mixed(parts, optimizer, parts.loss_stages or loss_stages)
 
 
 def assemble(

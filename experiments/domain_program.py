@@ -2,27 +2,19 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.assembly import Assembled, assemble, traceable
+from experiments.assembly import Mixed, assemble, mixed, traceable
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.methods import POSTHOC, loss_names, parse, part_options
 from lpa_jax import losses, metrics, optimizers, parallel, penalties, trainer
 from lpa_jax.injection import as_network
 from lpa_jax.step import TrainState, eval_step, lpa_step
-
-
-class _Mixed(NamedTuple):
-    """A method with its options put in."""
-
-    parts: Assembled
-    optimizer: optax.GradientTransformation
-    loss_stages: tuple[tuple[int, losses.Loss], ...]
 
 
 class Program:
@@ -84,7 +76,7 @@ class Program:
         return self._create(jax.random.key(seed), self._loaded)
 
     def _created(
-        self, known: _Mixed, rng: jax.Array, loaded: Mapping[str, Any] | None
+        self, known: Mixed, rng: jax.Array, loaded: Mapping[str, Any] | None
     ) -> TrainState:
         return TrainState.create(
             self._network,
@@ -118,7 +110,7 @@ class Program:
     def _numbers(self, options: Mapping[str, Any]) -> dict[str, jax.Array]:
         return {name: jnp.float32(options[name]) for name in traceable(self._method, options)}
 
-    def _mix(self, options: Mapping[str, Any]) -> _Mixed:
+    def _mix(self, options: Mapping[str, Any]) -> Mixed:
         settings = self._settings
         parts = assemble(
             self._method,
@@ -131,10 +123,8 @@ class Program:
             num_domains=self._num_domains,
             head=settings.head,
         )
-        optimizer = _optimizer(settings, options)
-        if parts.sam_rho is not None:
-            optimizer = optimizers.sam(optimizer, parts.sam_rho)
-        return _Mixed(parts, optimizer, parts.loss_stages or ((0, losses.cross_entropy),))
+        rate = _rate(settings, options)
+        return mixed(parts, settings, options, rate, ((0, losses.cross_entropy),))
 
     def _train_step(self, stage, state_and_numbers, batch, axis_name=None):
         state, numbers = state_and_numbers
@@ -176,18 +166,11 @@ def _check_domains(method: str, settings: DomainSettings, num_domains: int) -> N
         )
 
 
-def _optimizer(settings: DomainSettings, options: Mapping[str, Any]):
-    rate = optimizers.schedule(
+def _rate(settings: DomainSettings, options: Mapping[str, Any]) -> optax.Schedule:
+    return optimizers.schedule(
         settings.schedule,
         options.get("learning_rate", settings.learning_rate),
         total_steps=settings.train_steps,
-    )
-    return optimizers.create(
-        settings.optimizer,
-        rate,
-        weight_decay=options.get("weight_decay", settings.weight_decay),
-        clip_norm=settings.clip_norm,
-        decay_biases_and_norms=settings.decay_biases_and_norms,
     )
 
 

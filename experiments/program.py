@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from experiments import files
-from experiments.assembly import Assembled, assemble, traceable
+from experiments.assembly import Mixed, assemble, mixed, traceable
 from experiments.settings import Settings, Task
 from lpa_jax import losses, models, optimizers, parallel, trainer
 from lpa_jax.accumulation import accumulate
@@ -150,7 +150,7 @@ class _Steps:
     network: Network
     transform: Callable[..., jax.Array]
 
-    def _mix(self, numbers: Mapping[str, jax.Array]) -> "_Mixed":
+    def _mix(self, numbers: Mapping[str, jax.Array]) -> Mixed:
         return self.recipe.mix({**self.options, **numbers})
 
     def _normalized(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,14 +215,6 @@ def over_devices(settings: Settings, model: models.StagedModel) -> Any:
     return accumulate(model, settings.accumulate)
 
 
-class _Mixed(NamedTuple):
-    """A method with its options put in."""
-
-    parts: Assembled
-    optimizer: optax.GradientTransformation
-    loss_stages: tuple[tuple[int, losses.Loss], ...]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
     """How a method is built from options, whose numbers are known outside jit and traced inside."""
@@ -233,7 +225,7 @@ class _Recipe:
     layers: tuple[str, ...]
     layer: str | None
 
-    def mix(self, options: Mapping[str, Any]) -> _Mixed:
+    def mix(self, options: Mapping[str, Any]) -> Mixed:
         settings, counts = self.settings, self.task.counts
         steps_per_epoch = -(-len(self.task.train) // settings.batch_size)
         parts = assemble(
@@ -246,10 +238,8 @@ class _Recipe:
             total_steps=settings.epochs * steps_per_epoch,
             head=settings.head,
         )
-        optimizer = _optimizer(settings, steps_per_epoch, options)
-        if parts.sam_rho is not None:
-            optimizer = optimizers.sam(optimizer, parts.sam_rho)
-        return _Mixed(parts, optimizer, parts.loss_stages or _loss_stages(settings, counts))
+        rate = _rate(settings, steps_per_epoch, options)
+        return mixed(parts, settings, options, rate, _loss_stages(settings, counts))
 
 
 def _fixed(perturbations: Mapping[Any, Any]) -> dict[str, Any]:
@@ -257,21 +247,14 @@ def _fixed(perturbations: Mapping[Any, Any]) -> dict[str, Any]:
     return {layer: p for layer, p in perturbations.items() if isinstance(layer, str)}
 
 
-def _optimizer(settings: Settings, steps_per_epoch: int, options: Mapping[str, Any]):
-    rate = optimizers.schedule(
+def _rate(settings: Settings, steps_per_epoch: int, options: Mapping[str, Any]) -> optax.Schedule:
+    return optimizers.schedule(
         settings.schedule,
         options.get("learning_rate", settings.learning_rate),
         total_steps=settings.epochs * steps_per_epoch,
         warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
         milestones=settings.milestones,
         factor=settings.decay_factor,
-    )
-    return optimizers.create(
-        settings.optimizer,
-        rate,
-        weight_decay=options.get("weight_decay", settings.weight_decay),
-        clip_norm=settings.clip_norm,
-        decay_biases_and_norms=settings.decay_biases_and_norms,
     )
 
 
