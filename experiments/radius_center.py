@@ -63,13 +63,10 @@ class Suggestions:
             center = self._center(part.name, layer, options)
             around = search.LogUniform(center / SPREAD, center * SPREAD)
             at = part.layer or drawn.get(f"{part.name}.layer", LOGITS)
-            drawn[key] = search.moved(drawn[key], self._drawn_from(part.name, at), around)
+            drawn[key] = search.moved(
+                drawn[key], search.radius_space(part.name, at, self._hidden), around
+            )
         return drawn
-
-    def _drawn_from(self, name: str, layer: str) -> search.LogUniform:
-        if name == "lpa" and layer in self._hidden.spatial:
-            return search.SPATIAL_RADIUS
-        return search.part_space(name, self._hidden.names)["radius"]
 
     def _center(self, name: str, layer: str, options: Mapping[str, Any]) -> float:
         if (name, layer) not in self._centers:

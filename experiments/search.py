@@ -91,7 +91,7 @@ ADAM_LARGE: dict[str, Space] = {
 }
 # Relative radii that are harmless in dense layers destroy training in convolutional ones.
 SPATIAL_RADIUS = LogUniform(0.001, 0.1)
-_RELATIVE_RADII = ("lpa.radius", "adversarial.radius")
+_RELATIVE_RADII = ("lpa", "adversarial")
 
 
 class HiddenLayers(NamedTuple):
@@ -194,6 +194,17 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
     return spaces.get(name, layer)
 
 
+def radius_space(name: str, layer: str | None, hidden: HiddenLayers) -> LogUniform:
+    """Range of a part's radius at a layer: relative radii are smaller in spatial ones.
+
+    >>> radius_space("lpa", "stage3", hidden_layers("small_cnn")) == SPATIAL_RADIUS
+    True
+    """
+    if name in _RELATIVE_RADII and layer in hidden.spatial:
+        return SPATIAL_RADIUS
+    return part_space(name, hidden.names)["radius"]
+
+
 def draw(
     method: str,
     trial: int,
@@ -224,10 +235,10 @@ def draw(
         own = methods.own_options(part.name, ranges)
         spaces = {name: own.get(name, space) for name, space in spaces.items()} | own
         drawn = {name: space.draw(rng) for name, space in spaces.items()}
-        radius = f"{part.name}.radius"
-        at = part.layer or drawn.get("layer")
-        if radius in _RELATIVE_RADII and radius not in ranges and at in hidden.spatial:
-            drawn["radius"] = moved(drawn["radius"], spaces["radius"], SPATIAL_RADIUS)
+        if "radius" in drawn and f"{part.name}.radius" not in ranges:
+            range_there = radius_space(part.name, part.layer or drawn.get("layer"), hidden)
+            if range_there != spaces["radius"]:
+                drawn["radius"] = moved(drawn["radius"], spaces["radius"], range_there)
         if part.layer:
             drawn.pop("layer", None)
         options |= {f"{part.name}.{name}": value for name, value in drawn.items()}
