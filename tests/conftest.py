@@ -32,3 +32,13 @@ def images():
     """Four random images, [4, 8, 8, 3]."""
     draws = np.random.default_rng(1).normal(size=(4, 8, 8, 3))
     return jax.numpy.asarray(draws, jax.numpy.float32)
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """Four jobs of two settings, written down."""
+    from experiments import jobs  # for those tests alone
+
+    made = jobs.plan(tmp_path, "long_tail", ["erm", "lpa"], [1], {"imbalance": ["10", "100"]})
+    jobs.prepare(made)
+    return made

@@ -22,14 +22,6 @@ UP = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'up').touch(); "
 
 
 @pytest.fixture
-def planned(tmp_path):
-    """Four jobs of two settings, written down."""
-    made = jobs.plan(tmp_path, "long_tail", ["erm", "lpa"], [1], {"imbalance": ["10", "100"]})
-    jobs.prepare(made)
-    return made
-
-
-@pytest.fixture
 def start(monkeypatch):
     """(script) -> jobs are that Python script from now on, their folder its argument."""
 

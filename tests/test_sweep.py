@@ -51,14 +51,6 @@ def fake_start(script):
 
 
 @pytest.fixture
-def planned(tmp_path):
-    """Four jobs of two settings, written down."""
-    made = jobs.plan(tmp_path, "long_tail", ["erm", "lpa"], [1], {"imbalance": ["10", "100"]})
-    jobs.prepare(made)
-    return made
-
-
-@pytest.fixture
 def unchecked(monkeypatch):
     """Flags of jobs are not parsed: that takes a process of its own."""
     monkeypatch.setattr(sweep, "check_flags", lambda planned: None)
