@@ -183,7 +183,7 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
             "beta": Choice((0.9, 0.99, 0.999, 0.9999)),
             "switch": Choice((0.6, 0.7, 0.8, 0.9)),
         },
-        "isda": {"strength": LogUniform(0.05, 5.0)},
+        "isda": {"strength": LogUniform(0.05, 1.0)},
         "group_dro": {"eta": LogUniform(1e-3, 1e-1)},
         "coral": {"weight": LogUniform(0.03, 10.0)},
         "irm": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
