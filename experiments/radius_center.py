@@ -5,7 +5,7 @@ either wide or wrong. `--radius_center=suggest` moves the range of LPA's and LPL
 a factor of 10 around `lpa_jax.suggest_radius`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,23 @@ SPREAD = 10.0
 WARMUP = 0.1
 _PARTS = ("lpa", "lpl")
 _BATCH_SIZE = 256
+
+
+def check_ranges(ranges: Collection[str]) -> None:
+    """Refuses ranges that would not count, as these radii are moved elsewhere.
+
+    Args:
+      ranges: options whose range was given, such as `lpa.radius`.
+
+    Raises:
+      ValueError: LPA's or LPL's radius is among them.
+    """
+    for part in _PARTS:
+        if f"{part}.radius" in ranges:
+            raise ValueError(
+                f"--space: {part}.radius is drawn around the suggestion with "
+                "--radius_center=suggest; give one of the two"
+            )
 
 
 class Suggestions:

@@ -132,9 +132,10 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         setting["space"] = sorted(FLAGS.space)
     # Refuse bad names and ranges before anything is written.
     run_flags.searched_layers(settings.model)
-    run_flags.searched_space()
+    ranges = run_flags.searched_space()
     suggestions = None
     if FLAGS.radius_center == "suggest":
+        radius_center.check_ranges(ranges)
         setting["radius_center"] = FLAGS.radius_center
         first = min(tasks)
         suggestions = radius_center.Suggestions(

@@ -326,15 +326,16 @@ def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argument", "expected"),
+    ("arguments", "expected"),
     [
         ("--space=lpa.radius", "--space: 'lpa.radius' is not OPTION=RANGE"),
         ("--space=learning_rate=2:1", "--space: 'learning_rate=2:1' must be OPTION=LOW:HIGH"),
         ("--search_layers=stage9", "unknown layer 'stage9'"),
+        ("--space=lpl.radius=1:2 --radius_center=suggest", "--space: lpl.radius is drawn around"),
     ],
 )
-def test_tuning_refuses_bad_ranges_before_anything_is_written(run, tmp_path, argument, expected):
-    message, *_ = run("tune", *TINY, argument, f"--workdir={tmp_path / 'tune'}")
+def test_tuning_refuses_bad_ranges_before_anything_is_written(run, tmp_path, arguments, expected):
+    message, *_ = run("tune", *TINY, *arguments.split(), f"--workdir={tmp_path / 'tune'}")
     assert expected in message and not (tmp_path / "tune").exists()
 
 
