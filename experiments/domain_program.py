@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import traced_step
 from experiments.assembly import Mixed, assemble, mixed, traceable
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.methods import POSTHOC, loss_names, parse, part_options
 from lpa_jax import losses, metrics, optimizers, parallel, penalties, trainer
 from lpa_jax.injection import as_network
-from lpa_jax.step import TrainState, eval_step, lpa_step
+from lpa_jax.step import TrainState, eval_step
 
 
 class Program:
@@ -92,15 +93,9 @@ class Program:
     def stages(self, options: Mapping[str, Any]) -> tuple[tuple[int, trainer.Step], ...]:
         """(First interval, step) pairs."""
         numbers = self._numbers(options)
-
-        def bound(mapped):
-            def step(state, batch):
-                (state, _), pairs = mapped((state, numbers), batch)
-                return state, pairs
-
-            return step
-
-        return tuple((first, bound(mapped)) for first, mapped in self._stages)
+        return tuple(
+            (first, traced_step.with_numbers(mapped, numbers)) for first, mapped in self._stages
+        )
 
     def evaluation(self, options: Mapping[str, Any]) -> Callable[..., metrics.Pair]:
         """(state, batch) -> accuracy, as a pair."""
@@ -127,18 +122,14 @@ class Program:
         return mixed(parts, settings, options, rate, ((0, losses.cross_entropy),))
 
     def _train_step(self, stage, state_and_numbers, batch, axis_name=None):
-        state, numbers = state_and_numbers
-        mixed = self._mix(self._options | numbers)
-        new_state, pairs = lpa_step(
-            state.replace(optimizer=mixed.optimizer),
+        return traced_step.train(
+            state_and_numbers,
             batch,
-            perturbations=mixed.parts.perturbations,
-            penalties=mixed.parts.penalties,
-            loss=mixed.loss_stages[stage][1],
+            self._mix(self._options | state_and_numbers[1]),
+            stage,
             augment=lambda *of: self._normalize(self._transform(*of)),
             axis_name=axis_name,
         )
-        return (new_state.replace(optimizer=state.optimizer), numbers), pairs
 
     def _evaluate_step(self, state_and_numbers, batch, axis_name=None):
         state, numbers = state_and_numbers

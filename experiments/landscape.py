@@ -50,6 +50,8 @@ from lpa_jax.diagnostics import corruptions
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
+# Lines of a table that is printed whole; the geometry of every layer has more.
+_SCREEN = 60
 # --parts, and what each measures; the plane is measured for the first seed alone.
 PARTS = {
     "flatness": ("flatness",),
@@ -218,7 +220,8 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
         if name == "geometry":
             classes = measure_tables.class_frame(measured)
             files.write_text(workdir / "geometry_classes.csv", summary.csv_text(classes))
-        print(text)
+        long = text.count("\n") > _SCREEN
+        print(f"{name}: a long table, in {workdir}/{name}.md\n" if long else text)
 
 
 def run(interrupts: Interrupts) -> None:

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import optax
 
-from experiments import files
+from experiments import files, traced_step
 from experiments.assembly import Mixed, assemble, mixed, traceable
 from experiments.settings import Settings, Task
 from lpa_jax import losses, models, optimizers, parallel, trainer
 from lpa_jax.accumulation import accumulate
 from lpa_jax.diagnostics import class_geometry, observe, perturbation_effect
 from lpa_jax.injection import Network, as_network
-from lpa_jax.step import TrainState, eval_step, lpa_step
+from lpa_jax.step import TrainState, eval_step
 
 
 class Program(NamedTuple):
@@ -118,7 +118,9 @@ def make_program(
             options=dict(own),
             settings=settings,
             init=init,
-            stages=tuple((first, _with_numbers(step, numbers)) for first, step in mapped_stages),
+            stages=tuple(
+                (first, traced_step.with_numbers(step, numbers)) for first, step in mapped_stages
+            ),
             place=mapped_evaluation.place,
             evaluate=lambda state, batch: mapped_evaluation((state, numbers), batch),
             effect=functools.partial(_measure, effect, numbers) if measurable else None,
@@ -127,14 +129,6 @@ def make_program(
         )
 
     return with_options(options)
-
-
-def _with_numbers(mapped: Callable[..., Any], numbers: Mapping[str, Any]) -> trainer.Step:
-    def step(state, batch):
-        (state, _), pairs = mapped((state, numbers), batch)
-        return state, pairs
-
-    return step
 
 
 def _measure(compiled: Callable[..., Any], numbers, state: TrainState, batch) -> Any:
@@ -157,19 +151,15 @@ class _Steps:
         return {**batch, "image": self.recipe.task.normalization.apply(batch["image"])}
 
     def train(self, stage: int, state_and_numbers, batch, axis_name=None):
-        state, numbers = state_and_numbers
-        mixed = self._mix(numbers)
         normalize = self.recipe.task.normalization.apply
-        new_state, pairs = lpa_step(
-            state.replace(optimizer=mixed.optimizer),
+        return traced_step.train(
+            state_and_numbers,
             batch,
-            perturbations=mixed.parts.perturbations,
-            penalties=mixed.parts.penalties,
-            loss=mixed.loss_stages[stage][1],
+            self._mix(state_and_numbers[1]),
+            stage,
             augment=lambda *of: normalize(self.transform(*of)),
             axis_name=axis_name,
         )
-        return (new_state.replace(optimizer=state.optimizer), numbers), pairs
 
     def evaluate(self, state_and_numbers, batch, axis_name=None):
         state, numbers = state_and_numbers
