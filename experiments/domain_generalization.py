@@ -18,7 +18,8 @@ and selection chooses among them, as in the publication. On an accelerator, Doma
     python -m experiments.domain_generalization --dataset=PACS --data_dir=DIR --model=resnet50 \
         --layer=stage4 --train_steps=5000 --batch_size=32 --evaluate_every=250 --draws=20 \
         --augmentation=resized_crop+flip+jitter+grayscale --pretrained=resnet50.safetensors \
-        --freeze_batch_norm --leave_two_out
+        --freeze_batch_norm --leave_two_out --space=batch_size=8:45.25 \
+        --space="model_dropout=0|0.1|0.5"
 
 Its published figures start from torchvision's ImageNet weights; docs/datasets.md says how to bring
 them and what still differs.
@@ -127,7 +128,7 @@ def tuned_hparams(settings: DomainSettings) -> Tuned:
         )
         if not path.exists():
             return Tuned({}, {}, f"the methods' defaults (nothing tuned for {path.stem})")
-    pooled = methods.load_tuned(path)
+    pooled = methods.load_tuned(path, methods.DOMAIN_RUN_OPTIONS)
     entries = json.loads(path.read_text(encoding="utf-8"))["methods"]
     by_domain = {
         method: {domain: found["options"] for domain, found in entry["by_test_domain"].items()}

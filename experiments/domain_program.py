@@ -47,6 +47,7 @@ class Program:
         counts: Sequence[int],
         layer: str | None = None,
     ):
+        settings = settings.with_options(options)
         _check_domains(method, settings, num_domains)
         self._method, self._settings, self._options = method, settings, dict(options)
         self._num_domains, self._counts, self._layer = num_domains, counts, layer

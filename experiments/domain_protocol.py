@@ -206,7 +206,8 @@ class Trainings:
 
     def _train(self, program, network, restored, save, score, log, progress) -> None:
         """Writes one row of the log a checkpoint; saves and raises if asked to stop."""
-        settings, (_, options, held_out, seed) = self._settings, network
+        _, options, held_out, seed = network
+        settings = self._settings.with_options(options)
         inside = [
             split.inside for name, split in self._splits(seed).items() if name not in held_out
         ]

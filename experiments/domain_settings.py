@@ -1,7 +1,7 @@
 """What defines a domain generalization run, apart from its method and seed; and its data."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from lpa_jax.data.domain_folders import FOLDER_SETS
 IN_MEMORY_LIMIT = 4 * 2**30
 # DomainBed divides small images by 255; photographs it normalises as ImageNet's.
 UNIT_RANGE = 255.0
+# Settings that a method's options may replace and that are compiled in.
+_COMPILED = ("batch_size", "model_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,15 @@ class DomainSettings(ImageSettings):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be >= 1, got {value!r}")
         return self.check_images()
+
+    def with_options(self, options: Mapping[str, Any]) -> "DomainSettings":
+        """These settings, batch size and dropout being a method's own if it has them.
+
+        Raises:
+          ValueError: one line naming the first that is out of range.
+        """
+        own = {name: options[name] for name in _COMPILED if name in options}
+        return dataclasses.replace(self, **own).check() if own else self
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name, without where the data lie."""

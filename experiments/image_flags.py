@@ -47,8 +47,8 @@ def define_flags(defaults: type[ImageSettings]) -> None:
     flags.DEFINE_float(
         "model_dropout",
         0.0,
-        "Rate of the dropout layers within models that have them (wide ResNets, MLPs, ViTs); as a "
-        "method to compare, dropout is a perturbation.",
+        "Rate of the dropout layers within models that have them (in blocks of wide ResNets, MLPs "
+        "and ViTs, before the head of ResNets); as a method to compare, dropout is a perturbation.",
     )
     flags.DEFINE_string(
         "pretrained",

@@ -11,7 +11,7 @@ hyperparameters, explicit flags. What a name stands for is put together in `asse
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lpa_jax import losses, penalties
@@ -24,6 +24,8 @@ LDAM_DRW = "ldam_drw"
 POSTHOC = "posthoc_logit_adjustment"
 ASSIGNMENTS = ("frequency", "confidence", "all_positive", "all_negative")
 RUN_OPTIONS = ("learning_rate", "weight_decay")
+# In domain generalization a search may draw more, as DomainBed's does.
+DOMAIN_RUN_OPTIONS = (*RUN_OPTIONS, "batch_size", "model_dropout")
 ASSIGNMENT_OPTIONS = ("assignment", "kappa", "split", "ema")
 # What the task decides, not the user.
 _GIVEN_BY_THE_TASK = ("num_domains", "total_steps")
@@ -144,8 +146,14 @@ def options_for(
     return options
 
 
-def load_tuned(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+def load_tuned(
+    path: str | pathlib.Path, run_options: Sequence[str] = RUN_OPTIONS
+) -> dict[str, dict[str, Any]]:
     """Hyperparameters by method from a file that `experiments.tune` wrote.
+
+    Args:
+      path: of the file.
+      run_options: what it may hold besides the options of parts.
 
     Raises:
       ValueError: the file is missing or is not such a file.
@@ -162,6 +170,6 @@ def load_tuned(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     for method, entry in tuned.items():
         known = [f"{part.name}.{o}" for part in parse(method) for o in part_options(part.name)]
         for key in entry:
-            if key not in (*known, *RUN_OPTIONS):
+            if key not in (*known, *run_options):
                 raise ValueError(f"--hparams: {str(path)!r}: {method} has no option {key!r}")
     return tuned

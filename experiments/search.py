@@ -52,7 +52,8 @@ def parse_space(text: str) -> tuple[str, Space]:
 
     Args:
       text: `OPTION=LOW:HIGH`, uniform in the logarithm, or `OPTION=VALUE|VALUE`; OPTION is
-        `PART.OPTION`, `learning_rate` or `weight_decay`.
+        `PART.OPTION`, `learning_rate`, `weight_decay` or, in domain generalization,
+        `batch_size` or `model_dropout`.
 
     Raises:
       ValueError: it names no such option, or no such range.
@@ -63,7 +64,7 @@ def parse_space(text: str) -> tuple[str, Space]:
     name, _, values = text.partition("=")
     part, _, option = name.rpartition(".")
     of_part = part in methods.part_names() and option in methods.part_options(part)
-    if not (of_part or name in methods.RUN_OPTIONS) or not values:
+    if not (of_part or name in methods.DOMAIN_RUN_OPTIONS) or not values:
         raise ValueError(f"--space: {text!r} is not OPTION=RANGE, such as lpa.radius_target=0.03:2")
     if ":" not in values:
         return name, Choice(tuple(methods.parsed_value(value) for value in values.split("|")))
@@ -227,6 +228,11 @@ def draw(
     """
     shared = np.random.default_rng([seed, trial])
     options = {name: ranges.get(name, space).draw(shared) for name, space in RUN_SPACE.items()}
+    for name in methods.DOMAIN_RUN_OPTIONS:
+        if name in ranges and name not in options:
+            options[name] = ranges[name].draw(shared)
+    if "batch_size" in options:
+        options["batch_size"] = int(options["batch_size"])
     for part in methods.parse(method):
         # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
         rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])

@@ -9,6 +9,7 @@ second loss from the third epoch on, and an epoch of which the last batch reache
 
 import argparse
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -118,11 +119,22 @@ def announce(owner, name, phase):
     setattr(owner, name, announced)
 
 
+def digest(state):
+    """Of all arrays of a state, wherever they lie."""
+    arrays = array_files.flatten("state", state)
+    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
+
+
 def announce_steps(pace):
-    """Has every step print its number; the first of a stage compiles."""
+    """Has training print the state it begins with and the number of every step.
+
+    The first step of a stage compiles.
+    """
     train = trainer.train
 
     def paced(state, stages, *args, **kwargs):
+        print(f"state {int(state.step)} {digest(state)}", flush=True)
+
         def announced(step):
             def call(state, batch):
                 print(f"begin step {int(state.step) + 1}", flush=True)

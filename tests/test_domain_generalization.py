@@ -17,6 +17,7 @@ from experiments import (
     distributed,
     domain_flags,
     domain_generalization,
+    domain_protocol,
     domain_selection,
     domain_tune,
     image_flags,
@@ -27,6 +28,7 @@ from experiments import (
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.progress import RunProgress
+from lpa_jax import trainer
 from lpa_jax.interrupts import InterruptedRunError
 
 FLAGS = flags.FLAGS
@@ -166,6 +168,33 @@ def test_draws_and_pairs_are_selected_as_the_selections_say(run, tmp_path):
         assert result["options"]["learning_rate"] == draws[validation.draw]
 
 
+def test_batch_size_and_dropout_are_drawn_where_asked_and_reach_the_training(
+    run, tmp_path, monkeypatch
+):
+    sizes, rates = [], []
+    train, network = trainer.train, DomainSettings.network
+
+    def noticed_train(state, stages, batches, *args, **kwargs):
+        sizes.append(batches[0]["label"].size)
+        return train(state, stages, batches, *args, **kwargs)
+
+    def noticed_network(*args, **kwargs):
+        model = network(*args, **kwargs)
+        rates.append(model.dropout)
+        return model
+
+    monkeypatch.setattr(trainer, "train", noticed_train)
+    monkeypatch.setattr(DomainSettings, "network", noticed_network)
+    workdir = tmp_path / "job"
+    message, *_ = run("domain_generalization", *TINY, "--methods=erm", "--seeds=1", "--draws=3",
+                      "--test_domains=+90%", "--space=batch_size=2:6.9",
+                      "--space=model_dropout=0.1:0.6", f"--workdir={workdir}")  # fmt: skip
+    assert message is None
+    drawn = read(workdir / "runs/erm/test_+90%/seed_0/config.json")["drawn_options"]
+    assert sizes == [2 * options["batch_size"] for options in drawn] and len(set(sizes)) > 1
+    assert {options["model_dropout"] for options in drawn} == set(rates) and len(set(rates)) == 3
+
+
 def test_pairs_can_be_added_to_a_finished_job(run, job, tmp_path):
     workdir = pathlib.Path(shutil.copytree(job[0], tmp_path / "job"))
     message, _, err = run("domain_generalization", *TINY, "--methods=erm", "--seeds=2",
@@ -222,6 +251,37 @@ def test_a_network_that_is_stopped_goes_on_to_the_same_records(source, tmp_path)
             stopped.run(network, QUIET)
         left[0] = 10**6
         assert stopped.run(network, QUIET)["records"] == whole["records"]
+
+
+def test_a_final_evaluation_that_is_missing_is_made_once(source, tmp_path, monkeypatch):
+    settings, domains = source
+    network = Network("erm", {}, ("+80%",), 3)
+    evaluated, evaluate = [], domain_protocol._accuracies
+    stop_after = settings.train_steps
+
+    def noticed(program, state, *args):
+        evaluated.append(int(state.step))
+        return evaluate(program, state, *args)
+
+    monkeypatch.setattr(domain_protocol, "_accuracies", noticed)
+    whole = Trainings(settings, domains, tmp_path / "whole").run(network, QUIET)
+    assert evaluated == [2, 4]
+    stopped = Trainings(
+        settings,
+        domains,
+        tmp_path / "stopped",
+        should_stop=lambda: bool(evaluated) and evaluated[-1] == stop_after,
+    )
+    evaluated.clear()
+    with pytest.raises(InterruptedRunError):
+        stopped.run(network, QUIET)
+    assert evaluated == [2, 4] and stopped.finished(network) is None
+    evaluated.clear()
+    stop_after = None
+    assert stopped.run(network, QUIET)["records"] == whole["records"]
+    assert evaluated == [4]
+    stopped.run(network, QUIET)
+    assert evaluated == [4]
 
 
 def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_domain(run, tmp_path):

@@ -331,6 +331,7 @@ def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):
         ("--space=lpa.radius", "--space: 'lpa.radius' is not OPTION=RANGE"),
         ("--space=learning_rate=2:1", "--space: 'learning_rate=2:1' must be OPTION=LOW:HIGH"),
         ("--search_layers=stage9", "unknown layer 'stage9'"),
+        ("--space=batch_size=8:32", "--space: batch_size is drawn in domain generalization alone"),
         ("--space=lpl.radius=1:2 --radius_center=suggest", "--space: lpl.radius is drawn around"),
     ],
 )

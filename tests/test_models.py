@@ -105,6 +105,15 @@ def test_dropout_follows_its_rng_in_training_and_is_off_in_evaluation(images):
     assert_array_equal(run(0, train=False), run(1, train=False))
 
 
+def test_a_resnet_drops_pooled_features_in_training_alone():
+    model = models.ResNet(3, stage_sizes=(1,), widths=(64,), dropout=0.25)
+    stage = jnp.arange(1.0, 5.0).reshape(1, 2, 2, 1) * jnp.ones((1, 1, 1, 64))
+    pool = functools.partial(model.apply, {}, stage, start="stage1", stop="pool")
+    assert_array_equal(pool(train=False), np.full((1, 64), 2.5, np.float32))
+    dropped = pool(train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(np.unique(dropped), [0, 2.5 / 0.75], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["mlp", "wrn_10_1", "vit"])
 def test_dropout_needs_an_rng_in_training_only(name):
     model, variables = TINY[name], abstract_variables(TINY[name], 8)

@@ -97,31 +97,57 @@ def test_killed_in_any_phase_a_run_loses_at_most_one_interval(zygote, reference,
     assert_same_outcome(folder, reference)
 
 
-def test_two_devices_resume_bit_for_bit_too(zygote, tmp_path):
-    zygote.finish(tmp_path / "whole", devices=2)
+@pytest.fixture(scope="module")
+def reference_of_two_devices(zygote, tmp_path_factory):
+    """The same run on two devices."""
+    folder = tmp_path_factory.mktemp("reference") / "two_devices"
+    zygote.finish(folder, devices=2)
+    return folder
+
+
+def test_two_devices_resume_bit_for_bit_too(zygote, reference_of_two_devices, tmp_path):
     run = zygote.start(tmp_path / "run", "--every=never", devices=2)
     assert run.wait_for("begin step 9")
     run.send(SIGTERM)
     assert run.wait() == 143
     zygote.finish(tmp_path / "run", devices=2)
-    assert_same_outcome(tmp_path / "run", tmp_path / "whole")
+    assert_same_outcome(tmp_path / "run", reference_of_two_devices)
 
 
-def test_a_final_evaluation_that_is_missing_is_made_once_on_any_number_of_devices(
-    zygote, reference, tmp_path
+def assert_moves(zygote, folder, saved, devices):
+    """What was saved after the last step is read on other numbers of devices, and evaluated there.
+
+    Args:
+      zygote: what forks the runs.
+      folder: for copies.
+      saved: a finished run.
+      devices: how many to read it on; the state is the same and the loss nearly so.
+    """
+    states, losses = [], []
+    for number in devices:
+        shutil.copytree(saved, folder / str(number))
+        (folder / str(number) / "result.json").unlink()
+        lines = zygote.finish(folder / str(number), devices=number)
+        assert lines.count("begin evaluation") == 1 and first_and_last_step(lines) is None
+        states.append([line for line in lines if line.startswith(f"state {worker.TOTAL_STEPS} ")])
+        arrays, log, result = worker.outcome(folder / str(number))
+        expected_arrays, expected_log, expected = worker.outcome(saved)
+        assert arrays == expected_arrays
+        assert [row["step"] for row in log] == [row["step"] for row in expected_log]
+        losses.append(result["loss"])
+        assert "begin evaluation" not in zygote.finish(folder / str(number)), "it is made once"
+    assert len(states[0]) == 1 and all(state == states[0] for state in states)
+    assert losses == pytest.approx([expected["loss"]] * len(losses), abs=1e-5)
+
+
+def test_saved_on_one_device_a_final_evaluation_is_made_once_on_two(zygote, reference, tmp_path):
+    assert_moves(zygote, tmp_path, reference, (1, 2))
+
+
+def test_saved_on_two_devices_a_final_evaluation_is_made_once_on_one(
+    zygote, reference_of_two_devices, tmp_path
 ):
-    folder = tmp_path / "run"
-    shutil.copytree(reference, folder)
-    (folder / "result.json").unlink()
-    lines = zygote.finish(folder, devices=2)
-    assert lines.count("begin evaluation") == 1 and first_and_last_step(lines) is None
-    arrays, log, result = worker.outcome(folder)
-    expected_arrays, expected_log, expected = worker.outcome(reference)
-    assert arrays == expected_arrays
-    assert [row["step"] for row in log] == [row["step"] for row in expected_log]
-    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-    again = zygote.finish(folder)
-    assert "begin evaluation" not in again
+    assert_moves(zygote, tmp_path, reference_of_two_devices, (2, 1))
 
 
 def test_a_second_run_is_refused_at_once_and_a_killed_ones_lock_is_free(zygote, tmp_path):

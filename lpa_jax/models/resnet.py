@@ -55,6 +55,8 @@ class ResNet(base.NormalizedModel):
             option A, no parameters) or `"projection"` (1x1 convolution and norm; option B).
         stem: `"cifar"` (3x3 convolution), `"strided"` (the same with stride 2) or `"imagenet"` (7x7
             of stride 2, 3x3 max pooling of stride 2).
+        dropout: Rate of a dropout after global pooling, before the head (as in DomainBed,
+            arXiv 2007.01434, table 8); `pool` stands after it.
         zero_init: Whether the scale of each block's last norm starts at 0, so that every block
             starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1).
 
@@ -75,6 +77,7 @@ class ResNet(base.NormalizedModel):
     shortcut: str = "pad"
     stem: str = "cifar"
     zero_init: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
@@ -86,6 +89,7 @@ class ResNet(base.NormalizedModel):
                 f"widths={self.widths} must have one entry for each of stage_sizes="
                 f"{self.stage_sizes}"
             )
+        base.check_rate(dropout=self.dropout)
         base.check_choice("block", self.block, BLOCKS)
         base.check_choice("shortcut", self.shortcut, SHORTCUTS)
         base.check_choice("stem", self.stem, STEMS)
@@ -113,9 +117,23 @@ class ResNet(base.NormalizedModel):
                 stride=1 if index == 0 else 2,
                 name=name,
             )
-        stages["pool"] = base.global_average_pool
+        stages["pool"] = (
+            PoolDropout(self.dropout, name="pool") if self.dropout else base.global_average_pool
+        )
         stages["logits"] = self.classifier()
         self.stages = stages
+
+
+class PoolDropout(nn.Module):
+    """Global pooling, of whose features some are dropped in training."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns dropout(mean over space of x), `[B, F]`."""
+        x = base.global_average_pool(x, train)
+        return nn.Dropout(self.rate, deterministic=not train, name="dropout")(x)
 
 
 class Stem(nn.Module):

@@ -1,27 +1,37 @@
-"""Two processes, one of them lost in every way: the other ends in time and says so in one line."""
+"""Two processes, one of them lost in every way: the other ends in time and says so in one line.
 
+    python -m pytest -n 0 -m stress -v tests/stress/test_multihost_faults.py
+
+STRESS_ROUNDS (5) is how often each case is tried: 20 processes killed or stopped in a row, and 20
+that fail or never come.
+"""
+
+import os
 import signal
 import time
 
 import hosts
 import pytest
 
-pytestmark = pytest.mark.stress
+pytestmark = [
+    pytest.mark.stress,
+    pytest.mark.parametrize("round_number", range(int(os.environ.get("STRESS_ROUNDS", "5")))),
+]
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_lost_process_ends_the_other(number, fault):
+def test_lost_process_ends_the_other(number, fault, round_number):
     hosts.check_fault(number, fault)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_exception_in_one_process_ends_both(number):
+def test_exception_in_one_process_ends_both(number, round_number):
     hosts.check_fault(number, None, fail_at=20)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_peer_that_never_comes_is_not_waited_for_longer_than_asked(number):
+def test_peer_that_never_comes_is_not_waited_for_longer_than_asked(number, round_number):
     started = time.monotonic()
     (process,) = hosts.launch("loop", 2, lambda process: [str(hosts.HEARTBEAT)], only=[number])
     status, _, errors = hosts.outcome(process, timeout=60)

@@ -18,7 +18,15 @@ import reliability_worker as worker
 import test_checkpoint
 from reliability_runs import EXIT_STATUS, Zygote, first_and_last_step
 from test_checkpoint import template, two_steps  # noqa: F401  (fixtures)
-from test_reliability import SIGINT, SIGKILL, SIGTERM, assert_same_outcome, newest_step, reference
+from test_reliability import (
+    SIGINT,
+    SIGKILL,
+    SIGTERM,
+    assert_moves,
+    assert_same_outcome,
+    newest_step,
+    reference,
+)
 
 from lpa_jax import manifest
 from lpa_jax.checkpoint import CheckpointError, Checkpoints
@@ -179,6 +187,16 @@ def test_five_resumes_in_a_chain(zygote, reference, tmp_path, report):
         zygote.finish(folder)
         assert_same_outcome(folder, reference)
     report(f"chains of five resumes: {chains}/{chains} bit-equal")
+
+
+def test_saved_on_some_devices_and_read_on_others(zygote, tmp_path, report):
+    numbers = (1, 2, 4, 8)
+    for saved_on in numbers:
+        saved = tmp_path / f"saved_on_{saved_on}"
+        zygote.finish(saved, devices=saved_on)
+        assert_moves(zygote, tmp_path / f"from_{saved_on}", saved, numbers)
+    pairs = len(numbers) * (len(numbers) - 1)
+    report(f"saved on 1, 2, 4 or 8 devices, read on another number: {pairs}/{pairs} the same state")
 
 
 def test_damage_to_every_file(two_steps, template, tmp_path, monkeypatch, report):  # noqa: F811
