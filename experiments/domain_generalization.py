@@ -17,7 +17,7 @@ and selection chooses among them, as in the publication. On an accelerator, Doma
 
     python -m experiments.domain_generalization --dataset=PACS --data_dir=DIR --model=resnet50 \
         --layer=stage4 --train_steps=5000 --batch_size=32 --evaluate_every=250 --draws=20 \
-        --augmentation=resized_crop+flip+jitter+grayscale --pretrained=resnet50.safetensors \
+        --augmentation=file_crop+flip+jitter+grayscale --pretrained=resnet50.safetensors \
         --freeze_batch_norm --leave_two_out --space=batch_size=8:45.25 \
         --space="model_dropout=0|0.1|0.5"
 

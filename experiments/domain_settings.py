@@ -94,7 +94,7 @@ class DomainSettings(ImageSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be >= 1, got {value!r}")
-        return self.check_images()
+        return self.check_images(of_files=self.dataset in FOLDER_SETS)
 
     def with_options(self, options: Mapping[str, Any]) -> "DomainSettings":
         """These settings, batch size and dropout being a method's own if it has them.
@@ -135,7 +135,11 @@ class DomainSource:
         )
         self.names = domains.domain_names
         self.num_classes = domains.num_classes
-        self._datasets = _in_memory([self._reduced(dataset) for dataset in domains.datasets])
+        datasets = [self._reduced(dataset) for dataset in domains.datasets]
+        crop = settings.file_crop
+        self._datasets = (
+            _in_memory(datasets) if crop is None else [files.cropped(crop) for files in datasets]
+        )
         for name, dataset in zip(self.names, self._datasets, strict=True):
             if int(settings.holdout_fraction * len(dataset)) < 1:
                 raise ValueError(

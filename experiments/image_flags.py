@@ -18,7 +18,8 @@ def define_flags(defaults: type[ImageSettings]) -> None:
         "augmentation",
         defaults.augmentation,
         f"none, or a sum of {', '.join(augment.NAMES[1:])}, such as crop+flip or "
-        "resized_crop+flip+jitter+grayscale.",
+        "resized_crop+flip+jitter+grayscale. file_crop in the place of resized_crop crops image "
+        "files at their own size, and decodes them anew in every epoch.",
     )
     flags.DEFINE_integer(
         "crop_padding", defaults.crop_padding, "Pixels by which crop may shift the image."
@@ -26,7 +27,7 @@ def define_flags(defaults: type[ImageSettings]) -> None:
     flags.DEFINE_list(
         "crop_scale",
         _texts(defaults.crop_scale),
-        "LOW,HIGH: the share of the image's area that resized_crop keeps.",
+        "LOW,HIGH: the share of the image's area that resized_crop or file_crop keeps.",
     )
     flags.DEFINE_list(
         "jitter",

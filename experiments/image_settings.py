@@ -7,11 +7,13 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lpa_jax import models
+from lpa_jax import data, models
 from lpa_jax.data import augment
 from lpa_jax.models.base import HEADS
 from lpa_jax.models.pretrained import Weights, convert
 
+# The augmentation that is not done on the device: a random crop of a file before it is resized.
+FILE_CROP = "file_crop"
 # Earlier runs were made without these settings: at their defaults they are not written.
 _LATER = (
     "head",
@@ -40,8 +42,11 @@ class ImageSettings:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
     grayscale_probability: float = 0.1
 
-    def check_images(self) -> Self:
+    def check_images(self, of_files: bool) -> Self:
         """Returns itself.
+
+        Args:
+          of_files: whether the images are files.
 
         Raises:
           ValueError: one line naming the first flag that is out of range.
@@ -65,6 +70,11 @@ class ImageSettings:
             ("augmentation", self._augmentation),
         ):
             _named(name, build)
+        if self.file_crop is not None and not of_files:
+            raise ValueError(
+                f"--augmentation: {FILE_CROP} crops image files before they are resized, and "
+                "these images are none; resized_crop crops any"
+            )
         return self
 
     def network(self, num_classes: int, **options: Any) -> models.StagedModel:
@@ -117,9 +127,22 @@ class ImageSettings:
                 values.pop(name)
         return values
 
+    @property
+    def file_crop(self) -> data.FileCrop | None:
+        """How image files are cropped while they are decoded, or None."""
+        return data.FileCrop(self.crop_scale) if self._parts[0] == FILE_CROP else None
+
+    @property
+    def _parts(self) -> list[str]:
+        return self.augmentation.split("+")
+
     def _augmentation(self) -> augment.Augmentation:
+        """What is done on the device."""
+        on_device = self._parts[1:] if self._parts[0] == FILE_CROP else self._parts
+        if FILE_CROP in on_device:
+            raise ValueError(f"{self.augmentation!r}: {FILE_CROP} must come first, and once")
         return augment.create(
-            self.augmentation,
+            "+".join(on_device) or "none",
             padding=self.crop_padding,
             scale=self.crop_scale,
             jitter=self.jitter,

@@ -97,7 +97,7 @@ class Settings(ImageSettings):
         task_data.check_flags(self)
         if self.freeze_batch_norm and self.sync_batch_norm:
             raise ValueError("--sync_batch_norm: --freeze_batch_norm leaves nothing to synchronise")
-        return self.check_images()
+        return self.check_images(of_files=task_data.are_listed(self))
 
 
 @dataclasses.dataclass(frozen=True)

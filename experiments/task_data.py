@@ -13,14 +13,18 @@ _READ_INTO_MEMORY = 2 * 2**30
 Images = data.Dataset | data.ImageFiles
 
 
+def are_listed(settings: "Settings") -> bool:
+    """Whether the images are files that a list names."""
+    return settings.train_list is not None or _is_published(settings)
+
+
 def check_flags(settings: "Settings") -> None:
     """Refuses list flags that do not fit together.
 
     Raises:
       ValueError: naming the flag.
     """
-    published = settings.dataset in data.PUBLISHED and settings.train_list is None
-    listed = published or settings.train_list is not None
+    published, listed = _is_published(settings), are_listed(settings)
     if settings.eval_list is not None and settings.train_list is None:
         raise ValueError(f"--eval_list={settings.eval_list} needs --train_list")
     if settings.image_root is not None and not listed:
@@ -64,7 +68,7 @@ def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
 
 def normalization(train: Images, settings: "Settings") -> data.Normalization:
     """That of the training split; of ImageNet for image files, which need not be read for it."""
-    if settings.train_list is not None or settings.dataset in data.PUBLISHED:
+    if are_listed(settings):
         return data.IMAGENET_NORMALIZATION
     return data.Normalization.fit(train.images)
 
@@ -81,6 +85,10 @@ def evaluation_batches(dataset: Images, batch_size: int) -> data.EvaluationBatch
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
 
 
+def _is_published(settings: "Settings") -> bool:
+    return settings.dataset in data.PUBLISHED and settings.train_list is None
+
+
 def _listed(settings: "Settings") -> tuple[Images, Images | None]:
     train = data.read_list(
         settings.train_list,
@@ -90,7 +98,7 @@ def _listed(settings: "Settings") -> tuple[Images, Images | None]:
         image_size=settings.image_size,
     )
     if settings.evaluate_on != "test":
-        return _kept(train), None
+        return _to_train_on(train, settings), None
     evaluation = data.read_list(
         settings.eval_list,
         settings.image_root,
@@ -98,23 +106,28 @@ def _listed(settings: "Settings") -> tuple[Images, Images | None]:
         name=settings.dataset,
         image_size=settings.image_size,
     )
-    return _kept(train), _kept(evaluation)
+    return _to_train_on(train, settings), _kept(evaluation)
 
 
 def _published(settings: "Settings") -> tuple[Images, Images | None]:
-    def opened(split: str) -> Images:
-        return _kept(
-            data.open_published(
-                settings.dataset,
-                split,
-                settings.data_dir,
-                image_root=settings.image_root,
-                image_size=settings.image_size,
-            )
+    def opened(split: str) -> data.ImageFiles:
+        return data.open_published(
+            settings.dataset,
+            split,
+            settings.data_dir,
+            image_root=settings.image_root,
+            image_size=settings.image_size,
         )
 
     has_split = settings.evaluate_on in data.PUBLISHED[settings.dataset].lists
-    return opened("train"), opened(settings.evaluate_on) if has_split else None
+    train = _to_train_on(opened("train"), settings)
+    return train, _kept(opened(settings.evaluate_on)) if has_split else None
+
+
+def _to_train_on(files: data.ImageFiles, settings: "Settings") -> Images:
+    """Files that are cropped at their own size are decoded whenever they are asked for."""
+    crop = settings.file_crop
+    return _kept(files) if crop is None else files.cropped(crop)
 
 
 def _kept(files: data.ImageFiles) -> Images:

@@ -11,6 +11,7 @@ from lpa_jax.data.batching import (
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.domain_batching import DomainBatches, domain_batches
 from lpa_jax.data.domains import DOMAIN_SETS, Domains, holdout_split, load_domains
+from lpa_jax.data.file_crops import FileCrop
 from lpa_jax.data.image_files import ImageFiles, open_image_files
 from lpa_jax.data.list_files import PUBLISHED, open_published, read_list
 from lpa_jax.data.long_tail import (
@@ -35,6 +36,7 @@ __all__ = [
     "DomainBatches",
     "Domains",
     "EvaluationBatches",
+    "FileCrop",
     "ImageFiles",
     "ImageSource",
     "Normalization",

@@ -44,9 +44,22 @@ def take(source: Examples, indices: np.ndarray) -> Batch:
     if isinstance(source, Dataset):
         return {"image": source.images[indices], "label": source.labels[indices]}
     if hasattr(source, "__getitems__"):  # several at once are read faster
-        examples = source.__getitems__(indices.tolist())
-    else:
-        examples = [source[index] for index in indices.tolist()]
+        return _stacked(source.__getitems__(indices.tolist()))
+    return _stacked([source[index] for index in indices.tolist()])
+
+
+def take_at(source: Examples, stream: ExampleStream, start: int, count: int) -> Batch:
+    """Returns the training examples at positions start .. start + count - 1 of a stream.
+
+    As `take`, but files that are to be cropped at random are: the position draws the box.
+    """
+    indices = stream.indices(start, count)
+    if getattr(source, "random_crop", None) is None:
+        return take(source, indices)
+    return _stacked(source.read(indices.tolist(), stream.crop_draws(start, count)))
+
+
+def _stacked(examples: Sequence[Mapping[str, Any]]) -> Batch:
     shapes = sorted({np.shape(example["image"]) for example in examples})
     if len(shapes) > 1:
         raise ValueError(f"images of shapes {shapes[0]} and {shapes[1]}: must have one shape")
@@ -82,11 +95,15 @@ class Batches:
         Raises:
           ValueError: step is not a non-negative integer.
         """
-        start = checks.integer("step", step, minimum=0) * self._batch_size
-        return self._stream.indices(start + int(self._positions[0]), len(self._positions))
+        return self._stream.indices(self._start(step), len(self._positions))
 
     def __getitem__(self, step: int) -> Batch:
-        return take(self._dataset, self.indices(step)) | {"position": self._positions.copy()}
+        examples = take_at(self._dataset, self._stream, self._start(step), len(self._positions))
+        return examples | {"position": self._positions.copy()}
+
+    def _start(self, step: int) -> int:
+        start = checks.integer("step", step, minimum=0) * self._batch_size
+        return start + int(self._positions[0])
 
 
 def _host_positions(batch_size: int, host_slice: tuple[int, int]) -> np.ndarray:
@@ -243,8 +260,12 @@ def grain_batches(
 
     def read(local_position: int) -> dict[str, np.ndarray]:
         step, offset = divmod(local_position, len(positions))
-        index = stream.indices(step * batch_size + int(positions[offset]), 1)[0]
-        example = source[int(index)]
+        place = step * batch_size + int(positions[offset])
+        index = int(stream.indices(place, 1)[0])
+        if getattr(source, "random_crop", None) is None:
+            example = source[index]
+        else:
+            (example,) = source.read([index], stream.crop_draws(place, 1))
         example = example if transform is None else transform(example)
         return {
             "image": np.asarray(example["image"]),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpa_jax.data import checks
-from lpa_jax.data.batching import Batch, Examples, take
+from lpa_jax.data.batching import Batch, Examples, take_at
 from lpa_jax.data.example_stream import ExampleStream
 
 
@@ -36,27 +36,32 @@ class DomainBatches:
         Raises:
           ValueError: step is not a non-negative integer.
         """
-        step = checks.integer("step", step, minimum=0)
-        start = step * self._per_domain + self._host * self._share
+        start = self._start(step)
         return np.stack([stream.indices(start, self._share) for stream in self._streams])
 
     def __getitem__(self, step: int) -> Batch:
-        indices = self.indices(step)
+        start = self._start(step)
         parts = [
-            take(dataset, chosen) for dataset, chosen in zip(self._datasets, indices, strict=True)
+            take_at(dataset, stream, start, self._share)
+            for dataset, stream in zip(self._datasets, self._streams, strict=True)
         ]
 
         def interleaved(key):
             columns = np.stack([part[key] for part in parts], axis=1)
             return columns.reshape(-1, *columns.shape[2:])
 
-        places = np.arange(indices.size, dtype=np.int32)
+        size = self._share * len(parts)
+        places = np.arange(size, dtype=np.int32)
         return {
             "image": interleaved("image"),
             "label": interleaved("label"),
             "domain": places % len(parts),
-            "position": places + np.int32(self._host * indices.size),
+            "position": places + np.int32(self._host * size),
         }
+
+    def _start(self, step: int) -> int:
+        step = checks.integer("step", step, minimum=0)
+        return step * self._per_domain + self._host * self._share
 
 
 def domain_batches(

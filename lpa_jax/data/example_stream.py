@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lpa_jax.data import checks, random_order
+from lpa_jax.data.file_crops import DRAWS
 
 
 class ExampleStream:
@@ -57,6 +58,15 @@ class ExampleStream:
             parts.append(part)
             start += len(part)
         return np.concatenate(parts)
+
+    def crop_draws(self, start: int, count: int) -> np.ndarray:
+        """Numbers from [0, 1) that crop the files at these positions, float64 [count, DRAWS]."""
+        return np.stack(
+            [
+                random_order.uniforms(DRAWS, self._seed, random_order.FILE_CROP, place, *self._key)
+                for place in range(start, start + count)
+            ]
+        )
 
     def _epoch(self, epoch: int) -> np.ndarray:
         order = self._recent.get(epoch)

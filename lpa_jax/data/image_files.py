@@ -6,15 +6,18 @@ Nothing is skipped: a file that is missing, leads out of its root or cannot be d
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
 from numpy.typing import ArrayLike
 
 from lpa_jax.data import checks
+from lpa_jax.data.file_crops import FileCrop
 
 # Extensions of torchvision's ImageFolder, which DomainBed reads with.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -26,6 +29,7 @@ _DEEP_MODES = ("I", "F")
 _MAX_PIXELS = 2**26
 
 FITS = ("crop", "stretch")
+Placing = Callable[[int, int], tuple[float, float, float, float]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +47,7 @@ class ImageFiles(Sequence):
       fit: how it becomes that, see `decode`.
       list_file: the list that names the files, or None.
       lines: int64 [N], where in the list, or None.
+      random_crop: how training batches crop each file, or None; see `cropped`.
     """
 
     name: str
@@ -55,6 +60,7 @@ class ImageFiles(Sequence):
     fit: str = "crop"
     list_file: str | None = None
     lines: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    random_crop: FileCrop | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -80,19 +86,44 @@ class ImageFiles(Sequence):
         Raises:
           ValueError: the file cannot be decoded.
         """
+        return self._example(index, None)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Returns several examples, decoded in threads."""
+        return self.read(indices, [None] * len(indices))
+
+    def read(self, indices: Sequence[int], draws: Sequence[Any]) -> list[dict[str, np.ndarray]]:
+        """Returns several examples, decoded in threads, each with a random crop of its own.
+
+        Args:
+          indices: of the examples, M.
+          draws: numbers from [0, 1) for each, [M, DRAWS]; None for no crop.
+
+        Raises:
+          ValueError: a file cannot be decoded.
+        """
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self._example, indices, draws))
+
+    def cropped(self, crop: FileCrop) -> "ImageFiles":
+        """Returns these files, of which training batches show a random crop, anew in every epoch.
+
+        Evaluation batches and single examples show them whole (`fit`).
+        """
+        return dataclasses.replace(self, random_crop=crop)
+
+    def _example(self, index: int, draws: np.ndarray | None) -> dict[str, np.ndarray]:
         path = os.path.join(self.root, self.paths[index])
+        place = self.fit
+        if draws is not None:
+            place = functools.partial(self.random_crop.box, draws=draws)
         try:
-            image = decode(path, self.image_size, self.fit)
+            image = decode(path, self.image_size, place)
         except ValueError as error:
             if self.lines is None:
                 raise
             raise ValueError(f"{self.list_file}, line {self.lines[index]}: {error}") from None
         return {"image": image, "label": self.labels[index]}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """Returns several examples, decoded in threads."""
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.__getitem__, indices))
 
     def subset(self, indices: ArrayLike) -> "ImageFiles":
         """Returns the examples at `indices`, in that order.
@@ -112,11 +143,12 @@ class ImageFiles(Sequence):
         )
 
 
-def decode(path: str, image_size: int, fit: str = "crop") -> np.ndarray:
+def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarray:
     """Reads an image file as 8-bit RGB of one size.
 
     crop: the central square of 7/8 of the shorter side, that is 224 of 256 pixels.
     stretch: the whole image, whatever its proportions, as in DomainBed.
+    a function: of width and height, the box (left, top, right, bottom), in pixels.
 
     Interpolation is bilinear with antialiasing. Grey, palette and CMYK images are converted,
     transparency and the EXIF orientation ignored, as torchvision's ImageFolder does.
@@ -124,7 +156,7 @@ def decode(path: str, image_size: int, fit: str = "crop") -> np.ndarray:
     Args:
       path: of the file; its content, not its name, decides on the format.
       image_size: S, pixels.
-      fit: "crop" or "stretch".
+      fit: "crop", "stretch" or a function.
 
     Returns:
       uint8 [S, S, 3].
@@ -164,15 +196,18 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _fitted(image: PIL.Image.Image, image_size: int, fit: str) -> PIL.Image.Image:
-    bilinear = PIL.Image.Resampling.BILINEAR
-    if fit == "stretch":
-        return image.resize((image_size, image_size), bilinear)
+def _fitted(image: PIL.Image.Image, image_size: int, fit: str | Placing) -> PIL.Image.Image:
     width, height = image.size
-    side = min(width, height) * 7 / 8
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((image_size, image_size), bilinear, box=box)
+    if callable(fit):
+        # Not resize(box=...), whose antialiasing looks at pixels outside the box.
+        image, box = image.crop(fit(width, height)), None
+    elif fit == "stretch":
+        box = None
+    else:
+        side = min(width, height) * 7 / 8
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    return image.resize((image_size, image_size), PIL.Image.Resampling.BILINEAR, box=box)
 
 
 def open_image_files(

@@ -12,7 +12,7 @@ from lpa_jax.data import checks
 # The purposes that draw from one seed, apart from each other: the epoch orders of a seed say
 # nothing about its long tail. The numbers are part of the meaning of a seed: never renumber them.
 EPOCH, LONG_TAIL, SPLIT, REDUCED, BALANCED_CLASSES, BALANCED_MEMBERS, BALANCED_ORDER = range(7)
-DOMAIN_DEAL, DOMAIN_HOLDOUT, LABEL_NOISE, COLOUR = range(7, 11)
+DOMAIN_DEAL, DOMAIN_HOLDOUT, LABEL_NOISE, COLOUR, FILE_CROP = range(7, 12)
 
 
 def permutation(size: int, seed: int, *stream: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def permutation(size: int, seed: int, *stream: int) -> np.ndarray:
 def bernoulli(probability: float, size: int, seed: int, *stream: int) -> np.ndarray:
     """Returns independent coin tosses, a pure function of the arguments.
 
-    Toss i is (the upper 53 bits of the i-th raw output) / 2^53 < probability.
+    Toss i is whether the i-th of `uniforms` is below the probability.
 
     Args:
       probability: of True, in [0, 1].
@@ -68,7 +68,30 @@ def bernoulli(probability: float, size: int, seed: int, *stream: int) -> np.ndar
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability={probability}: must lie in [0, 1]")
-    return (_raw(size, seed, stream) >> np.uint64(11)) * 2.0**-53 < probability
+    return uniforms(size, seed, *stream) < probability
+
+
+def uniforms(size: int, seed: int, *stream: int) -> np.ndarray:
+    """Returns independent numbers from [0, 1), a pure function of the arguments.
+
+    Number i is (the upper 53 bits of the i-th raw output) / 2^53.
+
+    Args:
+      size: how many, N.
+      seed: a non-negative integer.
+      *stream: as in `permutation`.
+
+    Returns:
+      float64 [N].
+
+    Raises:
+      ValueError: size or seed is not a non-negative integer.
+
+    Example:
+      >>> uniforms(2, 0, FILE_CROP, 0).round(3)
+      array([0.03 , 0.197])
+    """
+    return (_raw(size, seed, stream) >> np.uint64(11)) * 2.0**-53
 
 
 def _raw(size: int, seed: int, stream: tuple[int, ...]) -> np.ndarray:

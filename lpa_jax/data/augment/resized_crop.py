@@ -11,7 +11,7 @@ from lpa_jax.data.augment.base import Augmentation, keys_of
 
 Array = jax.Array
 # How often a box is drawn before the central one is taken.
-_ATTEMPTS = 10
+ATTEMPTS = 10
 
 
 class Boxes(NamedTuple):
@@ -54,8 +54,8 @@ def random_resized_crop(
       Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6; the attempts and the
       rounding are those of torchvision's RandomResizedCrop, here with the image's own size.
     """
-    scale = _range("scale", scale, highest=1.0)
-    ratio = _range("ratio", ratio, highest=math.inf)
+    scale = checked_range("scale", scale, highest=1.0)
+    ratio = checked_range("ratio", ratio, highest=math.inf)
 
     def augment(rng, images, positions):
         keys = keys_of(rng, images, positions)
@@ -77,11 +77,11 @@ def draw_boxes(
       Array([4, 4, 4], dtype=int32)
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    central = jnp.array(_central_box(height, width, ratio))
+    central = jnp.array(central_box(height, width, ratio))
 
     def draw(key):
-        uniform = jax.random.uniform(key, (2 * _ATTEMPTS + 2,))
-        areas, ratios, corner = jnp.split(uniform, (_ATTEMPTS, 2 * _ATTEMPTS))
+        uniform = jax.random.uniform(key, (2 * ATTEMPTS + 2,))
+        areas, ratios, corner = jnp.split(uniform, (ATTEMPTS, 2 * ATTEMPTS))
         areas = height * width * (scale[0] + (scale[1] - scale[0]) * areas)
         ratios = jnp.exp(low + (high - low) * ratios)
         boxes = jnp.stack([jnp.sqrt(areas / ratios), jnp.sqrt(areas * ratios)], axis=1)
@@ -138,10 +138,10 @@ def _interpolation(start: Array, length: Array, size: int) -> Array:
     return jnp.maximum(0, 1 - jnp.abs(place[:, None] - pixels[None, :]))
 
 
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
+def central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Height and width of the largest box with a ratio in the range.
 
-    >>> _central_box(10, 40, (3 / 4, 2.0)), _central_box(30, 30, (3 / 4, 4 / 3))
+    >>> central_box(10, 40, (3 / 4, 2.0)), central_box(30, 30, (3 / 4, 4 / 3))
     ((10, 20), (30, 30))
     """
     if width / height < ratio[0]:
@@ -151,7 +151,12 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
     return height, width
 
 
-def _range(argument: str, value: tuple[float, float], highest: float) -> tuple[float, float]:
+def checked_range(argument: str, value: tuple[float, float], highest: float) -> tuple[float, float]:
+    """Returns the two numbers.
+
+    Raises:
+      ValueError: not two numbers, 0 < low <= high <= highest; names the argument.
+    """
     allowed = "must be two numbers, 0 < low <= high" + (f" <= {highest:g}" if highest == 1 else "")
     try:
         low, high = (float(bound) for bound in value)
