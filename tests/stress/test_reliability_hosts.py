@@ -146,7 +146,8 @@ def left_behind(workdir, result):
         content = json.loads(path.read_text())
         del content["seconds"]
         content.pop("curve", None)
-        rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").open()]
+        log = (path.parent / "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in log.splitlines()]
         for row in rows:
             del row["examples_per_second"]
         found[str(path.relative_to(workdir))] = content, rows
