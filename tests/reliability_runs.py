@@ -12,8 +12,7 @@ import hosts
 
 TESTS = pathlib.Path(__file__).parent
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-# Processes other than the first have no compilation cache.
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_COMPILED = os.environ.get("XLA_FLAGS", "")
 PATIENCE = 600.0  # seconds until a run counts as hanging; the machine may be busy
 
 
@@ -50,7 +49,8 @@ class Zygote:
     def start(self, folder, *arguments, devices=1):
         """Begins a run in a folder."""
         log = pathlib.Path(folder).with_suffix(".log")
-        flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+        # Compiled as in this process, which may go on with the run itself.
+        flags = f"{_COMPILED} --xla_force_host_platform_device_count={devices}"
         return self._fork([str(folder), *arguments], log, XLA_FLAGS=flags)
 
     def start_hosts(self, workdir, *arguments, paces=("0", "0")):
@@ -62,7 +62,7 @@ class Zygote:
                 [*paces, f"--workdir={workdir}", f"--coordinator_address={coordinator}",
                  "--num_processes=2", f"--process_id={process}", *arguments],
                 log,
-                XLA_FLAGS=COMPILE_FAST,
+                XLA_FLAGS=_COMPILED,
             )
             for process, log in enumerate(logs)
         ]  # fmt: skip
