@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.image_settings import ImageSettings
+from experiments.methods import COMPILED_RUN_OPTIONS
 from lpa_jax import data, models, optimizers
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
@@ -14,8 +15,6 @@ from lpa_jax.data.domain_folders import FOLDER_SETS
 IN_MEMORY_LIMIT = 4 * 2**30
 # DomainBed divides small images by 255; photographs it normalises as ImageNet's.
 UNIT_RANGE = 255.0
-# Settings that a method's options may replace and that are compiled in.
-_COMPILED = ("batch_size", "model_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ class DomainSettings(ImageSettings):
         Raises:
           ValueError: one line naming the first that is out of range.
         """
-        own = {name: options[name] for name in _COMPILED if name in options}
+        own = {name: options[name] for name in COMPILED_RUN_OPTIONS if name in options}
         return dataclasses.replace(self, **own).check() if own else self
 
     def as_dict(self) -> dict[str, Any]:

@@ -24,8 +24,9 @@ LDAM_DRW = "ldam_drw"
 POSTHOC = "posthoc_logit_adjustment"
 ASSIGNMENTS = ("frequency", "confidence", "all_positive", "all_negative")
 RUN_OPTIONS = ("learning_rate", "weight_decay")
-# In domain generalization a search may draw more, as DomainBed's does.
-DOMAIN_RUN_OPTIONS = (*RUN_OPTIONS, "batch_size", "model_dropout")
+# In domain generalization a search may draw more, as DomainBed's does; these are compiled in.
+COMPILED_RUN_OPTIONS = ("batch_size", "model_dropout")
+DOMAIN_RUN_OPTIONS = (*RUN_OPTIONS, *COMPILED_RUN_OPTIONS)
 ASSIGNMENT_OPTIONS = ("assignment", "kappa", "split", "ema")
 # What the task decides, not the user.
 _GIVEN_BY_THE_TASK = ("num_domains", "total_steps")

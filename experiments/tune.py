@@ -133,7 +133,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
     # Refuse bad names and ranges before anything is written.
     run_flags.searched_layers(settings.model)
     ranges = run_flags.searched_space()
-    for name in ({*methods.DOMAIN_RUN_OPTIONS} - {*methods.RUN_OPTIONS}) & {*ranges}:
+    for name in {*methods.COMPILED_RUN_OPTIONS} & {*ranges}:
         raise ValueError(f"--space: {name} is drawn in domain generalization alone")
     suggestions = None
     if FLAGS.radius_center == "suggest":
