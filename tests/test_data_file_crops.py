@@ -13,8 +13,8 @@ from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.settings import Settings, TaskSource
 from lpa_jax import data
 from lpa_jax.data import image_files
+from lpa_jax.data.augment.resized_crop import DRAWS
 from lpa_jax.data.example_stream import ExampleStream
-from lpa_jax.data.file_crops import DRAWS
 
 SIZES = ((40, 30), (24, 60), (50, 50), (31, 17), (64, 16))
 CROP = data.FileCrop(scale=(0.3, 0.6))

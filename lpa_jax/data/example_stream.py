@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lpa_jax.data import checks, random_order
-from lpa_jax.data.file_crops import DRAWS
+from lpa_jax.data.augment.resized_crop import DRAWS
 
 
 class ExampleStream:

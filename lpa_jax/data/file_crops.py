@@ -7,9 +7,6 @@ import numpy as np
 
 from lpa_jax.data.augment import resized_crop
 
-# Uniform numbers that a box is made of: areas and proportions to try, and a corner.
-DRAWS = 2 * resized_crop.ATTEMPTS + 2
-
 
 @dataclasses.dataclass(frozen=True)
 class FileCrop:
@@ -26,7 +23,7 @@ class FileCrop:
       ValueError: not such a range.
 
     Example:
-      >>> FileCrop(scale=(0.25, 0.25), ratio=(1, 1)).box(40, 20, np.full(DRAWS, 0.5))
+      >>> FileCrop(scale=(0.25, 0.25), ratio=(1, 1)).box(40, 20, np.full(resized_crop.DRAWS, 0.5))
       (13, 3, 27, 17)
 
     References:
@@ -49,7 +46,7 @@ class FileCrop:
         Args:
           width: of the image, pixels.
           height: of the image, pixels.
-          draws: [DRAWS].
+          draws: [`resized_crop.DRAWS`].
         """
         areas, ratios, corner = np.split(draws, (resized_crop.ATTEMPTS, 2 * resized_crop.ATTEMPTS))
         areas = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * areas)

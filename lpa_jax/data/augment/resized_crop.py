@@ -12,6 +12,8 @@ from lpa_jax.data.augment.base import Augmentation, keys_of
 Array = jax.Array
 # How often a box is drawn before the central one is taken.
 ATTEMPTS = 10
+# Uniform numbers that a box is made of: areas and proportions to try, and a corner.
+DRAWS = 2 * ATTEMPTS + 2
 
 
 class Boxes(NamedTuple):
@@ -80,7 +82,7 @@ def draw_boxes(
     central = jnp.array(central_box(height, width, ratio))
 
     def draw(key):
-        uniform = jax.random.uniform(key, (2 * ATTEMPTS + 2,))
+        uniform = jax.random.uniform(key, (DRAWS,))
         areas, ratios, corner = jnp.split(uniform, (ATTEMPTS, 2 * ATTEMPTS))
         areas = height * width * (scale[0] + (scale[1] - scale[0]) * areas)
         ratios = jnp.exp(low + (high - low) * ratios)
