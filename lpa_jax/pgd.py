@@ -148,7 +148,13 @@ def class_sums(
     return jnp.reshape(sums, (num_classes, *values.shape[1:]))
 
 
-def class_means(values: Array, labels: Array, counts: Array, axis_name: str | None = None) -> Array:
+def class_means(
+    values: Array,
+    labels: Array,
+    counts: Array,
+    axis_name: str | None = None,
+    rows: Array | None = None,
+) -> Array:
     """Means of `values` [B, ...] by label over the global batch -> [C, ...]; absent classes get 0.
 
     Args:
@@ -156,8 +162,12 @@ def class_means(values: Array, labels: Array, counts: Array, axis_name: str | No
       labels: [B] integers in 0..C-1.
       counts: [C] number of examples of each class in the global batch.
       axis_name: mapped axis over which the global batch is spread, or None.
+      rows: [R] classes whose means are returned, [R, ...]; None for all.
     """
     sums = class_sums(values, labels, counts.shape[0], axis_name)
+    if rows is not None:
+        sums = jnp.reshape(as_rows(sums)[rows], (-1, *sums.shape[1:]))
+        counts = counts[rows]
     return sums / over_classes(jnp.maximum(counts, 1.0).astype(sums.dtype), sums)
 
 
@@ -229,13 +239,16 @@ def ascent_step(
     return jnp.reshape(project(moved, radius, cone, options.norm), shape)
 
 
-def add_to_members(activations: Array, delta: Array | None, labels: Array) -> Array:
-    """h_i + delta_{y_i} in the activation's own dtype; `delta=None` adds nothing."""
+def add_to_members(activations: Array, delta: Array | None, labels: Array | None) -> Array:
+    """h_i + delta_{y_i} in the activation's own dtype; `delta=None` adds nothing.
+
+    With `labels=None` every example has a row of its own: h_i + delta_i.
+    """
     if delta is None:
         return activations
     rows = as_rows(delta)
     rows = jnp.where(rows == 0, -0.0, rows)  # h + 0.0 would turn -0.0 into 0.0
-    members = jnp.reshape(rows[labels], (-1, *delta.shape[1:]))
+    members = jnp.reshape(rows if labels is None else rows[labels], (-1, *delta.shape[1:]))
     return (activations.astype(delta.dtype) + members).astype(activations.dtype)
 
 
@@ -247,6 +260,7 @@ def class_gradient(
     counts: Array,
     shape: str = "full",
     axis_name: str | None = None,
+    by_example: bool = False,
 ) -> tuple[Array, Array]:
     """Gradients of J_c at delta_c for all classes with one forward and one backward pass.
 
@@ -258,6 +272,7 @@ def class_gradient(
       counts: [C] members of each class in the global batch.
       shape: `"full"` or `"channel"`.
       axis_name: mapped axis of the global batch or None.
+      by_example: `delta` and the result hold the rows of the examples' classes, [B, *S'].
 
     Returns:
       The table of gradients [C, *S'] and the auxiliary output of `loss_fn`.
@@ -267,10 +282,11 @@ def class_gradient(
         losses, aux = loss_fn(perturbed)
         return jnp.sum(losses), aux
 
-    perturbed = add_to_members(activations, delta, labels)
+    perturbed = add_to_members(activations, delta, None if by_example else labels)
     gradients, aux = jax.grad(total_loss, has_aux=True)(perturbed)
     members = reduce_to_shape(gradients.astype(perturbation_dtype(activations)), shape, jnp.sum)
-    return class_means(members, labels, counts, axis_name), aux
+    rows = labels if by_example else None
+    return class_means(members, labels, counts, axis_name, rows), aux
 
 
 def ascend(

@@ -154,13 +154,12 @@ class _Problem:
 
     Attributes:
       slots: class of each slot, [U], C where unused; None where slot and class coincide.
-      labels: slot of each example, [B].
-      counts, sign, radius: [U].
-      cone: half-space normals [U, *S'] or None.
+      counts: [U].
+      sign, radius: [U], or [B], the rows of this device's examples.
+      cone: half-space normals [U, *S'] or [B, *S'], or None.
     """
 
     slots: Array | None
-    labels: Array
     counts: Array
     sign: Array
     radius: Array
@@ -222,6 +221,9 @@ class _ClassLevel:
     def apply(self, state: State, site: Site) -> Applied:
         activation = jax.lax.stop_gradient(site.activation)
         slots, labels, counts = _compact(site)
+        # Where no table is kept, a device needs the rows of its own examples alone: on a pod, where
+        # it has few of them, arithmetic on all classes would cost more than the network.
+        by_example = self.mode == "cold" and labels.shape[0] < counts.shape[0]
 
         def gradient_fn(delta):
             return pgd.class_gradient(
@@ -232,6 +234,7 @@ class _ClassLevel:
                 counts,
                 self.options.shape,
                 site.axis_name,
+                by_example,
             )
 
         first_gradient, logits = None, None
@@ -242,7 +245,7 @@ class _ClassLevel:
         if logits is not None:
             state = self._observe(state, site, logits)
         sign, radius, present = self._signs_and_radii(state, site, logits)
-        problem = self._problem(site, slots, labels, counts, sign, radius)
+        problem = self._problem(site, slots, labels, counts, sign, radius, by_example)
 
         delta = None
         if self.mode != "cold":
@@ -262,7 +265,7 @@ class _ClassLevel:
         if self.mode == "carry":
             state = {**state, "delta": problem.write(state["delta"], delta)}
         delta = jax.lax.stop_gradient(delta)
-        perturbed = pgd.add_to_members(site.activation, delta, labels)
+        perturbed = pgd.add_to_members(site.activation, delta, None if by_example else labels)
         aux = {"sign": sign, "radius": radius, "present": present}
         if self.radius_target is not None:
             aux["radius_scale"] = state["radius_scale"]
@@ -337,17 +340,20 @@ class _ClassLevel:
             radius = radius * site.global_mean(pgd.row_norms(reduced, self.options.norm))
         return sign, jnp.where(sign != 0, radius, 0.0), present
 
-    def _problem(self, site, slots, labels, counts, sign, radius) -> _Problem:
+    def _problem(self, site, slots, labels, counts, sign, radius, by_example=False) -> _Problem:
         activation = jax.lax.stop_gradient(site.activation)
         dtype = pgd.perturbation_dtype(activation)
-        bare = _Problem(slots, labels, counts, sign, radius, None)
+        bare = _Problem(slots, counts, sign, radius, None)
         sign, radius = bare.read(sign).astype(dtype), bare.read(radius).astype(dtype)
+        rows = labels if by_example else None
+        if by_example:
+            sign, radius = sign[rows], radius[rows]
         cone = None
         if self.options.geometry != "free":
             reduced = pgd.reduce_to_shape(activation.astype(dtype), self.options.shape)
-            class_mean = pgd.class_means(reduced, labels, counts, site.axis_name)
+            class_mean = pgd.class_means(reduced, labels, counts, site.axis_name, rows)
             cone = pgd.cone_directions(class_mean, sign, self.options.geometry)
-        return _Problem(slots, labels, counts, sign, radius, cone)
+        return _Problem(slots, counts, sign, radius, cone)
 
 
 def _bytes(count: int) -> str:
