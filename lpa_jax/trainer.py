@@ -1,10 +1,12 @@
 """The training loop: step, watch, evaluate, report, stop. It neither prints nor writes files."""
 
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax import metrics
@@ -87,7 +89,8 @@ def train(
 
     Raises:
       ValueError: stages that do not start at epoch 0 or do not ascend.
-      NonFiniteLossError: naming the first step whose loss or gradient is NaN or infinite.
+      NonFiniteLossError: naming the first step whose loss or gradient is NaN or infinite, or the
+        last one before parameters, running statistics, perturbations or an evaluation loss are.
     """
     firsts = [first for first, _ in stages]
     if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
@@ -110,12 +113,12 @@ def train(
             examples += len(batch["label"]) * jax.process_count()
             stop = should_stop()
             if stop or should_save(done):
-                check_finite(unchecked, done - len(unchecked), state.params)
+                check_finite(unchecked, done - len(unchecked), _lasting(state))
                 unchecked = []
                 save(state, totals)
             if stop:
                 return
-        check_finite(unchecked, done - len(unchecked))
+        check_finite(unchecked, done - len(unchecked), _lasting(state))
         seconds = time.perf_counter() - started
         evaluation = None
         if evaluate is not None and (epoch + 1 == epochs or (epoch + 1) % evaluate_every == 0):
@@ -123,6 +126,8 @@ def train(
             if evaluation is None:
                 save(state, totals)
                 return
+            if not np.isfinite(evaluation.get("loss", 0.0)):
+                raise NonFiniteLossError(f"the evaluation loss is not finite after step {done - 1}")
         yield (
             state,
             EpochRecord(
@@ -141,15 +146,26 @@ def train(
 _WATCHED = {"loss": "training loss", "gradient_norm": "gradient's norm"}
 
 
+def _lasting(state: TrainState) -> dict[str, Any]:
+    """What the last step of all could break without a loss that shows it."""
+    return {
+        "parameters": state.params,
+        "running statistics": state.model_state,
+        "perturbations": state.perturbation_state,
+    }
+
+
 def check_finite(
-    history: Sequence[Mapping[str, metrics.Pair]], first_step: int, params: Any = ()
+    history: Sequence[Mapping[str, metrics.Pair]],
+    first_step: int,
+    arrays: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
     """Raises NonFiniteLossError, naming the step, unless every loss and gradient is finite.
 
     Args:
       history: metrics of consecutive steps, of which `loss` and `gradient_norm` are read.
       first_step: the step of the first of them.
-      params: parameters after the last of them, which must be finite, too.
+      arrays: by name what must be finite, too, after the last of them.
 
     >>> check_finite([{"loss": (1.0, 2.0)}, {"loss": (float("nan"), 2.0)}], first_step=7)
     Traceback (most recent call last):
@@ -162,9 +178,11 @@ def check_finite(
                 value = "nan" if np.isnan(total) else "infinite"
                 where = f"{value} at step {first_step + offset}"
                 raise NonFiniteLossError(f"the {_WATCHED[name]} is {where}")
-    if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.device_get(params))):
-        last = first_step + len(history) - 1
-        raise NonFiniteLossError(f"the parameters are not finite after step {last}")
+    for name, tree in arrays.items():
+        floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if not all(np.all(np.isfinite(leaf)) for leaf in jax.device_get(floats)):
+            last = first_step + len(history) - 1
+            raise NonFiniteLossError(f"the {name} are not finite after step {last}")
 
 
 def evaluate_batches(

@@ -141,6 +141,38 @@ def test_a_state_that_is_not_finite_is_never_saved(toy, poisoned):
     assert saved == [1]
 
 
+@pytest.mark.parametrize("poisoned", ["params", "model_state", "perturbation_state"])
+@pytest.mark.parametrize("stop_in_evaluation", [False, True])
+def test_a_state_that_the_last_step_of_an_epoch_breaks_is_no_result(
+    toy, poisoned, stop_in_evaluation
+):
+    def step(state, batch):
+        new_state, pairs = STEP(state, batch)
+        if int(state.step) == 2:  # losses and gradients of all steps are finite
+            new_state = new_state.replace(**{poisoned: {"array": jnp.array([1.0, jnp.nan])}})
+        return new_state, pairs
+
+    saved, evaluated = [], []
+
+    def evaluate(state):
+        evaluated.append(int(state.step))
+        return None if stop_in_evaluation else {"loss": 1.0}
+
+    with pytest.raises(trainer.NonFiniteLossError, match="are not finite after step 2"):
+        list(
+            trainer.train(
+                fresh_state(toy), ((0, step),), data.batches(toy, 0, 4), 1,
+                evaluate=evaluate, save=lambda state, totals: saved.append(int(state.step)),
+            )
+        )  # fmt: skip
+    assert saved == evaluated == []
+
+
+def test_an_evaluation_loss_that_is_not_finite_is_no_result(toy):
+    with pytest.raises(trainer.NonFiniteLossError, match="evaluation loss is not finite after s"):
+        fit(fresh_state(toy), toy, 1, evaluate=lambda state: {"loss": np.nan, "accuracy": 0.3})
+
+
 def test_the_second_stage_takes_over_at_its_epoch(toy):
     used = []
 
