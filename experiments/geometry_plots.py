@@ -47,7 +47,7 @@ def over_layers(found: Found, path: pathlib.Path) -> None:
     layers, forms = first["layers"], list(first["classes"])
     columns = {
         f"{name} {sign}": f"{MEASURES[name][0]}, {sign} classes"
-        for name in ("norm_ratio", "loss_change")
+        for name in ("norm_ratio", "loss_change", "cosine")
         for sign in ("positive", "negative")
     } | {"correlation": "correlation of the two over classes"}
     figure, axes = panels(len(forms), len(columns), 2.8)
@@ -79,7 +79,7 @@ def over_layers(found: Found, path: pathlib.Path) -> None:
 
 def _log_of_losses(axis) -> None:
     low, high = axis.get_ylim()
-    axis.set_ylim(*((min(low, 0.0), 0.0) if low + high < 0 else (0.0, high)))
+    axis.set_ylim(min(low, 0.0), max(high, 0.0))
     axis.set_yscale("symlog", linthresh=_LINEAR_LOSS)
     axis.tick_params(axis="y", labelsize=8)
 
@@ -95,7 +95,7 @@ def by_class(found: Found, form: str, path: pathlib.Path) -> None:
                 for name in ("norm_ratio", "loss_change", "sign")
             }
             for sign, label, color, marker in _SIGNS:
-                chosen = np.nan_to_num(classes["sign"]) == sign
+                chosen = np.sign(np.nan_to_num(classes["sign"])) == sign
                 axis.plot(
                     classes["norm_ratio"][chosen], classes["loss_change"][chosen], marker,
                     color=color, markersize=4, alpha=0.7, label=label if chosen.any() else None,
@@ -214,7 +214,8 @@ def _correlation_over_epochs(axis, runs, layer: str) -> None:
     mean = _mean_known(found)
     axis.plot(epochs, mean, color=COLORS[5], marker="." if len(epochs) == 1 else "")
     if len(runs) > 1:
-        error = np.ma.masked_invalid(found).std(axis=0, ddof=1) / np.sqrt(len(runs))
+        known = np.ma.masked_invalid(found)
+        error = known.std(axis=0, ddof=1) / np.sqrt(known.count(axis=0))
         axis.fill_between(epochs, mean - error, mean + error, color=COLORS[5], alpha=0.15)
     axis.axhline(0, color="#666666", linewidth=0.8)
     axis.set_ylim(-1.05, 1.05)

@@ -146,8 +146,10 @@ def measuring(model: str) -> Measuring:
     except ValueError:
         given = ",".join(FLAGS.severities)
         raise ValueError(f"--severities must be whole numbers, got {given!r}") from None
-    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Measuring)}
-    values |= {"severities": severities}
+    # The probes go by the rule of the training, where the flags name one.
+    given = {"severities": severities, "probe_assignment": FLAGS.assignment or "frequency"}
+    names = [field.name for field in dataclasses.fields(Measuring)]
+    values = {name: FLAGS[name].value for name in names if name not in given} | given
     values |= {
         name: tuple(values[name]) for name in ("measure_layers", "probe_geometries", "corruptions")
     }
@@ -172,9 +174,12 @@ def measure(
                     continue
                 trained.go_on(interrupts)
                 fields = {field: getattr(how, field) for field in MEASUREMENTS[name][1]}
-                found[name][method][seed] = models.measured(
-                    method, seed, name, fields, partial(_measure, name, load, how)
-                )
+                try:
+                    found[name][method][seed] = models.measured(
+                        method, seed, name, fields, partial(_measure, name, load, how)
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{method} seed {seed}, {name}: {error}") from error
             if not FLAGS.quiet:
                 print(f"measured {method} seed {seed}", file=sys.stderr, flush=True)
     return found

@@ -130,6 +130,8 @@ def planes(found: Found, path: pathlib.Path) -> None:
         axis.plot(0, 0, "+", color="red")
         axis.set(title=f"{method} (seed {next(iter(found[method]))})", aspect="equal")
         axis.set_xlabel("step, in filter norms")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("step along the other direction")
     for axis in axes.flat[len(losses) :]:
         axis.set_visible(False)
     ticks = levels[::5]
@@ -168,7 +170,11 @@ def amplification(found: Found, path: pathlib.Path) -> None:
             axis.set_xticks(range(len(layers) - 1), layers[1:], rotation=45, ha="right", fontsize=8)
             axis.set_yticks(range(len(layers) - 1), layers[:-1], fontsize=8)
             axis.set_title(f"{method}: {probe}", fontsize=9)
-    figure.colorbar(image, ax=axes, label="mean gain", shrink=0.7)
+        row[0].set_ylabel("injected at")
+    for axis in axes[-1]:
+        axis.set_xlabel("measured at")
+    label = "mean gain (bound: mean largest singular value)"
+    figure.colorbar(image, ax=axes, label=label, shrink=0.7)
     save(figure, path)
 
 

@@ -48,6 +48,7 @@ class Measuring:
     span: float = 1.0
     probe_radius: float = 0.1
     probe_geometries: tuple[str, ...] = ("signed", "free")
+    probe_assignment: str = "frequency"
     power_iterations: int = 30
     corruptions: tuple[str, ...] = corruptions.names()
     severities: tuple[int, ...] = (1, 3, 5)
@@ -216,7 +217,10 @@ def amplification(model: Model, how: Measuring) -> Measured:
     batch, layers = _full(how.batches(model))[0], network.layers
     maps = {probe: np.full((len(layers), len(layers)), np.nan) for probe in PROBES}
     for row, layer in enumerate(layers[:-1]):
-        probe = partial(_probed, layer=layer, counts=model.task.counts, radius=how.probe_radius)
+        probe = partial(
+            _probed, layer=layer, counts=model.task.counts, radius=how.probe_radius,
+            assignment=how.probe_assignment,
+        )  # fmt: skip
         deltas = {
             name: probe(network, variables, batch, key, name=name).delta
             for name in ("lpa", "adversarial")
@@ -249,8 +253,8 @@ def amplification(model: Model, how: Measuring) -> Measured:
 def geometry(model: Model, how: Measuring) -> Measured:
     """What LPA's perturbation does to every class, at input, measured layers and logits.
 
-    With the half-space of `signed` in force the norm follows the sign by construction; `free`
-    leaves it to the loss, and asks whether expansive is positive.
+    The half-space of `signed` keeps positive classes from shrinking by construction; `free` leaves
+    the norm to the loss, and asks whether expansive is positive.
     """
     wanted = (INPUT, *how.measure_layers, LOGITS)
     layers = [layer for layer in model.network.layers if layer in wanted]
@@ -272,7 +276,8 @@ def _classes(model: Model, how: Measuring, layer: str, form: str) -> dict[str, n
     for batch in _full(how.batches(model)):
         seen = _probed(
             model.network, model.variables, batch, key,
-            name="lpa", layer=layer, counts=counts, radius=how.probe_radius, form=form,
+            name="lpa", layer=layer, counts=counts, radius=how.probe_radius,
+            assignment=how.probe_assignment, form=form,
         )  # fmt: skip
         pairs = diagnostics.class_geometry(seen, batch["label"], len(counts))
         total = pairs if total is None else metrics.add(total, pairs)
@@ -283,8 +288,9 @@ def _by_sign(found: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Means over the classes of a sign: every class counts alike, however many images it has."""
     means = {}
     for group, sign in (("positive", 1), ("negative", -1)):
-        chosen = np.nan_to_num(found["sign"]) == sign
-        for name in ("norm_ratio", "loss_change", "cosine"):
+        # Of a sign that changed between batches, the one that more images had.
+        chosen = np.sign(np.nan_to_num(found["sign"])) == sign
+        for name in ("norm_ratio", "loss_change", "cosine", "radius"):
             known = found[name][chosen & np.isfinite(found[name])]
             means[f"{name} {group}"] = known.mean() if known.size else float("nan")
     return means
@@ -330,6 +336,7 @@ def calibration(model: Model, how: Measuring) -> Measured:
 
 _IMAGES = ("measure_on", "measure_batches", "measure_batch_size")
 _SLICE = (*_IMAGES, "resolution", "span")
+_PROBE = ("probe_radius", "probe_assignment")
 # name -> (function, fields of `Measuring` that decide its result)
 MEASUREMENTS: dict[str, tuple[Callable[[Model, Measuring], Measured], tuple[str, ...]]] = {
     "flatness": (
@@ -340,8 +347,8 @@ MEASUREMENTS: dict[str, tuple[Callable[[Model, Measuring], Measured], tuple[str,
     "activation": (activation, (*_IMAGES, "measure_layers", "activation_radius")),
     "line": (line, (*_SLICE, "directions")),
     "plane": (plane, _SLICE),
-    "amplification": (amplification, (*_IMAGES, "probe_radius", "power_iterations")),
-    "geometry": (geometry, (*_IMAGES, "measure_layers", "probe_radius", "probe_geometries")),
+    "amplification": (amplification, (*_IMAGES, *_PROBE, "power_iterations")),
+    "geometry": (geometry, (*_IMAGES, *_PROBE, "measure_layers", "probe_geometries")),
     "calibration": (calibration, ("corruptions", "severities")),
 }
 
@@ -379,12 +386,17 @@ def _accuracy(found: trained.Outputs) -> float:
     return float(np.mean(found.logits.argmax(axis=1) == found.labels))
 
 
-@partial(jax.jit, static_argnames=("network", "name", "layer", "counts", "radius", "form"))
-def _probed(network, variables, batch, rng, *, name, layer, counts, radius, form="signed"):
+@partial(
+    jax.jit,
+    static_argnames=("network", "name", "layer", "counts", "radius", "assignment", "form"),
+)
+def _probed(
+    network, variables, batch, rng, *, name, layer, counts, radius, assignment, form="signed"
+):
     """What `lpa` or `adversarial` does at a layer of any network, however that was trained."""
     options = {f"{name}.radius": radius}
     if name == "lpa":
-        options |= {"lpa.mode": "cold", "lpa.geometry": form}
+        options |= {"lpa.mode": "cold", "lpa.geometry": form, "lpa.assignment": assignment}
     method = f"{name}@{layer}"
     parts = assemble(
         method,

@@ -86,6 +86,18 @@ def test_examples_that_did_not_move_have_no_cosine():
     assert pairs["cosine"][1].tolist() == [0, 0, 0, 0] and not pairs["delta_norm"][0].any()
 
 
+def test_an_activation_of_zero_has_no_norm_ratio():
+    seen = observation()
+    before, after = seen.before.copy(), seen.after.copy()
+    before[[1, 3]], after[1] = 0, 0  # of class 1 one of three, unmoved; of class 2 all, moved
+    seen = seen._replace(before=before, after=after)
+    ratio = metrics.compute(class_geometry(seen, LABELS, toy.CLASSES))["norm_ratio"]
+    others = np.linalg.norm(after[[2, 5]].reshape(2, -1), axis=1)
+    others /= np.linalg.norm(before[[2, 5]].reshape(2, -1), axis=1)
+    assert ratio[1] == pytest.approx(others.mean(), rel=1e-5)
+    assert np.isnan(ratio[2])
+
+
 def test_observed_lpa_is_signed_bounded_and_shared_by_the_class(network, variables):
     batch = toy.batch(LABELS)
     lpa = lpa_jax.lpa(0.1, assignment=lpa_jax.custom(toy.SIGN))

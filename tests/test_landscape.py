@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from module_call import call
 
-from experiments import landscape, measure_tables, measurements, spectrum_plots, trained
+from experiments import (
+    geometry_plots,
+    landscape,
+    measure_plots,
+    measure_tables,
+    measurements,
+    spectrum_plots,
+    trained,
+)
 from lpa_jax.interrupts import InterruptedRunError
 
 TINY = (
@@ -116,6 +124,48 @@ def test_geometry_states_signs_and_radii_of_the_probe(job):
         for c in present
         if classes["delta_norm"][c] > 0
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [((), "frequency"), (("--profile=none", "--assignment=confidence"), "confidence")],
+)
+def test_probes_take_their_signs_by_the_rule_of_the_training(options, rule, job, monkeypatch):
+    """Equal counts ranked would make digits 0 to 3 negative in every balanced model."""
+    seen = []
+
+    def stop(models, how, interrupts):
+        seen.append(how.probe_assignment)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(landscape, "measure", stop)
+    monkeypatch.setattr(trained, "train_or_load", lambda *_: None)
+    message, _ = call(landscape, *arguments(job), *options, f"--workdir={job.parent / 'none'}")
+    assert (message, seen) == ("error: far enough", [rule])
+
+
+def test_a_sign_that_changed_between_batches_belongs_to_the_group_that_more_images_were_in():
+    names = ("norm_ratio", "loss_change", "cosine", "radius")
+    found = {name: np.array([1.0, 2.0, 4.0]) for name in names}
+    means = measurements._by_sign({**found, "sign": np.array([0.33, -1.0, 0.1])})
+    assert means["norm_ratio positive"] == 2.5 and means["radius negative"] == 2.0
+
+
+def test_losses_of_both_signs_stay_on_the_axis():
+    _, axes = measure_plots.panels(1, 1, 2.0)
+    axes[0, 0].plot([0, 1, 2], [0.2, -0.1, 0.3])
+    geometry_plots._log_of_losses(axes[0, 0])
+    low, high = axes[0, 0].get_ylim()
+    assert low < -0.1 and high > 0.3
+
+
+def test_a_model_that_cannot_be_measured_is_named(job, monkeypatch):
+    def broken(model, how):
+        raise ValueError("the loss over batches must be finite, got nan")
+
+    monkeypatch.setitem(landscape.MEASUREMENTS, "flatness", (broken, ("probes",)))
+    message, _ = call(landscape, *arguments(job))
+    assert message == "error: erm seed 0, flatness: the loss over batches must be finite, got nan"
 
 
 def test_geometry_has_every_form_from_input_to_logits_by_sign_and_by_class(job):

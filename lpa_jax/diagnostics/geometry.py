@@ -166,18 +166,19 @@ def perturbation_effect(
     labels = batch["label"]
     pairs: dict[str, metrics.Pair] = {}
     for layer, observation in seen.items():
+        everywhere = jnp.ones(labels.shape, bool)
         values = {
-            "loss_change": observation.loss_after - observation.loss_before,
+            "loss_change": (observation.loss_after - observation.loss_before, everywhere),
             "norm_ratio": _norm_ratio(observation),
         }
         if observation.radius is not None:
-            values["radius"] = observation.radius[labels]
+            values["radius"] = (observation.radius[labels], everywhere)
         sign = jnp.zeros(labels.shape)
         if observation.sign is not None:
             sign = observation.sign[labels]
-        for name, value in values.items():
+        for name, (value, known) in values.items():
             for group, wanted in GROUPS.items():
-                pairs[f"{layer}/{name}/{group}"] = metrics.mean(value, sign == wanted)
+                pairs[f"{layer}/{name}/{group}"] = metrics.mean(value, known & (sign == wanted))
     return pairs
 
 
@@ -202,8 +203,8 @@ def class_geometry(
 
     Returns:
       (sum, count) pairs of vectors [C]. The count is 0 for absent classes, for `sign` and `radius`
-      of a method that states none, and (`cosine`) where delta_i or hbar_c is zero:
-      `metrics.compute` turns these into nan.
+      of a method that states none; examples with h_i = 0 (`norm_ratio`) and with delta_i or hbar_c
+      zero (`cosine`) are not counted. `metrics.compute` turns a count of 0 into nan.
 
     Raises:
       ValueError: activations, losses, labels and mask that do not fit together, or (unless traced)
@@ -239,8 +240,9 @@ def class_geometry(
             return jnp.zeros(num_classes), jnp.zeros(num_classes)
         return values * counts, counts
 
+    norm_ratio, known = _norm_ratio(observation)
     return {
-        "norm_ratio": pair(_norm_ratio(observation)),
+        "norm_ratio": pair(norm_ratio, weight * known),
         "cosine": pair(pgd.inner_products(direction, mean_direction), moved),
         "delta_norm": pair(pgd.row_norms(observation.delta)),
         "loss_change": pair(observation.loss_after - observation.loss_before),
@@ -310,9 +312,10 @@ def _stated(aux: Mapping[str, Array], name: str) -> Array | None:
     return next((value for key, value in aux.items() if key.split("/")[-1] == name), None)
 
 
-def _norm_ratio(observation: Observation) -> Array:
+def _norm_ratio(observation: Observation) -> tuple[Array, Array]:
+    """||h + delta|| / ||h||, [B], and where it is known, that is, where h is not zero."""
     norms = pgd.row_norms(observation.before)
-    return pgd.row_norms(observation.after) / jnp.where(norms > 0, norms, 1.0)
+    return pgd.row_norms(observation.after) / jnp.where(norms > 0, norms, 1.0), norms > 0
 
 
 def _check_finite(observation: Observation, weight: Array) -> None:
