@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from experiments import files
 from experiments.environment import environment
 from experiments.saving import Saving
-from lpa_jax import multihost
+from lpa_jax import manifest, multihost
 from lpa_jax.checkpoint import Checkpoints, Restored, Totals, differences
 
 RESULT = "result.json"
@@ -121,6 +121,18 @@ class RunFolder:
         if self._checkpoints is not None:
             self._checkpoints.score(step, accuracy)
 
+    def keep_if_best(self, state: Any, notes: Mapping[str, Any]) -> None:
+        """Saves what has just been scored if nothing was better and the best is to outlive the run.
+
+        The interval alone would keep the best of the states that it happened to save.
+
+        Raises:
+          lpa_jax.checkpoint.CheckpointError: it cannot be written.
+        """
+        if self._checkpoints is not None and self._saving.keep_finished:
+            if self._checkpoints.is_best(int(state.step)):
+                self.save(state, None, notes)
+
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the result; checkpoints go unless they are wanted. Returns it as plain values."""
         result = files.plain(
@@ -133,5 +145,7 @@ class RunFolder:
         if self._path is not None:
             files.write_json(self._path / self._names.result, result)
             if not self._saving.keep_finished:
+                if self._checkpoints.steps():  # a power cut must not take both
+                    manifest.flush_to_disk(self._path)
                 self._checkpoints.remove()
         return result

@@ -102,6 +102,9 @@ def run(
         ) as log,
         Prefetched(train_batches, program.place) as train_batches,
     ):
+        def notes():
+            return {"rows": log.rows, "seconds": time.perf_counter() - started}
+
         for state, record in trainer.train(
             restored.state,
             program.stages,
@@ -112,9 +115,7 @@ def run(
             ),
             evaluate_every=settings.evaluate_every,
             totals=restored.totals,
-            save=lambda state, totals: run_folder.save(
-                state, totals, {"rows": log.rows, "seconds": time.perf_counter() - started}
-            ),
+            save=lambda state, totals: run_folder.save(state, totals, notes()),
             should_save=saving.schedule(steps_per_epoch, settings.epochs * steps_per_epoch),
             should_stop=should_stop,
             block_every_step=parallel.must_block(),
@@ -126,6 +127,8 @@ def run(
                 count = min(logging.class_batches, steps_per_epoch)
                 scalars |= run_rows.classes(program, state, [probes[step] for step in range(count)])
             log.write(record.step, scalars, **run_rows.details(logging, state, record))
+            if record.evaluation is not None:
+                run_folder.keep_if_best(state, notes())
             on_epoch(record)
     if record is None or record.epoch < settings.epochs:
         raise InterruptedRunError("stopped, and what was done is saved")

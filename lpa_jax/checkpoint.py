@@ -113,6 +113,10 @@ class Checkpoints:
         scored = [step for step in self.steps() if step in self._scores]
         return max(scored, key=self._scores.__getitem__, default=None)
 
+    def is_best(self, step: int) -> bool:
+        """Whether a step has the highest score of all, saved or not, and the first of equals."""
+        return bool(self._scores) and step == max(self._scores, key=self._scores.__getitem__)
+
     def save(
         self,
         step: int,

@@ -158,6 +158,9 @@ def test_a_second_run_is_refused_at_once_and_a_killed_ones_lock_is_free(zygote, 
     with pytest.raises(workdir_lock.LockedError, match=f"is in use by process {first.pid} on "):
         workdir_lock.refuse_if_held(folder)
     assert time.monotonic() - started < 5
+    (folder / "lock").unlink()  # as someone would who takes it for a stale one
+    with pytest.raises(workdir_lock.LockedError, match="is in use by a process"):
+        workdir_lock.hold(folder, patience=0).__enter__()
     first.send(SIGKILL)
     first.wait()
     with workdir_lock.hold(folder):
@@ -295,6 +298,18 @@ def test_a_run_that_breaks_keeps_its_last_good_checkpoint_and_calls_no_other_bes
         restored = kept.restore(program.init(0))
         assert restored.step == 6 and not (tmp_path / "result.json").exists()
         assert all(bool(jnp.all(jnp.isfinite(p))) for p in jax.tree.leaves(restored.state.params))
+
+
+def test_the_best_evaluation_outlives_the_run_whenever_the_interval_saved(tmp_path):
+    whole = runner.run(
+        worker.make_program(), worker.make_task(), 0, tmp_path,
+        saving=Saving("5steps", keep=1, keep_finished=True),
+    )  # fmt: skip
+    accuracies = {row["step"]: row["evaluation/accuracy"] for row in whole["curve"]}
+    best = max(accuracies, key=accuracies.__getitem__)
+    assert best != worker.TOTAL_STEPS  # the last step is kept in any case
+    kept = {int(path.name.removeprefix("step_")) for path in tmp_path.glob("checkpoints/step_*")}
+    assert kept == {best, worker.TOTAL_STEPS}
 
 
 def test_a_finished_run_leaves_checkpoints_only_where_they_are_wanted(tmp_path):
