@@ -129,9 +129,9 @@ class RunFolder:
         Raises:
           lpa_jax.checkpoint.CheckpointError: it cannot be written.
         """
-        if self._checkpoints is not None and self._saving.keep_finished:
-            if self._checkpoints.is_best(int(state.step)):
-                self.save(state, None, notes)
+        wanted = self._checkpoints is not None and self._saving.keep_finished
+        if wanted and self._checkpoints.is_best(int(state.step)):
+            self.save(state, None, notes)
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the result; checkpoints go unless they are wanted. Returns it as plain values."""

@@ -102,6 +102,7 @@ def run(
         ) as log,
         Prefetched(train_batches, program.place) as train_batches,
     ):
+
         def notes():
             return {"rows": log.rows, "seconds": time.perf_counter() - started}
 
