@@ -1,5 +1,6 @@
 """Progress of several runs: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
 
+import datetime
 import sys
 import time
 
@@ -17,6 +18,8 @@ from lpa_jax.trainer import EpochRecord
 
 # Everything has to fit into 80 columns, of which the status takes up to 40.
 _NAME_WIDTH, _BAR_WIDTH = 16, 5
+# Seconds between the plain lines of a run that lasts, where there is no terminal.
+_LINE_EVERY = 30.0
 
 
 class RunProgress:
@@ -66,20 +69,33 @@ class RunProgress:
 
     def start(self, name: str) -> None:
         """A run begins."""
-        self._name, self._started = name, time.perf_counter()
+        self._name, self._started, self._first_epoch = name, time.perf_counter(), None
+        self._last_line = self._started
         if self._live:
             self._bar.update(self._task, description=name, status="compiling")
 
     def epoch(self, record: EpochRecord) -> None:
         """An epoch of the current run is over."""
+        status = (
+            f"step {record.step} loss {record.train['loss']:.3f} "
+            f"acc {100 * record.train['accuracy']:.0f}% "
+            f"{_rounded(record.examples_per_second)} img/s"
+        )
         if self._live:
-            status = (
-                f"step {record.step} loss {record.train['loss']:.3f} "
-                f"acc {100 * record.train['accuracy']:.0f}% "
-                f"{_rounded(record.examples_per_second)} img/s"
-            )
             done = self._done * self._epochs + record.epoch
             self._bar.update(self._task, completed=done, status=status)
+            return
+        now = time.perf_counter()
+        if self._first_epoch is None:  # a run that goes on does not begin at 1
+            self._first_epoch = record.epoch
+        if now - self._last_line >= _LINE_EVERY:
+            epochs = record.epoch - self._first_epoch + 1
+            left = (now - self._started) / epochs * (self._epochs - record.epoch)
+            self.say(
+                f"{self._name}: epoch {record.epoch}/{self._epochs} {status}, "
+                f"{datetime.timedelta(seconds=round(left))} left"
+            )
+            self._last_line = now
 
     def finish(self, outcome: str) -> None:
         """The current run is over."""

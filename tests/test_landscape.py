@@ -1,6 +1,7 @@
 """The landscape experiment: every part of one job, tables, what is measured again, bad input."""
 
 import csv
+import html
 import json
 
 import numpy as np
@@ -13,6 +14,8 @@ from experiments import (
     measure_plots,
     measure_tables,
     measurements,
+    report,
+    report_measured,
     spectrum_plots,
     trained,
 )
@@ -59,6 +62,17 @@ def test_every_part_has_a_table_over_seeds_and_a_figure(job):
         assert "vs erm" in (job / f"{name}.md").read_text()
         assert (job / f"{name}.png").stat().st_size > 10_000
     assert (job / "plane.png").stat().st_size > 10_000
+
+
+def test_a_report_of_the_job_shows_what_was_measured(job, tmp_path):
+    message, _ = call(report, str(job), f"--output={tmp_path}", "--html")
+    assert message is None
+    page = (tmp_path / "report.html").read_text()
+    for name, (caption, *_) in report_measured.FIGURES.items():
+        assert html.escape(caption) in page or caption in page, name
+    for name in report_measured.FIGURES:
+        (figure,) = tmp_path.glob(f"figures/*_{name}.png")
+        assert figure.stat().st_size > 10_000
 
 
 def test_the_spectrum_is_within_its_ends_and_reaches_as_far_as_the_largest_eigenvalue(job):

@@ -5,6 +5,7 @@ import re
 
 from rich.console import Console
 
+from experiments import progress
 from experiments.progress import RunProgress
 from lpa_jax.trainer import EpochRecord
 
@@ -16,11 +17,11 @@ RECORD = EpochRecord(
 
 
 def shown(console=None, quiet=False):
-    with RunProgress(4, 60, quiet, console) as progress:
-        progress.start(NAME)
-        progress.epoch(RECORD)
-        progress.say("a line of its own")
-        progress.finish("test accuracy 78.70 %")
+    with RunProgress(4, 60, quiet, console) as run:
+        run.start(NAME)
+        run.epoch(RECORD)
+        run.say("a line of its own")
+        run.finish("test accuracy 78.70 %")
 
 
 def test_a_terminal_shows_step_loss_accuracy_speed_and_time_left_on_one_line_of_80_columns():
@@ -47,3 +48,16 @@ def test_without_a_terminal_there_are_plain_lines_and_with_quiet_nothing(capsys)
     assert re.fullmatch(rf"\[1/4\] {re.escape(NAME)}: test accuracy 78\.70 % \(\d+\.\d s\)", second)
     shown(quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_that_lasts_says_where_it_is_without_a_terminal(capsys, monkeypatch):
+    clock = iter([100.0, 110.0, 140.0, 150.0, 160.0])
+    monkeypatch.setattr(progress.time, "perf_counter", clock.__next__)
+    with RunProgress(4, 60) as run:
+        run.start(NAME)
+        for epoch in (7, 8, 9):  # at 10, 40 and 50 seconds; it was resumed after epoch 6
+            run.epoch(RECORD._replace(epoch=epoch))
+        run.finish("done")
+    line, last = capsys.readouterr().err.splitlines()
+    expected = f"{NAME}: epoch 8/60 step 19200 loss 0.123 acc 99% 12k img/s, 0:17:20 left"
+    assert line == expected and last.endswith("done (60.0 s)")

@@ -52,7 +52,8 @@ def lpa(
 
     with J_c the mean loss of class c's members in the global batch, hbar_c their mean activation,
     and (s_c, m_c) from the assignment rule. s_c = +1 raises the loss and the norm (expansive,
-    positive augmentation), s_c = -1 lowers both (contractive, negative augmentation).
+    positive augmentation), s_c = -1 lowers the loss and, to first order in delta, the norm
+    (contractive, negative augmentation; a delta at right angles to hbar_c lengthens it a little).
 
     Three modes, by cost above plain training:
       * `"cold"`: `steps` passes above the injection point, from zero, in every training step.
