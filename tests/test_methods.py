@@ -86,6 +86,18 @@ def test_a_penalty_takes_the_last_hidden_layer_and_what_the_task_gives():
     assert recipe.penalties["irm"].layers == ()
 
 
+def test_rsc_stands_at_the_last_hidden_layer_unless_its_name_says_otherwise():
+    for layer in (None, "input"):
+        options = methods.options_for("rsc+dropout", {}, {"layer": layer} if layer else {})
+        recipe = assemble("rsc+dropout", options, layers=LAYERS, layer=layer, counts=COUNTS)
+        assert {at: p.name for at, p in recipe.perturbations.items()} == {
+            "hidden2": "rsc",
+            layer or "hidden1": "dropout",
+        }
+    assert list(built("rsc@hidden1").perturbations) == ["hidden1"]
+    assert "rsc.layer" not in search.draw("rsc", 0, search.HiddenLayers(LAYERS[1:-1]))
+
+
 @pytest.mark.parametrize("name", methods.part_names())
 def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(name):
     built(name, num_domains=2, total_steps=10, epochs=10)
