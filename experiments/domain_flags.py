@@ -23,6 +23,8 @@ FLAGS = flags.FLAGS
 ANNEALED = ("irm", "vrex")
 ANNEALED_SHARE = 1 / 10
 ANNEALED_SHARES = (0, 1 / 6, 1 / 3, 2 / 3)
+# DomainBed's default; Manifold Mixup's own is 1.
+MIXUP_ALPHA = 0.2
 
 
 def define_flags(workdir: str) -> None:
@@ -182,13 +184,12 @@ def options_for(method: str, found: Mapping[str, Any], train_steps: int) -> dict
         weight.
     """
     names = [part.name for part in methods.parse(method)]
-    usual = {
-        f"{name}.anneal_steps": int(ANNEALED_SHARE * train_steps)
-        for name in names
-        if name in ANNEALED
-    }
+    annealed = [f"{name}.anneal_steps" for name in names if name in ANNEALED]
+    usual = dict.fromkeys(annealed, int(ANNEALED_SHARE * train_steps))
+    if methods.MIXUP in names:
+        usual[f"{methods.MIXUP}.alpha"] = MIXUP_ALPHA
     options = methods.options_for(method, usual | dict(found), run_flags.explicit_options())
-    for key in usual:
+    for key in annealed:
         if isinstance(options[key], int | float) and options[key] >= train_steps:
             raise ValueError(
                 f"--option={key} must be below --train_steps={train_steps}, or the penalty never "

@@ -43,3 +43,10 @@ def test_drawn_annealing_ends_within_the_run_and_is_as_ever_for_the_default_leng
             assert [draw["irm.anneal_steps"] for draw in drawn] == [
                 search.draw("irm", trial, hidden)["irm.anneal_steps"] for trial in range(20)
             ]
+
+
+def test_mixup_mixes_as_domainbed_does_unless_tuned_or_given():
+    assert options("mixup") == {"mixup.alpha": 0.2}
+    assert options("mixup", found={"mixup.alpha": 0.5}) == {"mixup.alpha": 0.5}
+    assert options("mixup", "--option=mixup.alpha=0.7") == {"mixup.alpha": 0.7}
+    assert options("manifold_mixup@input") == {}
