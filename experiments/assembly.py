@@ -122,7 +122,7 @@ def assemble(
       options: from `methods.options_for`.
       layers: injection points of the model.
       layer: where perturbations without a layer of their own stand; the first hidden one if None.
-        Penalties on features take the last hidden layer.
+        Penalties on features and RSC take the last hidden layer.
       counts: training examples of each class, for the frequency rule and long-tail losses.
       epochs: length of the run, of which LDAM-DRW re-weights the last part.
       total_steps: length of the run, for penalties that grow during it.
@@ -196,8 +196,8 @@ def assignment(
 def _perturbation(part, own, layers, layer, counts) -> tuple[str | tuple[str, ...], Perturbation]:
     if part.name == MIXUP:
         return INPUT, perturbations.create("manifold_mixup", **own)
-    at = part.layer or own.pop("layer", None) or (LOGITS if part.name == "lpl" else layer)
-    at = at or layers[1]
+    usual = {"lpl": LOGITS, "rsc": layers[-2]}.get(part.name, layer or layers[1])
+    at = part.layer or own.get("layer") or usual
     own.pop("layer", None)
     several = tuple(at.split("|"))
     for name in several:

@@ -2,7 +2,8 @@
 
 CIFAR is compared across papers only under one recipe, so there a flag that is not given takes the
 recipe's value, not the one that suits the small embedded sets. `experiments/recipes` has the whole
-commands, hardware and published figures.
+commands, hardware and published figures, and says where ours still differ: momentum is Nesterov's,
+which LDAM's code does not use, and LDAM asks for --head=normalized.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ _EVERY_CIFAR = {
     "batch_size": 128,
     "learning_rate": 0.1,
     "clip_norm": 0.0,
+    # PyTorch, which these recipes were run in, decays all parameters.
+    "decay_biases_and_norms": True,
     "schedule": "step",
     "augmentation": "crop+flip",
     "crop_padding": 4,

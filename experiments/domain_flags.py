@@ -1,14 +1,16 @@
 """Flags that the domain generalization experiment and its tuning share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
-from experiments import image_flags, run_flags
+from experiments import image_flags, methods, run_flags
 from experiments.domain_settings import DomainSettings
 from experiments.search import (
     ADAM_LARGE,
     ADAM_SMALL,
+    Choice,
     LogUniform,
     Space,
 )
@@ -16,6 +18,13 @@ from lpa_jax import data, models, optimizers
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
 FLAGS = flags.FLAGS
+# Penalties whose weight is 1 for the first `anneal_steps`: DomainBed's 500 of 5000 steps, unless
+# drawn, tuned or given; the draws go by shares of the run, too.
+ANNEALED = ("irm", "vrex")
+ANNEALED_SHARE = 1 / 10
+ANNEALED_SHARES = (0, 1 / 6, 1 / 3, 2 / 3)
+# DomainBed's default; Manifold Mixup's own is 1.
+MIXUP_ALPHA = 0.2
 
 
 def define_flags(workdir: str) -> None:
@@ -145,6 +154,8 @@ def search_ranges() -> dict[str, Space]:
     ranges: dict[str, Space] = {}
     if FLAGS.optimizer == "adamw":
         ranges |= ADAM_LARGE if FLAGS.dataset in FOLDER_SETS else ADAM_SMALL
+    annealing = Choice(tuple(round(share * FLAGS.train_steps) for share in ANNEALED_SHARES))
+    ranges |= {f"{name}.anneal_steps": annealing for name in ANNEALED}
     ranges |= run_flags.searched_space()
     if not FLAGS.learning_rate_range:
         return ranges
@@ -160,9 +171,28 @@ def search_ranges() -> dict[str, Space]:
     return ranges | {"learning_rate": LogUniform(low, high)}
 
 
-def explicit_options() -> dict[str, Any]:
-    """Options that were given as flags, those of a run apart."""
-    explicit = run_flags.explicit_options()
-    if FLAGS.layer is not None:
-        explicit["layer"] = FLAGS.layer
-    return explicit
+def options_for(method: str, found: Mapping[str, Any], train_steps: int) -> dict[str, Any]:
+    """Options of a method: this experiment's defaults, what was tuned or drawn, flags.
+
+    Args:
+      method: its name.
+      found: what was tuned or drawn.
+      train_steps: length of the run.
+
+    Raises:
+      ValueError: a flag's option that does not exist, or a penalty that would never reach its
+        weight.
+    """
+    names = [part.name for part in methods.parse(method)]
+    annealed = [f"{name}.anneal_steps" for name in names if name in ANNEALED]
+    usual = dict.fromkeys(annealed, int(ANNEALED_SHARE * train_steps))
+    if methods.MIXUP in names:
+        usual[f"{methods.MIXUP}.alpha"] = MIXUP_ALPHA
+    options = methods.options_for(method, usual | dict(found), run_flags.explicit_options())
+    for key in annealed:
+        if isinstance(options[key], int | float) and options[key] >= train_steps:
+            raise ValueError(
+                f"--option={key} must be below --train_steps={train_steps}, or the penalty never "
+                f"reaches its weight, got {options[key]}"
+            )
+    return options | run_flags.explicit_run_options()

@@ -150,7 +150,6 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: Tuned) -> list[R
         raise ValueError(f"--draws={FLAGS.draws} draws hyperparameters: --hparams must be none")
     if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
         raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
-    explicit, run_options = domain_flags.explicit_options(), run_flags.explicit_run_options()
     hidden = run_flags.searched_layers(settings.model)
     ranges = domain_flags.search_ranges()
 
@@ -158,7 +157,7 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: Tuned) -> list[R
         found = tuned.options(method, test)
         if FLAGS.draws > 1:
             found = search.draw(method, draw, hidden, seed, ranges)
-        return methods.options_for(method, found, explicit) | run_options
+        return domain_flags.options_for(method, found, settings.train_steps)
 
     return [
         Run(method, seed, test, tuple(options(method, seed, test, d) for d in range(FLAGS.draws)))

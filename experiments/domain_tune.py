@@ -23,7 +23,6 @@ from experiments import (
     domain_flags,
     domain_selection,
     entry_point,
-    methods,
     run_flags,
     search,
     search_loop,
@@ -62,8 +61,7 @@ def trial_options(settings: DomainSettings, method: str, trial: int) -> dict[str
     """What a trial draws, and what flags fix for all."""
     hidden = run_flags.searched_layers(settings.model)
     drawn = search.draw(method, trial, hidden, FLAGS.search_seed, domain_flags.search_ranges())
-    explicit = domain_flags.explicit_options()
-    return methods.options_for(method, drawn, explicit) | run_flags.explicit_run_options()
+    return domain_flags.options_for(method, drawn, settings.train_steps)
 
 
 def choose(

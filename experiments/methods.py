@@ -4,9 +4,10 @@ A part is a registered perturbation, a loss (at most one), a penalty, or one of 
 kind: `mixup` (Manifold Mixup at the input), `ldam_drw` (LDAM, re-weighted late), `sam` (an
 optimiser around the optimiser), `posthoc_logit_adjustment` (of the trained network's logits). A
 perturbation may name its layer, `dropout@hidden2`, or several of which each step draws one,
-`manifold_mixup@input|hidden1`; otherwise it stands at `--layer` (or the tuned one), and LPL always
-at the logits. Options come from three places, later ones win: the method's own defaults, the tuned
-hyperparameters, explicit flags. What a name stands for is put together in `assembly`.
+`manifold_mixup@input|hidden1`; otherwise it stands at `--layer` (or the tuned one), RSC at the last
+hidden layer and LPL always at the logits. Options come from three places, later ones win: the
+method's own defaults, the tuned hyperparameters, explicit flags. What a name stands for is put
+together in `assembly`.
 """
 
 import json
@@ -28,6 +29,9 @@ RUN_OPTIONS = ("learning_rate", "weight_decay")
 COMPILED_RUN_OPTIONS = ("batch_size", "model_dropout")
 DOMAIN_RUN_OPTIONS = (*RUN_OPTIONS, *COMPILED_RUN_OPTIONS)
 ASSIGNMENT_OPTIONS = ("assignment", "kappa", "split", "ema")
+# What a flag for all parts does not reach: LPL stands at the logits, whose scale has nothing to do
+# with that of hidden layers, and RSC is made for the last hidden layer.
+_OF_ITS_OWN = {"lpl": ("radius", "layer"), "rsc": ("layer",)}
 # What the task decides, not the user.
 _GIVEN_BY_THE_TASK = ("num_domains", "total_steps")
 
@@ -140,8 +144,7 @@ def options_for(
                 f"{', '.join(part_options(name))}"
             )
         for part in parts:
-            # LPL stands at the logits, whose scale has nothing to do with that of hidden layers.
-            shared = not name and not (part.name == "lpl" and option in ("radius", "layer"))
+            shared = not name and option not in _OF_ITS_OWN.get(part.name, ())
             if part.name == name or (shared and option in part_options(part.name)):
                 options[f"{part.name}.{option}"] = value
     return options

@@ -166,7 +166,8 @@ def define_perturbation_flags() -> None:
         "layer",
         None,
         "Injection point of perturbations that name none: input, a hidden layer or logits; unset: "
-        "tuned, else the first hidden layer. LPL always stands at the logits.",
+        "tuned, else the first hidden layer. LPL always stands at the logits, and RSC at the last "
+        "hidden layer unless it is written rsc@LAYER.",
     )
     flags.DEFINE_float("radius", None, "Radius of lpa and adversarial, relative to mean ||h||.")
     flags.DEFINE_float("lpl_radius", None, "Radius of lpl, in units of the logits.")

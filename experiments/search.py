@@ -168,7 +168,6 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
         "rsc": {
             "drop_f": Choice((0.1, 0.2, 0.33, 0.5)),
             "drop_b": Choice((0.2, 0.33, 0.5, 1.0)),
-            **layer,
         },
         "sam": {"rho": LogUniform(0.01, 0.5)},
         "label_smoothing": {"smoothing": LogUniform(0.01, 0.4)},

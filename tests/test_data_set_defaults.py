@@ -27,6 +27,7 @@ def test_balanced_cifar_is_trained_by_the_recipe_of_lpl():
     assert [round(m * settings.epochs) for m in settings.milestones] == [60, 120, 160, 200]
     assert (settings.schedule, settings.decay_factor, settings.crop_padding) == ("step", 0.2, 4)
     assert settings.model_dropout == settings.network(10).dropout == 0.3
+    assert settings.decay_biases_and_norms, "as PyTorch does"
     assert explicit == {}, "a recipe's learning rate is no reason to ignore a tuned one"
 
 
@@ -34,6 +35,7 @@ def test_long_tailed_cifar_is_trained_by_the_recipe_of_ldam():
     settings, _ = parsed(long_tail, "--dataset=cifar10")
     assert (settings.model, settings.epochs, settings.warmup_epochs) == ("resnet32", 200, 5)
     assert (settings.learning_rate, settings.weight_decay) == (0.1, 2e-4)
+    assert settings.decay_biases_and_norms, "as PyTorch does"
     assert [round(m * settings.epochs) for m in settings.milestones] == [160, 180]
 
 

@@ -217,7 +217,19 @@ def test_drw_weighs_ldam_by_class_from_the_switch_epoch_on():
     margin = losses.ldam(COUNTS, max_margin=2.0, scale=1.0)(logits, targets)
     np.testing.assert_array_equal(before(logits, targets), margin)
     weights = losses.effective_number_weights(COUNTS, 0.9)
-    np.testing.assert_allclose(after(logits, targets), weights * margin, rtol=1e-6)
+    mean = (np.array(COUNTS) * weights).sum() / np.sum(COUNTS)
+    np.testing.assert_allclose(after(logits, targets), weights * margin / mean, rtol=1e-6)
+
+
+def test_drw_on_the_whole_training_set_is_the_weighted_mean_of_the_released_code():
+    # PyTorch's cross_entropy(..., weight=w) divides by the batch's sum of weights.
+    labels = np.repeat(np.arange(3), COUNTS)
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(labels.size, 3)), jnp.float32)
+    targets = jnp.eye(3)[labels]
+    (_, before), (_, after) = losses.drw_stages(COUNTS, 1, scale=1.0, beta=0.999)
+    weights = losses.effective_number_weights(COUNTS, 0.999)[labels]
+    published = np.average(before(logits, targets), weights=weights)
+    np.testing.assert_allclose(after(logits, targets).mean(), published, rtol=1e-5)
 
 
 def test_adjusted_logits_are_the_posterior_under_a_uniform_prior():

@@ -46,7 +46,9 @@ def test_ldam_is_re_weighted_after_its_share_of_the_epochs():
     stages = built("ldam_drw", {"ldam_drw.switch": 0.75}, epochs=20).loss_stages
     assert [first for first, _ in stages] == [0, 15]
     plain, weighted = (loss_of(stage)[0] for stage in stages)
-    assert weighted == pytest.approx(plain * losses.effective_number_weights(COUNTS)[2], rel=1e-5)
+    weights = losses.effective_number_weights(COUNTS)
+    mean = np.average(weights, weights=COUNTS)
+    assert weighted == pytest.approx(plain * weights[2] / mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ldam", "ldam_drw"])
@@ -82,6 +84,18 @@ def test_a_penalty_takes_the_last_hidden_layer_and_what_the_task_gives():
     assert recipe.penalties["coral"].layers == ("hidden2",)
     assert built("coral@hidden1", num_domains=3).penalties["coral"].layers == ("hidden1",)
     assert recipe.penalties["irm"].layers == ()
+
+
+def test_rsc_stands_at_the_last_hidden_layer_unless_its_name_says_otherwise():
+    for layer in (None, "input"):
+        options = methods.options_for("rsc+dropout", {}, {"layer": layer} if layer else {})
+        recipe = assemble("rsc+dropout", options, layers=LAYERS, layer=layer, counts=COUNTS)
+        assert {at: p.name for at, p in recipe.perturbations.items()} == {
+            "hidden2": "rsc",
+            layer or "hidden1": "dropout",
+        }
+    assert list(built("rsc@hidden1").perturbations) == ["hidden1"]
+    assert "rsc.layer" not in search.draw("rsc", 0, search.HiddenLayers(LAYERS[1:-1]))
 
 
 @pytest.mark.parametrize("name", methods.part_names())

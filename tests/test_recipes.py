@@ -1,11 +1,14 @@
 """Recipes cannot rot: their commands parse, their figures are those of the design notes."""
 
+import re
 import shlex
 
 import commands
 import made_up_runs
+import numpy as np
 import pytest
 
+import lpa_jax
 from experiments import methods, published, report
 
 SETTINGS = [
@@ -44,6 +47,45 @@ def test_a_command_runs_the_setting_and_the_methods_that_figures_are_published_f
                 assert f"--{name}={text}" in job.arguments
     for method in setting.figures:
         methods.parse(method)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_cifar_commands_decay_all_parameters_and_give_ldam_its_head(setting):
+    if not setting.match["dataset"].startswith("cifar"):
+        return
+    for command in setting.commands:
+        assert "--decay_biases_and_norms" in command
+        assert ("ldam_drw" in command) == ("--head=normalized" in command)
+
+
+def released_lpl_bounds(counts, head_size, step, steps, head_share):
+    """What LPL's released code lets a long tail's classes be perturbed by: whole steps of each."""
+    counts = np.asarray(counts, float)
+    wanted = np.where(
+        np.arange(counts.size) < head_size,
+        counts / counts[0] * steps * head_share,
+        counts[-1] / counts * steps,
+    )
+    return step * (np.round(wanted - 1) + 1)
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if "-LT" in s.id])
+def test_the_bound_of_lpl_on_a_long_tail_is_the_varied_one_to_within_a_step(setting):
+    (command,) = [c for c in setting.commands if "lpl" in c]
+    words = dict(word.split("=", 1) for word in command.split() if "=" in word)
+    options = dict(re.findall(r"--option=lpl\.(\w+)=(\S+)", command))
+    classes = {"cifar10": 10, "cifar100": 100}[setting.match["dataset"]]
+    released = {10: (4, 0.15, 10, 0.6), 100: (40, 0.01, 40, 0.2)}[classes]
+    shares = setting.match["imbalance"] ** -np.linspace(0, 1, classes)
+    counts = np.floor(50_000 / classes * shares + 1e-6)
+    rule = lpa_jax.by_frequency(
+        counts, split=float(words["--split"]), kappa=float(options["kappa"])
+    )
+    sign, multiplier = rule(np.zeros(classes), np.ones(classes, bool))
+    scale = np.where(np.asarray(sign) < 0, float(options["negative_scale"]), 1.0)
+    bounds = float(words["--lpl_radius"]) * np.asarray(multiplier) * scale
+    np.testing.assert_allclose(bounds, released_lpl_bounds(counts, *released), atol=released[1])
+    assert np.asarray(sign).tolist() == [-1] * released[0] + [1] * (classes - released[0])
 
 
 def test_every_recipe_says_what_it_costs_where_its_figures_come_from_and_that_it_was_not_run():

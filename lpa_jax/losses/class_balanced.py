@@ -75,6 +75,11 @@ def class_balanced(
     """
     weights = effective_number_weights(counts, beta)
     require(callable(base), "base", base, "a loss(logits, targets)")
+    return weighted(weights, base)
+
+
+def weighted(weights: np.ndarray, base: Loss) -> Loss:
+    """A loss times the expected weight of the target's class: (sum_c t_c w_c) base(z, t)."""
 
     def loss(logits, targets):
         logits, targets = prepare(logits, targets)

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from lpa_jax.losses.base import Loss, register
-from lpa_jax.losses.class_balanced import class_balanced
+from lpa_jax.losses.class_balanced import effective_number_weights, weighted
 from lpa_jax.losses.common import check_counts, per_class, prepare, require
 from lpa_jax.losses.cross_entropy import cross_entropy
 from lpa_jax.tracing import is_known
@@ -70,7 +72,18 @@ def drw_stages(
     scale: float = 30.0,
     beta: float = 0.9999,
 ) -> tuple[tuple[int, Loss], tuple[int, Loss]]:
-    """Deferred re-weighting (DRW): LDAM first, class-balanced LDAM from `switch_epoch` on.
+    """Deferred re-weighting (DRW): LDAM first, LDAM with class weights from `switch_epoch` on.
+
+        loss(z, t) = (sum_c t_c w_c) ldam(z, t) / w_mean    from `switch_epoch` on
+        w = effective_number_weights(counts, beta),    w_mean = sum_c N_c w_c / sum_c N_c
+
+    The released code divides the sum over a batch by the batch's sum of weights, as PyTorch's
+    weighted cross entropy does, so that the steps keep their size at the switch; `class_balanced`
+    divides by the number of examples, and frequent classes, whose weights are small, would make the
+    steps shrink with it. Here w_mean, the mean weight of a training example, stands for that of the
+    batch: it is the same for every batch, so that the loss of an example does not depend on
+    which others share its batch, device or accumulation step. Where batches are drawn from other
+    priors than `counts`, such as balanced ones, it is not their mean.
 
     Args:
       counts: Training examples N_c of each class [C].
@@ -84,7 +97,7 @@ def drw_stages(
 
     Raises:
       ValueError: If switch_epoch is not an integer of at least 1, or where `ldam` or
-        `class_balanced` raises.
+        `effective_number_weights` raises.
 
     Example:
       >>> (start, plain), (switch, weighted) = drw_stages([16, 1], switch_epoch=160)
@@ -92,9 +105,12 @@ def drw_stages(
       (0, 160)
 
     References:
-      Cao et al. 2019, arXiv 1906.07413, algorithm 1, with the released code's weights.
+      Cao et al. 2019, arXiv 1906.07413, algorithm 1, with the weights of the released
+      code (https://github.com/kaidic/LDAM-DRW).
     """
     whole = isinstance(switch_epoch, int) and not isinstance(switch_epoch, bool)
     require(whole and switch_epoch >= 1, "switch_epoch", switch_epoch, "an integer of at least 1")
     margin_loss = ldam(counts, max_margin, scale)
-    return (0, margin_loss), (switch_epoch, class_balanced(counts, beta, margin_loss))
+    weights = effective_number_weights(counts, beta)
+    mean_weight = np.average(weights, weights=check_counts(counts))
+    return (0, margin_loss), (switch_epoch, weighted(weights / mean_weight, margin_loss))
