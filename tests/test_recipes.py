@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lpa_jax
-from experiments import methods, published, report
+from experiments import methods, published, report, search
 
 SETTINGS = [
     pytest.param(setting, id=setting.name)
@@ -56,6 +56,25 @@ def test_cifar_commands_decay_all_parameters_and_give_ldam_its_head(setting):
     for command in setting.commands:
         assert "--decay_biases_and_norms" in command
         assert ("ldam_drw" in command) == ("--head=normalized" in command)
+
+
+# DomainBed's registry: (low, high) of what is drawn uniformly in the logarithm.
+DOMAINBED_RANGES = {"mixup.alpha": (0.1, 10), "coral.weight": (0.1, 10)}
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if "resnet50" in str(s.values)])
+def test_domainbed_commands_draw_from_its_ranges(setting):
+    for command in setting.commands:
+        texts = re.findall(r"--space=([^\s']+)", command)
+        spaces = dict(search.parse_space(text) for text in texts)
+        largest = 2**5 if setting.match["dataset"] == "DomainNet" else 2**5.5
+        for name, (low, high) in {**DOMAINBED_RANGES, "batch_size": (8, largest)}.items():
+            assert spaces[name].low == low
+            assert spaces[name].high == pytest.approx(high, rel=1e-3)
+        assert spaces["model_dropout"].values == (0, 0.1, 0.5)
+        for share in ("rsc.drop_f", "rsc.drop_b"):
+            assert np.mean(spaces[share].values) == pytest.approx(0.25)
+            assert all(0 < value < 0.5 for value in spaces[share].values)
 
 
 def released_lpl_bounds(counts, head_size, step, steps, head_share):
