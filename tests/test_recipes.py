@@ -9,8 +9,39 @@ import numpy as np
 import pytest
 
 import lpa_jax
-from experiments import methods, published, report
+from experiments import methods, published, report, search
 
+# The published tables, in per cent: errors of the CIFAR ones, accuracies of DomainBed's; a second
+# number is the spread that was published, None where nothing was.
+BALANCED = {
+    "columns": ("CIFAR-10, WRN-28-10", "CIFAR-100, WRN-28-10",
+                "CIFAR-10, ResNet-110", "CIFAR-100, ResNet-110"),
+    "erm": ((3.82, 0.15), (18.53, 0.07), 6.76, 28.67),
+    "isda": ((3.58, 0.15), (17.98, 0.15), 6.33, 27.57),
+    "lpl": ((3.37, 0.04), (17.61, 0.30), 5.72, 25.87),
+    "lpa": (3.06, 16.48, None, None),
+}  # fmt: skip
+LONG_TAIL = {
+    "columns": ("CIFAR-10-LT, 100:1", "CIFAR-10-LT, 10:1",
+                "CIFAR-100-LT, 100:1", "CIFAR-100-LT, 10:1"),
+    "erm": (28.64, None, 60.13, None),
+    "class_balanced": (27.32, 13.10, 61.23, 42.43),
+    "ldam_drw": (21.88, 11.63, 57.11, 41.22),
+    "logit_adjusted": (22.33, 11.07, 56.11, 41.66),
+    "balanced_softmax": (22.46, None, 57.01, None),
+    "manifold_mixup": (24.81, None, 60.12, None),
+    "lpl": (22.05, 10.59, 55.75, 39.03),
+    "logit_adjusted+lpl": (21.46, None, 53.89, None),
+}  # fmt: skip
+DOMAINBED = {
+    "columns": ("VLCS", "PACS", "OfficeHome", "TerraIncognita", "DomainNet"),
+    "erm": ((77.5, 0.4), (85.5, 0.2), (66.5, 0.3), (46.1, 1.8), (40.9, 0.1)),
+    "mixup": (77.4, 84.6, 68.1, 47.9, 39.2),
+    "coral": (78.8, 86.2, 68.7, 47.6, 41.5),
+    "SagNet": (77.8, 86.3, 68.1, 48.6, 40.3),
+    "rsc": (77.1, 85.2, 65.5, 46.6, 38.9),
+    "lpa": (79.1, None, None, None, None),
+}
 SETTINGS = [
     pytest.param(setting, id=setting.name)
     for recipe in published.recipes()
@@ -58,6 +89,25 @@ def test_cifar_commands_decay_all_parameters_and_give_ldam_its_head(setting):
         assert ("ldam_drw" in command) == ("--head=normalized" in command)
 
 
+# DomainBed's registry: (low, high) of what is drawn uniformly in the logarithm.
+DOMAINBED_RANGES = {"mixup.alpha": (0.1, 10), "coral.weight": (0.1, 10)}
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if "resnet50" in str(s.values)])
+def test_domainbed_commands_draw_from_its_ranges(setting):
+    for command in setting.commands:
+        texts = re.findall(r"--space=([^\s']+)", command)
+        spaces = dict(search.parse_space(text) for text in texts)
+        largest = 2**5 if setting.match["dataset"] == "DomainNet" else 2**5.5
+        for name, (low, high) in {**DOMAINBED_RANGES, "batch_size": (8, largest)}.items():
+            assert spaces[name].low == low
+            assert spaces[name].high == pytest.approx(high, rel=1e-3)
+        assert spaces["model_dropout"].values == (0, 0.1, 0.5)
+        for share in ("rsc.drop_f", "rsc.drop_b"):
+            assert np.mean(spaces[share].values) == pytest.approx(0.25)
+            assert all(0 < value < 0.5 for value in spaces[share].values)
+
+
 def released_lpl_bounds(counts, head_size, step, steps, head_share):
     """What LPL's released code lets a long tail's classes be perturbed by: whole steps of each."""
     counts = np.asarray(counts, float)
@@ -86,6 +136,25 @@ def test_the_bound_of_lpl_on_a_long_tail_is_the_varied_one_to_within_a_step(sett
     bounds = float(words["--lpl_radius"]) * np.asarray(multiplier) * scale
     np.testing.assert_allclose(bounds, released_lpl_bounds(counts, *released), atol=released[1])
     assert np.asarray(sign).tolist() == [-1] * released[0] + [1] * (classes - released[0])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_figures_are_those_of_the_published_tables(setting):
+    (table,) = [t for t in (BALANCED, LONG_TAIL, DOMAINBED) if setting.name in t["columns"]]
+    column = table["columns"].index(setting.name)
+    expected = {}
+    for method, row in table.items():
+        if method != "columns" and row[column] is not None:
+            mean, *spread = np.atleast_1d(row[column]).tolist()
+            mean = mean if table is DOMAINBED else 100 - mean
+            expected[method] = pytest.approx((mean, *spread), abs=1e-9)
+    assert {**setting.figures, **setting.others} == expected
+
+
+def test_every_published_column_has_a_recipe():
+    names = [setting.name for recipe in published.recipes() for setting in recipe.settings]
+    columns = [name for table in (BALANCED, LONG_TAIL, DOMAINBED) for name in table["columns"]]
+    assert sorted(names) == sorted(columns)
 
 
 def test_every_recipe_says_what_it_costs_where_its_figures_come_from_and_that_it_was_not_run():
