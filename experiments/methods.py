@@ -10,8 +10,9 @@ hyperparameters, explicit flags. What a name stands for is put together in `asse
 """
 
 import json
-import pathlib
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lpa_jax import losses, penalties
@@ -27,9 +28,17 @@ RUN_OPTIONS = ("learning_rate", "weight_decay")
 # In domain generalization a search may draw more, as DomainBed's does; these are compiled in.
 COMPILED_RUN_OPTIONS = ("batch_size", "model_dropout")
 DOMAIN_RUN_OPTIONS = (*RUN_OPTIONS, *COMPILED_RUN_OPTIONS)
-ASSIGNMENT_OPTIONS = ("assignment", "kappa", "split", "ema")
+ASSIGNMENT_OPTIONS = {"assignment": str, "kappa": float, "split": float, "ema": float}
 # What the task decides, not the user.
 _GIVEN_BY_THE_TASK = ("num_domains", "total_steps")
+# What JSON values of these types are called where another is given.
+_KINDS = {
+    float: "a number",
+    int: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+}
 
 
 class Part(NamedTuple):
@@ -80,17 +89,51 @@ def parse(method: str) -> tuple[Part, ...]:
 
 def part_options(name: str) -> tuple[str, ...]:
     """Options that a part of this name takes, assignment and layer included."""
+    return tuple(_option_types(name))
+
+
+def _option_types(name: str) -> dict[str, Any]:
     if name in perturbation_room.names():
-        own = perturbation_room.options(name)
-        return (*own, *(ASSIGNMENT_OPTIONS if "assignment" in own else ()), "layer")
+        own = perturbation_room.option_types(name)
+        return own | (ASSIGNMENT_OPTIONS if "assignment" in own else {}) | {"layer": str}
     if name in penalties.names():
-        return tuple(o for o in penalties.options(name) if o not in _GIVEN_BY_THE_TASK)
-    return {
+        own = penalties.option_types(name)
+        return {option: own[option] for option in own if option not in _GIVEN_BY_THE_TASK}
+    numbers = {
         MIXUP: ("alpha",),
         SAM: ("rho",),
         POSTHOC: ("tau",),
         LDAM_DRW: ("max_margin", "scale", "beta", "switch"),
-    }.get(name) or losses.options(name)
+    }
+    if name in numbers:
+        return dict.fromkeys(numbers[name], float)
+    return losses.option_types(name)
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuses a value of a type that an option does not take; its range is the option's own check.
+
+    Args:
+      key: `part.option` that exists, or an option of the run, which are numbers.
+      value: as JSON gives it.
+
+    Raises:
+      ValueError: naming the option.
+
+    >>> check_value("lpa.radius", "big")
+    Traceback (most recent call last):
+    ValueError: lpa.radius must be a number, got 'big'
+    """
+    part, _, option = key.rpartition(".")
+    annotation = _option_types(part)[option] if part else float
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    taken = typing.get_args(annotation) if union else (annotation,)
+    # What a user registered may be annotated with anything, or with nothing.
+    if not all(kind in _KINDS for kind in taken):
+        return
+    kinds = dict.fromkeys(_KINDS[kind] for kind in taken)
+    if _KINDS.get(type(value)) not in kinds:
+        raise ValueError(f"{key} must be {' or '.join(kinds)}, got {repr(value)[:80]}")
 
 
 def own_options(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +169,7 @@ def options_for(
       explicit: `option` (every part that has it) or `part.option` -> value, from flags.
 
     Raises:
-      ValueError: a `part.option` that does not exist.
+      ValueError: a `part.option` that does not exist, or a value that it does not take.
     """
     parts = parse(method)
     options = dict(tuned)
@@ -139,6 +182,8 @@ def options_for(
                 f"--option: {name} has no option {option!r}; it has: "
                 f"{', '.join(part_options(name))}"
             )
+        if name:
+            _check_given(key, value)
         for part in parts:
             # LPL stands at the logits, whose scale has nothing to do with that of hidden layers.
             shared = not name and not (part.name == "lpl" and option in ("radius", "layer"))
@@ -147,30 +192,8 @@ def options_for(
     return options
 
 
-def load_tuned(
-    path: str | pathlib.Path, run_options: Sequence[str] = RUN_OPTIONS
-) -> dict[str, dict[str, Any]]:
-    """Hyperparameters by method from a file that `experiments.tune` wrote.
-
-    Args:
-      path: of the file.
-      run_options: what it may hold besides the options of parts.
-
-    Raises:
-      ValueError: the file is missing or is not such a file.
-    """
+def _check_given(key: str, value: Any) -> None:
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        tuned = {method: dict(entry["chosen"]) for method, entry in content["methods"].items()}
-    except OSError as error:
-        raise ValueError(f"--hparams: cannot read {str(path)!r} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"--hparams: {str(path)!r} is not a file written by experiments.tune"
-        ) from None
-    for method, entry in tuned.items():
-        known = [f"{part.name}.{o}" for part in parse(method) for o in part_options(part.name)]
-        for key in entry:
-            if key not in (*known, *run_options):
-                raise ValueError(f"--hparams: {str(path)!r}: {method} has no option {key!r}")
-    return tuned
+        check_value(key, value)
+    except ValueError as error:
+        raise ValueError(f"--option: {error}") from None

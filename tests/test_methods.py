@@ -91,6 +91,8 @@ def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(na
         options = search.draw(name, trial, search.HiddenLayers(LAYERS[1:-1]))
         known = (*methods.RUN_OPTIONS, *(f"{name}.{o}" for o in methods.part_options(name)))
         assert set(options) <= set(known)
+        for key, value in options.items():
+            methods.check_value(key, value)
         built(name, options, num_domains=2, total_steps=10, epochs=10)
 
 
@@ -113,6 +115,8 @@ def test_an_option_reaches_its_part_only():
     assert options == {"focal.gamma": 3.0}
     with pytest.raises(ValueError, match="--option: focal has no option 'tau'; it has: gamma"):
         methods.options_for("focal", {}, {"focal.tau": 1})
+    with pytest.raises(ValueError, match=r"--option: lpa\.layer must be text, got 3"):
+        methods.options_for("lpa", {}, {"lpa.layer": 3})
 
 
 TRACED = (
