@@ -62,7 +62,8 @@ def parse(method: str) -> tuple[Part, ...]:
     """The parts of a method's name.
 
     Raises:
-      ValueError: an unknown part, a part named twice, a layer for what takes none, or two losses.
+      ValueError: an unknown part, a part named twice (perturbations: at the same layer), a layer
+        for what takes none, or two losses.
 
     >>> parse("lpa@hidden1+lpl")
     (Part(name='lpa', layer='hidden1'), Part(name='lpl', layer=None))
@@ -80,7 +81,11 @@ def parse(method: str) -> tuple[Part, ...]:
             )
         if layer and name not in perturbation_room.names() and name not in penalties.names():
             raise ValueError(f"--methods: {name} in {method!r} stands at no layer")
-        parts.append(Part(name, layer or None))
+        part = Part(name, layer or None)
+        # A penalty stands once, at whatever layer: of two the last alone would count.
+        if part in parts or (name in penalties.names() and name in {p.name for p in parts}):
+            raise ValueError(f"--methods: {text} in {method!r} is named twice")
+        parts.append(part)
     chosen = [part.name for part in parts if part.name in loss_names()]
     if len(chosen) > 1:
         raise ValueError(f"--methods: {method!r} names several losses, {' and '.join(chosen)}")

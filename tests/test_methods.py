@@ -102,12 +102,20 @@ def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(na
         ("nonsense", "--methods: unknown method 'nonsense'"),
         ("focal+ldam", "names several losses, focal and ldam"),
         ("sam@hidden1", "sam in 'sam@hidden1' stands at no layer"),
+        ("coral+coral", "--methods: coral in 'coral\\+coral' is named twice"),
+        ("coral@hidden1+coral@hidden2", "coral@hidden2 in .* is named twice"),
+        ("lpa@hidden1+lpa@hidden1", "lpa@hidden1 in 'lpa@hidden1\\+lpa@hidden1' is named twice"),
         ("lpa@hidden9", "unknown layer 'hidden9'; the injection points are"),
     ],
 )
 def test_bad_names_are_refused_in_one_line(method, message):
     with pytest.raises(ValueError, match=message):
         built(method)
+
+
+def test_a_perturbation_may_stand_at_several_layers():
+    recipe = built("mixstyle@hidden1+mixstyle@hidden2")
+    assert list(recipe.perturbations) == ["hidden1", "hidden2"]
 
 
 def test_an_option_reaches_its_part_only():
