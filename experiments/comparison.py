@@ -25,6 +25,7 @@ from experiments import (
     run_folder,
     runner,
     summary,
+    tuned_file,
 )
 from experiments.program import make_program
 from experiments.progress import RunProgress
@@ -34,7 +35,6 @@ from lpa_jax import data, multihost, workdir_lock
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
-HPARAMS_FOLDER = pathlib.Path(__file__).parent / "hparams"
 
 
 def define_flags(experiment: str, profile: str) -> None:
@@ -72,26 +72,14 @@ def define_flags(experiment: str, profile: str) -> None:
     run_flags.define_perturbation_flags()
 
 
-def tuned_hparams(experiment: str, settings: Settings) -> tuple[dict[str, dict[str, Any]], str]:
-    """Tuned hyperparameters by method, and where they come from."""
-    if FLAGS.hparams == "none":
-        return {}, "the methods' defaults"
-    path = pathlib.Path(FLAGS.hparams)
-    if FLAGS.hparams == "auto":
-        path = HPARAMS_FOLDER / f"{experiment}_{settings.dataset}_{settings.model}.json"
-        if not path.exists():
-            return {}, f"the methods' defaults (nothing tuned for {path.stem})"
-    return methods.load_tuned(path), f"tuned on validation, {path.name}"
-
-
-def resolve_options(tuned: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Options of every chosen method: defaults, then tuned, then flags."""
     if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
         raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
     explicit = run_flags.explicit_options()
     run_options = run_flags.explicit_run_options()
     return {
-        method: methods.options_for(method, tuned.get(method, {}), explicit) | run_options
+        method: methods.options_for(method, pooled.get(method, {}), explicit) | run_options
         for method in FLAGS.methods
     }
 
@@ -193,10 +181,10 @@ def run(experiment: str, argv: list[str]) -> None:
     def compare(interrupts):
         settings = run_flags.settings()
         run_flags.apply_runtime_flags()
-        tuned, origin = tuned_hparams(experiment, settings)
-        options = resolve_options(tuned)
+        hparams = tuned_file.find(FLAGS.hparams, experiment, settings)
+        options = resolve_options(hparams.pooled)
         if not FLAGS.quiet and multihost.is_first_host():
-            print(f"Hyperparameters: {origin}", file=sys.stderr)
+            print(f"Hyperparameters: {hparams.origin}", file=sys.stderr)
         run_flags.prepare_data()
         workdir = pathlib.Path(FLAGS.workdir)
         report(train_all(settings, options, workdir, interrupts), settings, workdir)

@@ -26,7 +26,6 @@ them and what still differs.
 """
 
 import contextlib
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +34,6 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments import (
-    comparison,
     domain_flags,
     domain_report,
     domain_selection,
@@ -45,6 +43,7 @@ from experiments import (
     run_flags,
     run_folder,
     search,
+    tuned_file,
 )
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_selection import Selected, Training
@@ -94,51 +93,20 @@ class Run(NamedTuple):
         return workdir / "runs" / self.method / f"test_{self.test}" / f"seed_{self.seed}"
 
 
-class Tuned(NamedTuple):
-    """Hyperparameters found by tuning.
-
-    Attributes:
-      pooled: by method, the best on average over the test domains that were tuned with.
-      by_domain: by method and test domain, from networks that never saw that domain.
-      origin: where they come from.
-    """
-
-    pooled: Mapping[str, Mapping[str, Any]]
-    by_domain: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    origin: str
-
-    def options(self, method: str, test: str) -> Mapping[str, Any]:
-        """Those of a method for a test domain."""
-        return self.by_domain.get(method, {}).get(test, self.pooled.get(method, {}))
-
-
-def tuned_hparams(settings: DomainSettings) -> Tuned:
+def tuned_hparams(settings: DomainSettings) -> tuned_file.Tuned:
     """What --hparams names.
 
     Raises:
       ValueError: no such file, or not one of `experiments.domain_tune`.
     """
-    if FLAGS.hparams == "none" or FLAGS.draws > 1:
-        return Tuned({}, {}, "drawn" if FLAGS.draws > 1 else "the methods' defaults")
-    path = pathlib.Path(FLAGS.hparams)
-    if FLAGS.hparams == "auto":
-        path = (
-            comparison.HPARAMS_FOLDER
-            / f"domain_generalization_{settings.dataset}_{settings.model}.json"
-        )
-        if not path.exists():
-            return Tuned({}, {}, f"the methods' defaults (nothing tuned for {path.stem})")
-    pooled = methods.load_tuned(path, methods.DOMAIN_RUN_OPTIONS)
-    entries = json.loads(path.read_text(encoding="utf-8"))["methods"]
-    by_domain = {
-        method: {domain: found["options"] for domain, found in entry["by_test_domain"].items()}
-        for method, entry in entries.items()
-        if "by_test_domain" in entry
-    }
-    return Tuned(pooled, by_domain, f"tuned on validation, {path.name}")
+    if FLAGS.draws > 1:
+        return tuned_file.Tuned("drawn")
+    return tuned_file.find(
+        FLAGS.hparams, "domain_generalization", settings, methods.DOMAIN_RUN_OPTIONS
+    )
 
 
-def plan(settings: DomainSettings, tests: Sequence[str], tuned: Tuned) -> list[Run]:
+def plan(settings: DomainSettings, tests: Sequence[str], tuned: tuned_file.Tuned) -> list[Run]:
     """All runs; seeds outermost, so that an interrupted job leaves complete pairs.
 
     Raises:
@@ -314,7 +282,7 @@ def select(
     }
 
 
-def _notes(tuned: Tuned, tests: Sequence[str], domains: Sequence[str]) -> list[str]:
+def _notes(tuned: tuned_file.Tuned, tests: Sequence[str], domains: Sequence[str]) -> list[str]:
     """What limits the comparison."""
     notes = []
     trained_on = [

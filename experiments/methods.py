@@ -11,8 +11,9 @@ together in `assembly`.
 """
 
 import json
-import pathlib
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lpa_jax import losses, penalties
@@ -28,12 +29,20 @@ RUN_OPTIONS = ("learning_rate", "weight_decay")
 # In domain generalization a search may draw more, as DomainBed's does; these are compiled in.
 COMPILED_RUN_OPTIONS = ("batch_size", "model_dropout")
 DOMAIN_RUN_OPTIONS = (*RUN_OPTIONS, *COMPILED_RUN_OPTIONS)
-ASSIGNMENT_OPTIONS = ("assignment", "kappa", "split", "ema")
+ASSIGNMENT_OPTIONS = {"assignment": str, "kappa": float, "split": float, "ema": float}
 # What a flag for all parts does not reach: LPL stands at the logits, whose scale has nothing to do
 # with that of hidden layers, and RSC is made for the last hidden layer.
 _OF_ITS_OWN = {"lpl": ("radius", "layer"), "rsc": ("layer",)}
 # What the task decides, not the user.
 _GIVEN_BY_THE_TASK = ("num_domains", "total_steps")
+# What JSON values of these types are called where another is given.
+_KINDS = {
+    float: "a number",
+    int: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+}
 
 
 class Part(NamedTuple):
@@ -57,7 +66,8 @@ def parse(method: str) -> tuple[Part, ...]:
     """The parts of a method's name.
 
     Raises:
-      ValueError: an unknown part, a part named twice, a layer for what takes none, or two losses.
+      ValueError: an unknown part, a part named twice (perturbations: at the same layer), a layer
+        for what takes none, or two losses.
 
     >>> parse("lpa@hidden1+lpl")
     (Part(name='lpa', layer='hidden1'), Part(name='lpl', layer=None))
@@ -75,7 +85,11 @@ def parse(method: str) -> tuple[Part, ...]:
             )
         if layer and name not in perturbation_room.names() and name not in penalties.names():
             raise ValueError(f"--methods: {name} in {method!r} stands at no layer")
-        parts.append(Part(name, layer or None))
+        part = Part(name, layer or None)
+        # A penalty stands once, at whatever layer: of two the last alone would count.
+        if part in parts or (name in penalties.names() and name in {p.name for p in parts}):
+            raise ValueError(f"--methods: {text} in {method!r} is named twice")
+        parts.append(part)
     chosen = [part.name for part in parts if part.name in loss_names()]
     if len(chosen) > 1:
         raise ValueError(f"--methods: {method!r} names several losses, {' and '.join(chosen)}")
@@ -84,17 +98,51 @@ def parse(method: str) -> tuple[Part, ...]:
 
 def part_options(name: str) -> tuple[str, ...]:
     """Options that a part of this name takes, assignment and layer included."""
+    return tuple(_option_types(name))
+
+
+def _option_types(name: str) -> dict[str, Any]:
     if name in perturbation_room.names():
-        own = perturbation_room.options(name)
-        return (*own, *(ASSIGNMENT_OPTIONS if "assignment" in own else ()), "layer")
+        own = perturbation_room.option_types(name)
+        return own | (ASSIGNMENT_OPTIONS if "assignment" in own else {}) | {"layer": str}
     if name in penalties.names():
-        return tuple(o for o in penalties.options(name) if o not in _GIVEN_BY_THE_TASK)
-    return {
+        own = penalties.option_types(name)
+        return {option: own[option] for option in own if option not in _GIVEN_BY_THE_TASK}
+    numbers = {
         MIXUP: ("alpha",),
         SAM: ("rho",),
         POSTHOC: ("tau",),
         LDAM_DRW: ("max_margin", "scale", "beta", "switch"),
-    }.get(name) or losses.options(name)
+    }
+    if name in numbers:
+        return dict.fromkeys(numbers[name], float)
+    return losses.option_types(name)
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuses a value of a type that an option does not take; its range is the option's own check.
+
+    Args:
+      key: `part.option` that exists, or an option of the run, which are numbers.
+      value: as JSON gives it.
+
+    Raises:
+      ValueError: naming the option.
+
+    >>> check_value("lpa.radius", "big")
+    Traceback (most recent call last):
+    ValueError: lpa.radius must be a number, got 'big'
+    """
+    part, _, option = key.rpartition(".")
+    annotation = _option_types(part)[option] if part else float
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    taken = typing.get_args(annotation) if union else (annotation,)
+    # What a user registered may be annotated with anything, or with nothing.
+    if not all(kind in _KINDS for kind in taken):
+        return
+    kinds = dict.fromkeys(_KINDS[kind] for kind in taken)
+    if _KINDS.get(type(value)) not in kinds:
+        raise ValueError(f"{key} must be {' or '.join(kinds)}, got {repr(value)[:80]}")
 
 
 def own_options(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +178,7 @@ def options_for(
       explicit: `option` (every part that has it) or `part.option` -> value, from flags.
 
     Raises:
-      ValueError: a `part.option` that does not exist.
+      ValueError: a `part.option` that does not exist, or a value that it does not take.
     """
     parts = parse(method)
     options = dict(tuned)
@@ -143,6 +191,8 @@ def options_for(
                 f"--option: {name} has no option {option!r}; it has: "
                 f"{', '.join(part_options(name))}"
             )
+        if name:
+            _check_given(key, value)
         for part in parts:
             shared = not name and option not in _OF_ITS_OWN.get(part.name, ())
             if part.name == name or (shared and option in part_options(part.name)):
@@ -150,30 +200,8 @@ def options_for(
     return options
 
 
-def load_tuned(
-    path: str | pathlib.Path, run_options: Sequence[str] = RUN_OPTIONS
-) -> dict[str, dict[str, Any]]:
-    """Hyperparameters by method from a file that `experiments.tune` wrote.
-
-    Args:
-      path: of the file.
-      run_options: what it may hold besides the options of parts.
-
-    Raises:
-      ValueError: the file is missing or is not such a file.
-    """
+def _check_given(key: str, value: Any) -> None:
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        tuned = {method: dict(entry["chosen"]) for method, entry in content["methods"].items()}
-    except OSError as error:
-        raise ValueError(f"--hparams: cannot read {str(path)!r} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"--hparams: {str(path)!r} is not a file written by experiments.tune"
-        ) from None
-    for method, entry in tuned.items():
-        known = [f"{part.name}.{o}" for part in parse(method) for o in part_options(part.name)]
-        for key in entry:
-            if key not in (*known, *run_options):
-                raise ValueError(f"--hparams: {str(path)!r}: {method} has no option {key!r}")
-    return tuned
+        check_value(key, value)
+    except ValueError as error:
+        raise ValueError(f"--option: {error}") from None

@@ -15,7 +15,16 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import assembly, comparison, files, run_flags, run_folder, runner, task_data
+from experiments import (
+    assembly,
+    comparison,
+    files,
+    run_flags,
+    run_folder,
+    runner,
+    task_data,
+    tuned_file,
+)
 from experiments.program import make_program
 from experiments.settings import Settings, Task, TaskSource
 from lpa_jax.checkpoint import Checkpoints
@@ -129,7 +138,7 @@ def define_flags(experiment: str) -> None:
 def tuned_hparams(settings: Settings) -> dict[str, dict[str, Any]]:
     """Hyperparameters by method, as the comparison on the same data takes them."""
     experiment = "balanced" if settings.profile == "none" else "long_tail"
-    return comparison.tuned_hparams(experiment, settings)[0]
+    return tuned_file.find(FLAGS.hparams, experiment, settings).pooled
 
 
 def train_or_load(

@@ -72,6 +72,7 @@ def run_trial(
     if suggestions is not None:
         drawn = suggestions.recentred(method, drawn)
     options = methods.options_for(method, drawn, run_flags.explicit_options())
+    options |= run_flags.explicit_run_options()
     accuracies = []
     try:
         for seed, task in tasks.items():
@@ -124,7 +125,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         "settings": settings.as_dict() | {"data_dir": None, "image_root": None},
         "seeds": list(tasks),
         "search_seed": FLAGS.search_seed,
-        "fixed_options": run_flags.explicit_options(),
+        "fixed_options": run_flags.explicit_options() | run_flags.explicit_run_options(),
     }
     if FLAGS.search_layers:
         setting["search_layers"] = FLAGS.search_layers

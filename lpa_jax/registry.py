@@ -45,9 +45,20 @@ class Registry(Generic[Value]):
         Raises:
           ValueError: unknown `name`.
         """
+        return tuple(self.option_types(name))
+
+    def option_types(self, name: str) -> dict[str, Any]:
+        """What the factory `name` annotates each of its options with.
+
+        `inspect.Parameter.empty` stands for an option without annotation.
+
+        Raises:
+          ValueError: unknown `name`.
+        """
         if name not in self.factories:
             raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
-        return tuple(inspect.signature(self.factories[name]).parameters)
+        parameters = inspect.signature(self.factories[name]).parameters
+        return {option: parameter.annotation for option, parameter in parameters.items()}
 
     def create(self, name: str, **arguments: Any) -> Value:
         """Builds a value by name.

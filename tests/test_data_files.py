@@ -253,6 +253,22 @@ def test_a_bad_line_is_named(tree, line, row, message):
     assert message in _one_line(error)
 
 
+@pytest.mark.parametrize("label", [5, 2_000_000_000])
+def test_a_label_beyond_the_number_of_images_leaves_a_class_without_one(tree, label):
+    _rewrite(tree, 3, f"train/b b/3.png {label}")
+    with pytest.raises(ValueError, match=r"train\.txt, line 3: label") as error:
+        _read(tree, all_classes=True)
+    assert f"'{label}' must be in 0..4, as every class must have one of the 5 images" in _one_line(
+        error
+    )
+
+
+def test_a_label_that_no_table_of_counts_could_hold_is_refused(tree):
+    _rewrite(tree, 3, "train/b b/3.png 2000000000")
+    with pytest.raises(ValueError, match=r"line 3: label '2000000000' must be in 0\.\.16777215$"):
+        _read(tree)
+
+
 def test_all_missing_files_are_counted_before_any_is_read(tree):
     for name in ("a/2.png", "b b/4.jpg"):
         (tree / "images/train" / name).unlink()

@@ -310,6 +310,18 @@ def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, 
     assert config["options"] == best["options"]
 
 
+def test_tuning_keeps_the_rate_and_decay_of_the_command_line_in_every_trial(run, tmp_path):
+    message, *_ = run("tune", *TINY, "--methods=erm", "--trials=2", "--seeds=100-100",
+                      "--learning_rate=0.03", "--weight_decay=0",
+                      f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+    assert message is None
+    given = {"learning_rate": 0.03, "weight_decay": 0.0}
+    for path in tmp_path.glob("tune/trials/erm/*"):
+        assert json.loads(path.read_text())["options"] == given
+    setting = json.loads((tmp_path / "tune/setting.json").read_text())
+    assert setting["fixed_options"] == given
+
+
 def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):
     arguments = (*TINY, "--methods=lpa", "--trials=2", "--seeds=100-100",
                  f"--workdir={tmp_path / 'tune'}")  # fmt: skip

@@ -105,6 +105,8 @@ def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(na
         options = search.draw(name, trial, search.HiddenLayers(LAYERS[1:-1]))
         known = (*methods.RUN_OPTIONS, *(f"{name}.{o}" for o in methods.part_options(name)))
         assert set(options) <= set(known)
+        for key, value in options.items():
+            methods.check_value(key, value)
         built(name, options, num_domains=2, total_steps=10, epochs=10)
 
 
@@ -114,6 +116,9 @@ def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(na
         ("nonsense", "--methods: unknown method 'nonsense'"),
         ("focal+ldam", "names several losses, focal and ldam"),
         ("sam@hidden1", "sam in 'sam@hidden1' stands at no layer"),
+        ("coral+coral", "--methods: coral in 'coral\\+coral' is named twice"),
+        ("coral@hidden1+coral@hidden2", "coral@hidden2 in .* is named twice"),
+        ("lpa@hidden1+lpa@hidden1", "lpa@hidden1 in 'lpa@hidden1\\+lpa@hidden1' is named twice"),
         ("lpa@hidden9", "unknown layer 'hidden9'; the injection points are"),
     ],
 )
@@ -122,11 +127,18 @@ def test_bad_names_are_refused_in_one_line(method, message):
         built(method)
 
 
+def test_a_perturbation_may_stand_at_several_layers():
+    recipe = built("mixstyle@hidden1+mixstyle@hidden2")
+    assert list(recipe.perturbations) == ["hidden1", "hidden2"]
+
+
 def test_an_option_reaches_its_part_only():
     options = methods.options_for("focal+sam", {}, {"focal.gamma": 3.0})
     assert options == {"focal.gamma": 3.0}
     with pytest.raises(ValueError, match="--option: focal has no option 'tau'; it has: gamma"):
         methods.options_for("focal", {}, {"focal.tau": 1})
+    with pytest.raises(ValueError, match=r"--option: lpa\.layer must be text, got 3"):
+        methods.options_for("lpa", {}, {"lpa.layer": 3})
 
 
 TRACED = (

@@ -14,6 +14,9 @@ import numpy as np
 from lpa_jax.data import checks
 from lpa_jax.data.image_files import ImageFiles, open_image_files
 
+# A slip of the pen must not become a table of counts that no memory holds.
+_MOST_CLASSES = 2**24
+
 
 class PublishedLists(NamedTuple):
     """A published set.
@@ -72,8 +75,10 @@ def read_list(
 
     Raises:
       ValueError: naming the list file, and the line where it is one: a list that cannot be read or
-        is empty, a line that is not `path label`, a label outside 0..C-1, a file named twice, a
-        path that leads out of image_root, images that are missing, or a class without an image.
+        is empty, a line that is not `path label`, a label outside 0..C-1 (without num_classes: of
+        2^24 or more or, with all_classes, no smaller than the number of images), a file named
+        twice, a path that leads out of image_root, images that are missing, or a class without an
+        image.
 
     Example:
       >>> import pathlib, tempfile, PIL.Image
@@ -87,7 +92,7 @@ def read_list(
     list_file = os.fspath(list_file)
     if num_classes is not None:
         num_classes = checks.integer("num_classes", num_classes, minimum=1)
-    paths, labels, lines = _parse(list_file, num_classes)
+    paths, labels, lines = _parse(list_file, num_classes, all_classes)
     num_classes = max(labels) + 1 if num_classes is None else num_classes
     counts = np.bincount(labels, minlength=num_classes)
     if all_classes and counts.min() == 0:
@@ -109,7 +114,9 @@ def read_list(
     )
 
 
-def _parse(list_file: str, num_classes: int | None) -> tuple[list[str], list[int], list[int]]:
+def _parse(
+    list_file: str, num_classes: int | None, all_classes: bool
+) -> tuple[list[str], list[int], list[int]]:
     """Paths, labels and line numbers."""
     try:
         with open(list_file, encoding="utf-8") as file:
@@ -118,8 +125,10 @@ def _parse(list_file: str, num_classes: int | None) -> tuple[list[str], list[int
         raise ValueError(f"list file {list_file!r}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"list file {list_file!r}: must be text in UTF-8") from None
-    allowed = "a whole number" if num_classes is None else f"in 0..{num_classes - 1}"
-    limit = np.iinfo(np.int32).max if num_classes is None else num_classes
+    limit, reason = _MOST_CLASSES if num_classes is None else num_classes, ""
+    if num_classes is None and all_classes:
+        limit = min(limit, sum(bool(row.strip()) for row in rows))
+        reason = f", as every class must have one of the {limit} images"
     line_of: dict[str, int] = {}
     labels = []
     for line, row in enumerate(rows, start=1):
@@ -132,7 +141,7 @@ def _parse(list_file: str, num_classes: int | None) -> tuple[list[str], list[int
         path, label = parts
         # isdecimal alone would let other scripts' digits through
         if not (label.isascii() and label.isdecimal() and int(label[:10]) < limit):
-            raise ValueError(f"{place}: label {label[:20]!r} must be {allowed}")
+            raise ValueError(f"{place}: label {label[:20]!r} must be in 0..{limit - 1}{reason}")
         if path in line_of:
             raise ValueError(f"{place}: image {path!r} stands in line {line_of[path]} already")
         line_of[path] = line

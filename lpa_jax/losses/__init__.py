@@ -11,7 +11,7 @@ for large finite logits and ignores a shift common to all classes, as the softma
 """
 
 from lpa_jax.losses.balanced_softmax import balanced_softmax
-from lpa_jax.losses.base import Loss, create, names, options, register
+from lpa_jax.losses.base import Loss, create, names, option_types, options, register
 from lpa_jax.losses.class_balanced import class_balanced, effective_number_weights
 from lpa_jax.losses.cross_entropy import cross_entropy
 from lpa_jax.losses.focal import focal
@@ -33,6 +33,7 @@ __all__ = [
     "ldam",
     "logit_adjusted",
     "names",
+    "option_types",
     "options",
     "register",
 ]

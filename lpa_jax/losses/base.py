@@ -24,7 +24,20 @@ def options(name: str) -> tuple[str, ...]:
       >>> options("focal")
       ('gamma',)
     """
-    return tuple(key for key in _REGISTRY.options(name) if key != "counts")
+    return tuple(option_types(name))
+
+
+def option_types(name: str) -> dict[str, Any]:
+    """What a loss annotates each of its options with, the class counts left out.
+
+    Raises:
+      ValueError: unknown name.
+
+    Example:
+      >>> option_types("focal")
+      {'gamma': <class 'float'>}
+    """
+    return {key: kind for key, kind in _REGISTRY.option_types(name).items() if key != "counts"}
 
 
 def create(name: str, counts: Sequence[float] | None = None, **arguments: Any) -> Loss:

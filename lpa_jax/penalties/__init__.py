@@ -5,6 +5,7 @@ from lpa_jax.penalties.base import (
     Penalty,
     create,
     names,
+    option_types,
     options,
     register,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "irm",
     "isda",
     "names",
+    "option_types",
     "options",
     "register",
     "spectral_decoupling",

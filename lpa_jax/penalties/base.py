@@ -79,4 +79,5 @@ _REGISTRY: Registry[Penalty] = Registry("penalty")
 register = _REGISTRY.register
 names = _REGISTRY.names
 options = _REGISTRY.options
+option_types = _REGISTRY.option_types
 create = _REGISTRY.create

@@ -197,4 +197,5 @@ _REGISTRY: Registry[Perturbation] = Registry("perturbation")
 register = _REGISTRY.register
 names = _REGISTRY.names
 options = _REGISTRY.options
+option_types = _REGISTRY.option_types
 create = _REGISTRY.create
