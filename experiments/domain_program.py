@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -60,7 +59,10 @@ class Program:
         self._example = {"image": np.zeros(shape, np.float32)}
         known = self._mix(options)
         self._stages = tuple(
-            (first, parallel.map_step(functools.partial(self._train_step, stage)))
+            (
+                first,
+                parallel.map_step(functools.partial(self._train_step, stage), donate_state=True),
+            )
             for stage, (first, _) in enumerate(known.loss_stages)
         )
         self._evaluate = parallel.map_step(self._evaluate_step)
@@ -74,8 +76,13 @@ class Program:
         self._mix(options)
 
     def init(self, seed: int) -> TrainState:
-        """The state before the first step."""
-        return self._create(jax.random.key(seed), self._loaded)
+        """The state before the first step, whose memory the steps may take."""
+        # jit may pass the loaded weights through, and later trainings need theirs.
+        return parallel.with_own_buffers(self._create(jax.random.key(seed), self._loaded))
+
+    def place(self, batch: Mapping[str, Any]) -> parallel.PlacedBatch:
+        """What the steps take, made ahead: the batch on its way to the devices."""
+        return self._evaluate.place(batch)
 
     def _created(
         self, known: Mixed, rng: jax.Array, loaded: Mapping[str, Any] | None
@@ -103,8 +110,9 @@ class Program:
         numbers = self._numbers(options)
         return lambda state, batch: self._evaluate((state, numbers), batch)
 
-    def _numbers(self, options: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return {name: jnp.float32(options[name]) for name in traceable(self._method, options)}
+    def _numbers(self, options: Mapping[str, Any]) -> dict[str, np.float32]:
+        # Of the host: arrays on a device would be donated with the state by the first step.
+        return {name: np.float32(options[name]) for name in traceable(self._method, options)}
 
     def _mix(self, options: Mapping[str, Any]) -> Mixed:
         settings = self._settings

@@ -27,6 +27,7 @@ from experiments.run_folder import Names, RunFolder, check_inside, finished_resu
 from experiments.saving import Saving
 from lpa_jax import data, metrics, multihost, parallel, trainer
 from lpa_jax.interrupts import InterruptedRunError
+from lpa_jax.prefetch import Prefetched
 
 # Not those of results: what a reader of results counts is `select`ed from several trainings.
 NAMES = Names(config="training_config.json", result="training.json")
@@ -222,23 +223,25 @@ class Trainings:
             if self._look_at_held_out or (key[0] == OUT and key[1] not in held_out)
         }
         evaluate, step = program.evaluation(options), restored.step
-        for _, record in trainer.train(
-            restored.state,
-            program.stages(options),
-            _Intervals(batches, settings.evaluate_every),
-            settings.intervals,
-            evaluate=lambda state: _accuracies(evaluate, state, evaluated, self._should_stop),
-            totals=restored.totals,
-            save=save,
-            should_save=self._saving.schedule(settings.evaluate_every, settings.train_steps),
-            should_stop=self._should_stop,
-            block_every_step=parallel.must_block(),
-        ):
-            step = record.step
-            row = _row(record)
-            log.write(step, row)
-            score(step, holdout_accuracy(_record(row), held_out))
-            progress.epoch(record)
+        intervals = _Intervals(batches, settings.evaluate_every)
+        with Prefetched(intervals, program.place) as intervals:
+            for _, record in trainer.train(
+                restored.state,
+                program.stages(options),
+                intervals,
+                settings.intervals,
+                evaluate=lambda state: _accuracies(evaluate, state, evaluated, self._should_stop),
+                totals=restored.totals,
+                save=save,
+                should_save=self._saving.schedule(settings.evaluate_every, settings.train_steps),
+                should_stop=self._should_stop,
+                block_every_step=parallel.must_block(),
+            ):
+                step = record.step
+                row = _row(record)
+                log.write(step, row)
+                score(step, holdout_accuracy(_record(row), held_out))
+                progress.epoch(record)
         if step < settings.train_steps:
             raise InterruptedRunError("stopped, and what was done is saved")
 

@@ -8,10 +8,13 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from module_call import forget_flags, own_flags
 from test_experiments import BY_NAME, call
+from toy import assert_trees_equal
 
 from experiments import (
     distributed,
@@ -28,7 +31,7 @@ from experiments import (
 from experiments.domain_protocol import Network, Trainings
 from experiments.domain_settings import DomainSettings, DomainSource
 from experiments.progress import RunProgress
-from lpa_jax import trainer
+from lpa_jax import parallel, trainer
 from lpa_jax.interrupts import InterruptedRunError
 
 FLAGS = flags.FLAGS
@@ -231,6 +234,36 @@ def test_numbers_are_arguments_of_one_compiled_program(source, tmp_path):
     logs = tmp_path.glob("*/lpa/**/metrics.jsonl")
     losses = [json.loads(log.read_text().splitlines()[-1])["train/loss"] for log in logs]
     assert len(losses) == 3 and len(set(losses)) == 2, "options must reach the step"
+
+
+def test_steps_take_the_states_memory_but_not_that_of_loaded_weights_or_of_numbers(
+    source, tmp_path, monkeypatch
+):
+    settings, domains = source
+    network = Network("lpa", WEAK, ("+90%",), 0)
+
+    def drawn(settings, model, image_shape):
+        return model.init(jax.random.key(9), jnp.zeros((1, *image_shape)))
+
+    monkeypatch.setattr(DomainSettings, "initial_variables", drawn)
+    trainings = Trainings(settings, domains, tmp_path)
+    program, steps, train = trainings.program(network), [], trainer.train
+    # Not compiled, so that what jit may pass through, the loaded weights, certainly is.
+    monkeypatch.setattr(program, "_create", program._create.__wrapped__)
+
+    def noticed_train(state, stages, batches, *args, **kwargs):
+        assert isinstance(batches[0], parallel.PlacedBatch)
+        first = jax.tree.map(np.array, state.params)
+        for after, record in train(state, stages, batches, *args, **kwargs):
+            steps.append(record.step)
+            yield after, record
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+        assert_trees_equal(program.init(0).params, first)
+
+    monkeypatch.setattr(trainer, "train", noticed_train)
+    trainings.run(network, QUIET)
+    trainings.run(network._replace(seed=1), QUIET)
+    assert steps == [2, 4] * 2
 
 
 def test_a_network_that_is_stopped_goes_on_to_the_same_records(source, tmp_path):
