@@ -177,12 +177,18 @@ class Trainings:
         log_place = place if multihost.is_first_host() else None
         with RunLog(log_place, restored.notes.get("rows", ())) as log:
 
+            def notes():
+                return {"rows": log.rows, "seconds": time.perf_counter() - started}
+
             def save(state, totals):
-                notes = {"rows": log.rows, "seconds": time.perf_counter() - started}
-                folder.save(state, totals, notes)
+                folder.save(state, totals, notes())
+
+            def score(state, accuracy):
+                folder.score(int(state.step), accuracy)
+                folder.keep_if_best(state, notes())
 
             try:
-                self._train(program, network, restored, save, folder.score, log, progress)
+                self._train(program, network, restored, save, score, log, progress)
                 records, diverged = [_record(row) for row in log.rows], None
                 last = holdout_accuracy(records[-1], network.held_out)
                 progress.finish(f"validation accuracy {100 * last:.2f} %")
@@ -225,7 +231,7 @@ class Trainings:
         evaluate, step = program.evaluation(options), restored.step
         intervals = _Intervals(batches, settings.evaluate_every)
         with Prefetched(intervals, program.place) as intervals:
-            for _, record in trainer.train(
+            for state, record in trainer.train(
                 restored.state,
                 program.stages(options),
                 intervals,
@@ -240,7 +246,7 @@ class Trainings:
                 step = record.step
                 row = _row(record)
                 log.write(step, row)
-                score(step, holdout_accuracy(_record(row), held_out))
+                score(state, holdout_accuracy(_record(row), held_out))
                 progress.epoch(record)
         if step < settings.train_steps:
             raise InterruptedRunError("stopped, and what was done is saved")

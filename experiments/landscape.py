@@ -44,7 +44,8 @@ from experiments import (
     summary,
     trained,
 )
-from experiments.measurements import MEASUREMENTS, Measuring
+from experiments.measurements import MEASUREMENTS
+from experiments.measuring import Measuring
 from lpa_jax import pgd, workdir_lock
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.interrupts import Interrupts
