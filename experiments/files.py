@@ -25,7 +25,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 def check_writable(flag: str, path: str) -> None:
     """Raises ValueError naming `flag` unless a file can be written at `path`; writes nothing."""
     target = pathlib.Path(path).absolute()
-    folder = next(parent for parent in target.parents if parent.exists())
+    folder = next((parent for parent in target.parents if parent.exists()), target)
     if not path or target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--{flag} must name a file that can be written, got {path!r}")
 

@@ -37,6 +37,8 @@ def check_flags() -> None:
             f"--worker must lie in 0..{FLAGS.num_workers - 1} (--num_workers - 1), "
             f"got {FLAGS.worker}"
         )
+    if FLAGS.output:  # it is written when the search is over
+        files.check_writable("output", FLAGS.output)
 
 
 def is_mine(trial: int) -> bool:

@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
         search_loop.check_flags()
         run_flags.prepare_data()
         tune(settings, pathlib.Path(FLAGS.workdir))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: finished trials are kept, the same command goes on from there")

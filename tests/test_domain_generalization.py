@@ -396,7 +396,7 @@ def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("argument", ["--trials=0", "--seeds=0", "--worker=1"])
+@pytest.mark.parametrize("argument", ["--trials=0", "--seeds=0", "--worker=1", "--output=/"])
 def test_tuning_refuses_bad_input_before_anything_is_written(run, tmp_path, argument):
     message, *_ = run("domain_tune", *TINY, argument, f"--workdir={tmp_path / 'tune'}")
     assert argument.partition("=")[0] in message and "\n" not in message

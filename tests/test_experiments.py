@@ -345,11 +345,18 @@ def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):
         ("--search_layers=stage9", "unknown layer 'stage9'"),
         ("--space=batch_size=8:32", "--space: batch_size is drawn in domain generalization alone"),
         ("--space=lpl.radius=1:2 --radius_center=suggest", "--space: lpl.radius is drawn around"),
+        ("--output=/", "--output must name a file that can be written, got '/'"),
     ],
 )
 def test_tuning_refuses_bad_ranges_before_anything_is_written(run, tmp_path, arguments, expected):
     message, *_ = run("tune", *TINY, *arguments.split(), f"--workdir={tmp_path / 'tune'}")
     assert expected in message and not (tmp_path / "tune").exists()
+
+
+def test_a_workdir_of_tuning_that_is_a_file_is_one_line(run, tmp_path):
+    (tmp_path / "tune").write_text("")
+    message, *_ = run("tune", *TINY, "--methods=erm", f"--workdir={tmp_path / 'tune'}")
+    assert message.startswith("error: ") and "tune" in message and "\n" not in message
 
 
 def test_tuning_refuses_the_test_images(run, tmp_path):
