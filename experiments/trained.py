@@ -141,9 +141,16 @@ def train_or_load(
     """Trains what is missing; every model can then be loaded.
 
     Raises:
-      ValueError: naming the flag that does not fit, or a finished run without its weights.
+      ValueError: several processes, naming the flag that does not fit, or a finished run without
+        its weights.
       InterruptedRunError: a signal came; the same call goes on from there.
     """
+    if jax.process_count() > 1:
+        # All would want the folder's lock and write the same files.
+        raise ValueError(
+            f"models are measured by one process, not {jax.process_count()}; it takes from "
+            "--workdir what several have trained with --keep_finished_checkpoints"
+        )
     if not FLAGS.keep_finished_checkpoints:
         raise ValueError("--keep_finished_checkpoints must be true: weights are what is measured")
     if not FLAGS["verbosity"].present:

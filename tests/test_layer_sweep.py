@@ -4,11 +4,12 @@ import csv
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 from module_call import call
 
-from experiments import layer_sweep, trained
+from experiments import landscape, layer_sweep, trained
 from lpa_jax.diagnostics import prediction_agreement
 
 TINY = (
@@ -146,6 +147,17 @@ def test_identical_networks_agree_fully_and_a_dead_layer_has_no_cka():
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(tmp_path, arguments, expected):
     message, _ = call(layer_sweep, f"--workdir={tmp_path / 'new'}", "--dataset=digits", *arguments)
     assert message.startswith(expected) and "\n" not in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("module", [layer_sweep, landscape])
+def test_several_processes_are_refused_before_anything_is_trained(tmp_path, monkeypatch, module):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    message, _ = call(module, f"--workdir={tmp_path / 'new'}", "--dataset=digits")
+    assert message == (
+        "error: models are measured by one process, not 2; it takes from --workdir what several "
+        "have trained with --keep_finished_checkpoints"
+    )
     assert not (tmp_path / "new").exists()
 
 
