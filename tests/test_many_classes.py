@@ -10,6 +10,7 @@ from module_call import run_main
 import lpa_jax
 from experiments import many_classes, step_cost
 from lpa_jax.models import MLP
+from lpa_jax.perturbations import Site
 
 ACTIVATION = jax.ShapeDtypeStruct((4, 8, 8, 64), jnp.bfloat16)
 TINY = ("--model=small_cnn", "--layer=stage1", "--image_size=8", "--batch_size=4", "--rounds=1")
@@ -85,6 +86,35 @@ def test_limit_is_the_last_size_that_fits_and_none_is_no_limit():
     assert cold.init(flat, 10) == {}
     with pytest.raises(ValueError, match="memory_limit must be finite and >= 0, got -1"):
         lpa_jax.lpa(0.1, memory_limit=-1, **options)
+
+
+def test_cold_refuses_a_table_of_gradients_that_outgrows_the_limit_once_the_batch_is_known():
+    """Its rows are those of min(C, global batch) classes, here 4."""
+    activation = jnp.zeros(ACTIVATION.shape, ACTIVATION.dtype)
+    num_classes = 8142
+    site = Site(
+        activation=activation,
+        targets=jnp.zeros((4, num_classes)),
+        labels=jnp.arange(4),
+        decode=lambda h: jnp.zeros((4, num_classes)) + jnp.mean(h),
+        loss=lpa_jax.losses.cross_entropy,
+        rng=jax.random.key(0),
+    )
+
+    def apply(limit, **options):
+        rule = lpa_jax.all_positive()
+        perturbation = lpa_jax.lpa(0.1, memory_limit=limit, assignment=rule, **options)
+        return jax.eval_shape(lambda: perturbation.apply({}, site).activation)
+
+    with pytest.raises(ValueError, match="sums gradients") as refusal:
+        apply(4 * 8 * 8 * 64 * 4 - 1)
+    assert str(refusal.value) == (
+        "lpa with mode='cold', shape='full' sums gradients in a table of 4 classes x (8, 8, 64), "
+        "0.06554 MB, more than memory_limit=0.06553 MB; shape='channel' sums gradients in "
+        "0.001024 MB, fewer than 4 examples make fewer rows"
+    )
+    for limit, shape in ((4 * 8 * 8 * 64 * 4, "full"), (4 * 64 * 4, "channel"), (None, "full")):
+        assert apply(limit, shape=shape).shape == ACTIVATION.shape
 
 
 @pytest.mark.parametrize("mode", ["cold", "carry"])

@@ -81,13 +81,14 @@ def lpa(
         one the target, too, is multiplied by `negative_scale`. None keeps the radius. Costs no pass
         with `"cold"` where nothing above is perturbed; `"free"`, and `"carry"` without a
         `confidence` assignment, take one forward pass more.
-      memory_limit: bytes that the table of all C perturbations, which `"carry"` and `"free"` keep
-        on every device, may take; None for any number. `"cold"` keeps none: its tables have a row
-        for each class of the batch at most.
+      memory_limit: bytes that a table may take on every device: that of all C perturbations, which
+        `"carry"` and `"free"` keep, or that in which `"cold"` sums gradients, min(C, global batch)
+        rows; None for any number.
 
     Raises:
       ValueError: an option out of range; `steps` other than 1 with `mode="free"`; from
-        `TrainState.create`, a table larger than `memory_limit`.
+        `TrainState.create`, a kept table larger than `memory_limit`, and from the first step one of
+        gradients.
 
     Source: the abstract of arXiv 2605.29525 fixes class-level perturbation of a hidden layer by
     PGD, expansive or contractive; the rest is this library's choice.
@@ -194,9 +195,9 @@ class _ClassLevel:
         dtype = pgd.perturbation_dtype(activation)
         state = {}
         if self.mode != "cold":
-            rows = jax.eval_shape(lambda h: pgd.reduce_to_shape(h, self.options.shape), activation)
-            self._check_memory(rows.shape[1:], num_classes, dtype)
-            state["delta"] = jnp.zeros((num_classes, *rows.shape[1:]), dtype)
+            row = self._row(activation)
+            self._check_memory(row, num_classes, dtype)
+            state["delta"] = jnp.zeros((num_classes, *row), dtype)
         if self._remembers_confidence:
             state["confidence"] = jnp.zeros(num_classes, jnp.float32)
             state["known"] = jnp.zeros(num_classes, bool)
@@ -204,18 +205,25 @@ class _ClassLevel:
             state["radius_scale"] = targeting.initial_scale()
         return state
 
-    def _check_memory(self, row: tuple[int, ...], num_classes: int, dtype: jnp.dtype) -> None:
+    def _row(self, activation: jax.ShapeDtypeStruct | Array) -> tuple[int, ...]:
+        """Shape of a perturbation of `activation` [B, *S]."""
+        rows = jax.eval_shape(lambda h: pgd.reduce_to_shape(h, self.options.shape), activation)
+        return rows.shape[1:]
+
+    def _check_memory(self, row: tuple[int, ...], num_rows: int, dtype: jnp.dtype) -> None:
         def table_bytes(row):
-            return num_classes * math.prod(row) * dtype.itemsize
+            return num_rows * math.prod(row) * dtype.itemsize
 
         if self.memory_limit is None or table_bytes(row) <= self.memory_limit:
             return
-        smaller = "mode='cold' keeps none"
+        does, smaller = "keeps", "mode='cold' keeps none"
+        if self.mode == "cold":
+            does, smaller = "sums gradients in", f"fewer than {num_rows} examples make fewer rows"
         if math.prod(row) > row[-1]:
-            smaller = f"shape='channel' keeps {_bytes(table_bytes(row[-1:]))}, {smaller}"
+            smaller = f"shape='channel' {does} {_bytes(table_bytes(row[-1:]))}, {smaller}"
         raise ValueError(
-            f"{self.name} with mode={self.mode!r}, shape={self.options.shape!r} keeps a table of "
-            f"{num_classes} classes x {row}, {_bytes(table_bytes(row))}, more than "
+            f"{self.name} with mode={self.mode!r}, shape={self.options.shape!r} {does} a table of "
+            f"{num_rows} classes x {row}, {_bytes(table_bytes(row))}, more than "
             f"memory_limit={_bytes(self.memory_limit)}; {smaller}"
         )
 
@@ -240,6 +248,8 @@ class _ClassLevel:
 
         first_gradient, logits = None, None
         if self.mode == "cold":
+            # Every device sums all rows, also where it then steps those of its own examples alone.
+            self._check_memory(self._row(activation), counts.shape[0], counts.dtype)
             first_gradient, logits = gradient_fn(None)
         elif self.mode == "carry" and self.assignment.uses_confidence:
             logits = site.decode(activation)
