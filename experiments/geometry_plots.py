@@ -78,8 +78,9 @@ def over_layers(found: Found, path: pathlib.Path) -> None:
 
 
 def _log_of_losses(axis) -> None:
-    low, high = axis.get_ylim()
-    axis.set_ylim(min(low, 0.0), max(high, 0.0))
+    low, high = axis.dataLim.intervaly
+    # On a logarithmic axis a margin is a factor; a side without data ends at zero.
+    axis.set_ylim(1.5 * min(low, 0.0), 1.5 * max(high, 0.0))
     axis.set_yscale("symlog", linthresh=_LINEAR_LOSS)
     axis.tick_params(axis="y", labelsize=8)
 
