@@ -144,8 +144,8 @@ def test_every_penalty_is_created_by_name_with_the_published_defaults(name, defa
 @pytest.mark.parametrize(
     ("name", "option", "value", "message"),
     [
-        *[(name, "num_domains", 1, "a whole number >= 2, got 1") for name in OVER_DOMAINS],
-        ("vrex", "num_domains", True, "a whole number >= 2, got True"),
+        *[(name, "num_domains", 0, "a whole number >= 1, got 0") for name in OVER_DOMAINS],
+        ("vrex", "num_domains", True, "a whole number >= 1, got True"),
         *[(name, "weight", -1.0, "finite and >= 0, got -1.0") for name in ("coral", "irm", "vrex")],
         ("spectral_decoupling", "weight", np.inf, "finite and >= 0, got inf"),
         ("group_dro", "eta", np.nan, "finite and >= 0, got nan"),
@@ -316,3 +316,10 @@ def test_group_dro_weights_survive_losses_that_would_underflow_them():
     value, state = by_hand("group_dro", [0, 1], losses_=[1000.0, 0.0], eta=10.0)
     assert_finite((value, state))
     np.testing.assert_allclose(value, 1000.0 - 500.0)
+
+
+def test_of_one_domain_there_is_nothing_to_compare():
+    alone = make_batch(domain=np.zeros_like(make_batch()["domain"]))
+    for name in ("coral", "group_dro", "vrex"):
+        assert run(name, alone, num_domains=1)[0] == pytest.approx(0.0, abs=1e-6), name
+    assert abs(run("irm", alone, num_domains=1)[0]) > 0.01

@@ -32,7 +32,8 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
     It costs D * B * F^2 multiplications and D * F^2 numbers of memory.
 
     Args:
-      num_domains: D, at least 2. The batch names each example's domain under `domain`.
+      num_domains: D (of one there is nothing to compare, the penalty is 0).
+        The batch names each example's domain under `domain`.
       layer: the layer of the features, vectors [B, F]: the last hidden one in the publication.
       weight: DomainBed's mmd_gamma, >= 0. 0 is no penalty.
 
@@ -46,7 +47,7 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
     >>> coral(num_domains=3, layer="pool").layers
     ('pool',)
     """
-    check_whole("num_domains", num_domains, 2)
+    check_whole("num_domains", num_domains, 1)
     check_range("weight", weight, 0.0)
     if vanishes(weight):
         return zero("coral")

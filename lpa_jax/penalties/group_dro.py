@@ -23,7 +23,8 @@ def group_dro(num_domains: int, eta: float = 1e-2) -> Penalty:
     The state is `log_q` [D], which no number of steps can underflow.
 
     Args:
-      num_domains: D, at least 2. The batch names each example's domain under `domain`.
+      num_domains: D (of one its weight is 1, plain training).
+        The batch names each example's domain under `domain`.
       eta: step size of the weights, >= 0. 0 keeps them uniform, which is the mean of the domains'
         risks, not ERM, where domains differ in size.
 
@@ -37,7 +38,7 @@ def group_dro(num_domains: int, eta: float = 1e-2) -> Penalty:
     >>> jnp.exp(state["log_q"]).tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
-    check_whole("num_domains", num_domains, 2)
+    check_whole("num_domains", num_domains, 1)
     check_range("eta", eta, 0.0)
 
     def init(shapes, num_classes):

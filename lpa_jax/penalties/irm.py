@@ -25,7 +25,8 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
     one for each half; the others contribute nothing.
 
     Args:
-      num_domains: D, at least 2. The batch names each example's domain under `domain`.
+      num_domains: D (of one it is that domain's penalty alone).
+        The batch names each example's domain under `domain`.
       weight: lambda after annealing, >= 0. 0 is no penalty, before annealing either.
       anneal_steps: steps with lambda = 1, >= 0. DomainBed also resets Adam's moments at the end of
         them, since the objective jumps; the step does not. Who wants that calls
@@ -41,7 +42,7 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
     >>> irm(num_domains=3).name
     'irm'
     """
-    check_whole("num_domains", num_domains, 2)
+    check_whole("num_domains", num_domains, 1)
     check_range("weight", weight, 0.0)
     check_whole("anneal_steps", anneal_steps, 0)
     if vanishes(weight):

@@ -24,7 +24,8 @@ def vrex(num_domains: int, weight: float = 10.0, anneal_steps: int = 500) -> Pen
     is zero.
 
     Args:
-      num_domains: D, at least 2. The batch names each example's domain under `domain`.
+      num_domains: D (of one there is nothing to compare, the penalty is 0).
+        The batch names each example's domain under `domain`.
       weight: beta after annealing, >= 0. 0 is no penalty, before annealing either.
       anneal_steps: steps with beta = 1, >= 0. DomainBed also resets Adam's moments at the end of
         them; the step does not. Who wants that calls
@@ -40,7 +41,7 @@ def vrex(num_domains: int, weight: float = 10.0, anneal_steps: int = 500) -> Pen
     >>> vrex(num_domains=3).name
     'vrex'
     """
-    check_whole("num_domains", num_domains, 2)
+    check_whole("num_domains", num_domains, 1)
     check_range("weight", weight, 0.0)
     check_whole("anneal_steps", anneal_steps, 0)
     if vanishes(weight):
