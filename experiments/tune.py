@@ -101,6 +101,11 @@ def trial_path(workdir: pathlib.Path, method: str, trial: int) -> pathlib.Path:
     return workdir / "trials" / method / f"{trial:04d}.json"
 
 
+def _say(line: str) -> None:
+    if not FLAGS.quiet:
+        print(line, file=sys.stderr)
+
+
 def choose(workdir: pathlib.Path, names: list[str], trials: int) -> dict[str, Any] | None:
     """The best trial of every method, or None while a trial is missing."""
     chosen = {}
@@ -145,7 +150,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
             settings, tasks[first], first, setting["fixed_options"]
         )
     setting = files.plain(setting)
-    earlier = files.read_json(workdir / "setting.json")
+    earlier = files.read_or_say(workdir / "setting.json", _say)
     if earlier not in (None, setting):
         raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
     files.write_json(workdir / "setting.json", setting)
@@ -154,7 +159,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         for trial in range(FLAGS.trials)
         for method in FLAGS.methods
         if search_loop.is_mine(trial)
-        and files.read_json(trial_path(workdir, method, trial)) is None
+        and files.read_or_say(trial_path(workdir, method, trial), _say) is None
     ]
     programs: dict[Any, Program] = {}
     with RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet) as progress:
