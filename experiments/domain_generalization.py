@@ -163,14 +163,21 @@ def configuration(run: Run, settings: DomainSettings) -> dict[str, Any]:
 def earlier_result(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> Any | None:
     """A complete result that has the cross-validation, if that is asked for.
 
+    A file that is there and cannot be read gets a line.
+
     Raises:
       ValueError: the folder holds another run.
     """
-    result = run_folder.finished_result(run.folder(workdir), config)
+    result = run_folder.finished_result(run.folder(workdir), config, say=_say)
     wanted = domain_selection.LEAVE_ONE_DOMAIN_OUT
     if result is not None and FLAGS.leave_two_out and result["selections"].get(wanted) is None:
         return None
     return result
+
+
+def _say(line: str) -> None:
+    if not FLAGS.quiet and multihost.is_first_host():
+        print(line, file=sys.stderr)
 
 
 def train_all(
@@ -307,8 +314,7 @@ def compare(interrupts: Interrupts) -> None:
     source = DomainSource(settings)
     tests = domain_flags.domains_to_test(source.names)
     runs = plan(settings, tests, tuned)
-    if not FLAGS.quiet and multihost.is_first_host():
-        print(f"Hyperparameters: {tuned.origin}", file=sys.stderr)
+    _say(f"Hyperparameters: {tuned.origin}")
     workdir = pathlib.Path(FLAGS.workdir)
     results = train_all(settings, source, runs, workdir, interrupts)
     title = f"{settings.dataset}, {settings.model}, accuracy on test domains"

@@ -134,13 +134,17 @@ class Trainings:
         domains = f"without_{','.join(network.held_out)}"
         return self._folder / network.method / domains / f"seed_{network.seed}" / options_key
 
-    def finished(self, network: Network) -> dict[str, Any] | None:
+    def finished(
+        self, network: Network, say: Callable[[str], None] = lambda line: None
+    ) -> dict[str, Any] | None:
         """A training that is there, or None if it is missing or incomplete.
+
+        `say` gets a line for a file that is there and cannot be read.
 
         Raises:
           ValueError: its folder holds one with other settings.
         """
-        return finished_result(self.place(network), self._configuration(network), NAMES)
+        return finished_result(self.place(network), self._configuration(network), NAMES, say)
 
     def run(
         self, network: Network, progress: RunProgress, may_diverge: bool = False
@@ -159,7 +163,7 @@ class Trainings:
         """
         place = self.place(network)
         # Not always from its file: other hosts than the first may not see it yet.
-        outcome = self._outcomes.get(place) or self.finished(network)
+        outcome = self._outcomes.get(place) or self.finished(network, progress.say)
         if outcome is None:
             if self._should_stop():
                 raise InterruptedRunError("stopped before a network was begun")

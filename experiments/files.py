@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,14 @@ def read_json(path: str | os.PathLike) -> Any | None:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # deep nesting exhausts the parser's stack
         return None
+
+
+def read_or_say(path: pathlib.Path, say: Callable[[str], None]) -> Any | None:
+    """Reads JSON like `read_json`; a line for a file that is there and cannot be read."""
+    content = read_json(path)
+    if content is None and path.exists():
+        say(f"{path} is cut short or no JSON: it is made again")
+    return content
 
 
 def plain(value: Any) -> Any:

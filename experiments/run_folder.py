@@ -27,18 +27,27 @@ USUAL = Names()
 
 
 def finished_result(
-    folder: pathlib.Path, config: Mapping[str, Any], names: Names = USUAL
+    folder: pathlib.Path,
+    config: Mapping[str, Any],
+    names: Names = USUAL,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
     """The result of an earlier run in this folder, or None if it is missing or incomplete.
+
+    Args:
+      folder: of the run.
+      config: of the run.
+      names: of its files.
+      say: called with a line for a file that is there and cannot be read.
 
     Raises:
       ValueError: the folder holds a run with another configuration; names what differs.
     """
-    earlier = files.read_json(folder / names.config)
+    earlier = files.read_or_say(folder / names.config, say)
     if earlier is None:
         return None
     check_same_run(folder, earlier, config)
-    result = files.read_json(folder / names.result)
+    result = files.read_or_say(folder / names.result, say)
     return result if isinstance(result, dict) and result.get("complete") else None
 
 
@@ -78,15 +87,15 @@ class RunFolder:
                 is_writer=multihost.is_first_host(),
             )
 
-    def result(self) -> dict[str, Any] | None:
-        """The result if the run has finished.
+    def result(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The result if the run has finished; `say` gets a line for a file that is cut short.
 
         Raises:
           ValueError: the folder holds a run with another configuration.
         """
         if self._path is None:
             return None
-        result = finished_result(self._path, self._config, self._names)
+        result = finished_result(self._path, self._config, self._names, say)
         # A kill may have come between the result and the end of the checkpoints.
         if result is not None and not result.get("checkpoints_kept", True):
             self._checkpoints.remove()

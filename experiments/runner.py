@@ -67,7 +67,7 @@ def run(
       logging: what is logged beyond scalars; it changes no number of the run.
       should_stop: asked after every step and before every evaluation batch; True saves and raises.
         Several hosts must get the same answer at the same time, as `Interrupts` gives it.
-      say: called with a line for each damaged checkpoint.
+      say: called with a line for each damaged checkpoint or file.
 
     Returns:
       The result: final accuracy, per-class accuracy, group accuracies, curves, seconds.
@@ -79,7 +79,7 @@ def run(
       InterruptedRunError: `should_stop` said so; the same call goes on from there.
     """
     run_folder = RunFolder(folder, configuration(program, seed, task), saving)
-    earlier = run_folder.result()
+    earlier = run_folder.result(say)
     if earlier is not None:
         return earlier
     if should_stop():

@@ -117,6 +117,11 @@ def trial_path(workdir: pathlib.Path, method: str, trial: int) -> pathlib.Path:
     return workdir / "trials" / method / f"{trial:04d}.json"
 
 
+def _say(line: str) -> None:
+    if not FLAGS.quiet:
+        print(line, file=sys.stderr)
+
+
 def choose(workdir: pathlib.Path, names: list[str], trials: int) -> dict[str, Any] | None:
     """The best trial of every method, or None while a trial is missing."""
     chosen = {}
@@ -172,14 +177,14 @@ def run_missing(
     suggestions = None
     if FLAGS.radius_center == "suggest":
         first = min(tasks)
-        explicit = run_flags.explicit_options()
+        explicit = run_flags.explicit_options() | run_flags.explicit_run_options()
         suggestions = radius_center.Suggestions(settings, tasks[first], first, explicit)
     todo = [
         (method, trial)
         for trial in range(FLAGS.trials)
         for method in FLAGS.methods
         if search_loop.is_mine(trial)
-        and files.read_json(trial_path(workdir, method, trial)) is None
+        and files.read_or_say(trial_path(workdir, method, trial), _say) is None
     ]
     programs: dict[Any, Program] = {}
     progress = RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet)
@@ -207,7 +212,7 @@ def tune(interrupts: Interrupts) -> None:
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
     setting = describe(settings, list(tasks))
-    earlier = files.read_json(workdir / "setting.json")
+    earlier = files.read_or_say(workdir / "setting.json", _say)
     if earlier not in (None, setting):
         raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
     with search_loop.held(workdir, search_loop.share(workdir)):

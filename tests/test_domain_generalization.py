@@ -129,6 +129,8 @@ def test_finished_networks_are_read_and_a_half_written_one_is_trained_again(run,
     times = {path: path.stat().st_mtime_ns for path in workdir.glob("**/*.json")}
     message, _, err = run("domain_generalization", *TINY, *JOB, f"--workdir={workdir}")
     assert message is None and "[1/1] erm without +80% seed 1" in err
+    for path in (broken, spoiled):
+        assert err.count(f"{path} is cut short or no JSON: it is made again\n") == 1
     for path in (*results, *workdir.glob("trainings/**/training.json")):
         assert (path.stat().st_mtime_ns == times[path]) == (path not in (broken, spoiled))
     again = read(spoiled)

@@ -150,8 +150,11 @@ def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, copy_of
     broken = workdir / "runs" / "erm" / "seed_1" / "result.json"
     broken.write_text(contents[broken][:50])
     times = {path: path.stat().st_mtime_ns for path in paths}
-    message, *_ = run("long_tail", *TINY, *JOB, f"--workdir={workdir}")
+    message, _, err = run("long_tail", *TINY, *JOB, f"--workdir={workdir}")
     assert message is None
+    assert [line for line in err.splitlines() if ".json" in line] == [
+        f"{broken} is cut short or no JSON: it is made again"
+    ]
     for path in paths:
         assert (path.stat().st_mtime_ns == times[path]) == (path != broken)
     again, before = json.loads(broken.read_text()), json.loads(contents[broken])
@@ -310,16 +313,22 @@ def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, 
     assert config["options"] == best["options"]
 
 
-def test_tuning_keeps_the_rate_and_decay_of_the_command_line_in_every_trial(run, tmp_path):
-    message, *_ = run("tune", *TINY, "--methods=erm", "--trials=2", "--seeds=100-100",
-                      "--learning_rate=0.03", "--weight_decay=0",
-                      f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+def test_tuning_keeps_the_rate_of_the_command_line_and_repeats_a_trial_cut_short(run, tmp_path):
+    arguments = (*TINY, "--methods=erm", "--trials=2", "--seeds=100-100", "--learning_rate=0.03",
+                 "--weight_decay=0", f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+    message, *_ = run("tune", *arguments)
     assert message is None
     given = {"learning_rate": 0.03, "weight_decay": 0.0}
     for path in tmp_path.glob("tune/trials/erm/*"):
         assert json.loads(path.read_text())["options"] == given
     setting = json.loads((tmp_path / "tune/setting.json").read_text())
     assert setting["fixed_options"] == given
+    broken = tmp_path / "tune/trials/erm/0001.json"
+    before = broken.read_text()
+    broken.write_text(before[:50])
+    message, _, err = run("tune", *arguments)
+    assert message is None and f"{broken} is cut short or no JSON: it is made again\n" in err
+    assert broken.read_text() == before
 
 
 def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):

@@ -170,9 +170,27 @@ def test_every_recipe_says_what_it_costs_where_its_figures_come_from_and_that_it
 def test_errors_are_turned_into_accuracies_and_matched_by_settings():
     wide = {"dataset": "cifar10", "profile": "none", "model": "wrn_28_10", "epochs": 240}
     assert published.accuracies(wide)["lpl"] == "96.63 +- 0.04"
-    long_tail = {"dataset": "cifar100", "profile": "exponential", "model": "resnet32"}
+    long_tail = {"dataset": "cifar100", "profile": "exponential", "model": "resnet32",
+                 "epochs": 200}  # fmt: skip
     assert published.accuracies(long_tail | {"imbalance": 100.0})["logit_adjusted+lpl"] == "46.11"
     assert published.accuracies(long_tail | {"imbalance": 50.0}) == {}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"epochs": 1}, {"evaluate_on": "validation"}, {"per_class": 50}],
+)
+def test_figures_stand_beside_no_shorter_or_smaller_run_and_no_validation_accuracy(changed):
+    wide = {"dataset": "cifar10", "profile": "none", "model": "wrn_28_10", "epochs": 240,
+            "evaluate_on": "test", "per_class": None}  # fmt: skip
+    assert published.accuracies(wide) and not published.accuracies(wide | changed)
+
+
+@pytest.mark.parametrize("changed", [{"train_steps": 300}, {"draws": 1}, {"images_per_domain": 40}])
+def test_figures_of_domains_need_the_steps_draws_and_images_of_the_protocol(changed):
+    photos = {"dataset": "VLCS", "model": "resnet50", "train_steps": 5000, "draws": 20,
+              "images_per_domain": None}  # fmt: skip
+    assert published.accuracies(photos) and not published.accuracies(photos | changed)
 
 
 def test_a_recipe_with_a_key_too_many_is_refused_by_name(tmp_path):
@@ -184,7 +202,7 @@ def test_a_recipe_with_a_key_too_many_is_refused_by_name(tmp_path):
 
 
 def test_a_report_of_a_comparable_setting_shows_the_published_figures(tmp_path):
-    settings = {"dataset": "cifar10", "imbalance": 100.0, "model": "resnet32"}
+    settings = {"dataset": "cifar10", "imbalance": 100.0, "model": "resnet32", "epochs": 200}
     made_up_runs.write_many(tmp_path / "runs", {"erm": [0.7], "lpa": [0.8]}, settings=settings)
     (section,) = report.make([tmp_path / "runs"], tmp_path / "out")
     assert [line[-1] for line in section.table] == ["published", "71.36", ""]

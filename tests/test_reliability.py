@@ -323,7 +323,7 @@ def test_a_finished_run_leaves_checkpoints_only_where_they_are_wanted(tmp_path):
     checkpoint.Checkpoints(tmp_path / "checkpoints", config=config).save(3, state)
     assert files.read_json(tmp_path / "result.json")["checkpoints_kept"] is False
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert run_folder.RunFolder(tmp_path, config, Saving()).result()["complete"]
+    assert run_folder.RunFolder(tmp_path, config, Saving()).result(print)["complete"]
     assert not (tmp_path / "checkpoints").exists()
 
 
