@@ -113,10 +113,11 @@ def tune(interrupts: Interrupts) -> None:
         for number in range(FLAGS.trials)
         for test in domain_flags.domains_to_test(source.names)
     ]
+    workdir = pathlib.Path(FLAGS.workdir)
     trainings = Trainings(
         settings,
         source,
-        pathlib.Path(FLAGS.workdir) / "trainings",
+        workdir / "trainings",
         FLAGS.layer,
         look_at_held_out=False,
         saving=run_flags.saving(),
@@ -128,9 +129,11 @@ def tune(interrupts: Interrupts) -> None:
         if trainings.finished(trial.network) is None and search_loop.is_mine(trial.number):
             todo.append(trial.network)
     quiet = FLAGS.quiet or not multihost.is_first_host()
-    with interrupts, RunProgress(len(todo), settings.intervals, quiet) as progress:
+    progress = RunProgress(len(todo), settings.intervals, quiet)
+    with search_loop.held(workdir, search_loop.share(workdir)), interrupts, progress:
         for network in todo:
-            trainings.run(network, progress, may_diverge=True)
+            with search_loop.held(workdir, trainings.place(network)):
+                trainings.run(network, progress, may_diverge=True)
     if not multihost.is_first_host():
         return
     found = [trainings.finished(trial.network) for trial in trials]

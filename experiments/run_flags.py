@@ -127,11 +127,7 @@ def define_training_flags() -> None:
 
 def define_runtime_flags() -> None:
     """What changes how fast and how loud a run is, but not its numbers."""
-    flags.DEFINE_string(
-        "compilation_cache",
-        "runs/compilation_cache",
-        "Folder where compiled programs are kept between runs; empty keeps none.",
-    )
+    define_console_flags()
     flags.DEFINE_string(
         "checkpoint_every",
         "5minutes",
@@ -146,10 +142,19 @@ def define_runtime_flags() -> None:
         False,
         "Keep the last and the best checkpoint of a finished run, to have its weights.",
     )
-    flags.DEFINE_bool("quiet", False, "No progress, only the result.")
     distributed.define_flags()
     # --helpshort shows the flags that a module adopts.
     flags.adopt_module_key_flags(distributed)
+
+
+def define_console_flags() -> None:
+    """The runtime flags of one process that saves no checkpoints."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        "runs/compilation_cache",
+        "Folder where compiled programs are kept between runs; empty keeps none.",
+    )
+    flags.DEFINE_bool("quiet", False, "No progress, only the result.")
 
 
 def apply_runtime_flags() -> None:

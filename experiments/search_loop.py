@@ -1,11 +1,14 @@
 """What the random searches share: flags, shares of workers, the best trial, the file of choices."""
 
-from collections.abc import Mapping
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
 
-from experiments import files, run_flags
+from experiments import files, run_flags, run_folder
+from lpa_jax import multihost, workdir_lock
 
 FLAGS = flags.FLAGS
 
@@ -42,6 +45,27 @@ def check_flags() -> None:
 def is_mine(trial: int) -> bool:
     """Whether a trial is in this worker's share."""
     return trial % FLAGS.num_workers == FLAGS.worker
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of a folder of the workdir; the first host does, for all hosts.
+
+    Workers share a workdir, so it is not locked itself: a worker holds its `share`, and each trial
+    while it trains, since workers that were told different --num_workers have trials in common.
+
+    Raises:
+      ValueError: a symbolic link leads out of the workdir.
+      lpa_jax.workdir_lock.LockedError: another process holds the folder.
+    """
+    run_folder.check_inside(workdir, folder)
+    with workdir_lock.hold(folder) if multihost.is_first_host() else contextlib.nullcontext():
+        yield
+
+
+def share(workdir: pathlib.Path) -> pathlib.Path:
+    """What stands for this worker's share: a folder that holds nothing but its lock."""
+    return workdir / "locks" / f"worker_{FLAGS.worker}"
 
 
 def best(scores: Mapping[int, float | None]) -> int | None:

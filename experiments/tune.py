@@ -11,17 +11,26 @@ cores.
 """
 
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
-from experiments import files, methods, radius_center, run_flags, runner, search, search_loop
+from experiments import (
+    entry_point,
+    files,
+    methods,
+    radius_center,
+    run_flags,
+    runner,
+    search,
+    search_loop,
+)
 from experiments.program import Program, make_program, structure
 from experiments.progress import RunProgress
 from experiments.settings import Settings, TaskSource
 from lpa_jax import trainer
+from lpa_jax.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 
@@ -42,7 +51,7 @@ def define_flags() -> None:
     run_flags.define_data_flags(dataset="mnist5k", profile="exponential")
     run_flags.define_training_flags()
     run_flags.define_search_flags()
-    run_flags.define_runtime_flags()
+    run_flags.define_console_flags()
     run_flags.define_perturbation_flags()
     FLAGS.set_default("evaluate_on", "validation")
     flags.adopt_module_key_flags(run_flags)
@@ -56,11 +65,15 @@ def run_trial(
     tasks: dict[int, Any],
     progress: RunProgress,
     programs: dict[Any, Program],
+    interrupts: Interrupts,
     suggestions: radius_center.Suggestions | None = None,
 ) -> dict[str, Any]:
     """Trains one draw of options with every seed; a diverged trial scores null.
 
     `programs` keeps what is compiled: trials that differ in numbers alone share it.
+
+    Raises:
+      InterruptedRunError: a signal came; nothing is kept of the trial.
     """
     drawn = search.draw(
         method,
@@ -71,7 +84,9 @@ def run_trial(
     )
     if suggestions is not None:
         drawn = suggestions.recentred(method, drawn)
-    options = methods.options_for(method, drawn, run_flags.explicit_options())
+    options = methods.options_for(method, drawn, run_flags.explicit_options()) | (
+        run_flags.explicit_run_options()
+    )
     accuracies = []
     try:
         for seed, task in tasks.items():
@@ -80,11 +95,14 @@ def run_trial(
             if key not in programs:
                 programs[key] = make_program(method, options, settings, task)
             program = _scoring(programs[key].with_options(options))
-            accuracies.append(runner.run(program, task, seed, None, progress.epoch)["accuracy"])
+            result = runner.run(program, task, seed, None, progress.epoch, should_stop=interrupts)
+            accuracies.append(result["accuracy"])
             progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
     except trainer.NonFiniteLossError as error:
         progress.finish(str(error))
         accuracies = []
+    except InterruptedRunError:
+        raise InterruptedRunError("stopped, and finished trials are kept") from None
     score = float(np.mean(accuracies)) if accuracies else None
     return {"method": method, "trial": trial, "options": options, "score": score,
             "accuracies": accuracies}  # fmt: skip
@@ -116,38 +134,47 @@ def choose(workdir: pathlib.Path, names: list[str], trials: int) -> dict[str, An
     return chosen
 
 
-def tune(settings: Settings, workdir: pathlib.Path) -> None:
-    """Runs this worker's missing trials; writes the choice when no trial is missing."""
-    source = TaskSource(settings)
-    tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
-    setting = {
-        "settings": settings.as_dict() | {"data_dir": None, "image_root": None},
-        "seeds": list(tasks),
-        "search_seed": FLAGS.search_seed,
-        "fixed_options": run_flags.explicit_options(),
-    }
-    if FLAGS.search_layers:
-        setting["search_layers"] = FLAGS.search_layers
-    if FLAGS.space:
-        setting["space"] = sorted(FLAGS.space)
+def describe(settings: Settings, seeds: list[int]) -> dict[str, Any]:
+    """What all trials of a workdir have in common, as plain values.
+
+    Raises:
+      ValueError: a layer or a range that this search cannot draw.
+    """
     # Refuse bad names and ranges before anything is written.
     run_flags.searched_layers(settings.model)
     ranges = run_flags.searched_space()
     for name in {*methods.COMPILED_RUN_OPTIONS} & {*ranges}:
         raise ValueError(f"--space: {name} is drawn in domain generalization alone")
-    suggestions = None
+    setting = {
+        "settings": settings.as_dict() | {"data_dir": None, "image_root": None},
+        "seeds": seeds,
+        "search_seed": FLAGS.search_seed,
+        "fixed_options": run_flags.explicit_options() | run_flags.explicit_run_options(),
+    }
+    if FLAGS.search_layers:
+        setting["search_layers"] = FLAGS.search_layers
+    if FLAGS.space:
+        setting["space"] = sorted(FLAGS.space)
     if FLAGS.radius_center == "suggest":
         radius_center.check_ranges(ranges)
         setting["radius_center"] = FLAGS.radius_center
+    return files.plain(setting)
+
+
+def run_missing(
+    settings: Settings, tasks: dict[int, Any], workdir: pathlib.Path, interrupts: Interrupts
+) -> None:
+    """Runs this worker's missing trials.
+
+    Raises:
+      InterruptedRunError: a signal came.
+      lpa_jax.workdir_lock.LockedError: another process runs this share, or a trial of it.
+    """
+    suggestions = None
+    if FLAGS.radius_center == "suggest":
         first = min(tasks)
-        suggestions = radius_center.Suggestions(
-            settings, tasks[first], first, setting["fixed_options"]
-        )
-    setting = files.plain(setting)
-    earlier = files.read_json(workdir / "setting.json")
-    if earlier not in (None, setting):
-        raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
-    files.write_json(workdir / "setting.json", setting)
+        explicit = run_flags.explicit_options()
+        suggestions = radius_center.Suggestions(settings, tasks[first], first, explicit)
     todo = [
         (method, trial)
         for trial in range(FLAGS.trials)
@@ -156,10 +183,37 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
         and files.read_json(trial_path(workdir, method, trial)) is None
     ]
     programs: dict[Any, Program] = {}
-    with RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet) as progress:
+    progress = RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet)
+    with interrupts, progress:
         for method, trial in todo:
-            outcome = run_trial(method, trial, settings, tasks, progress, programs, suggestions)
-            files.write_json(trial_path(workdir, method, trial), outcome)
+            path = trial_path(workdir, method, trial)
+            with search_loop.held(workdir, workdir / "locks" / method / path.stem):
+                # A worker that was told another --num_workers may have run it meanwhile.
+                if files.read_json(path) is None:
+                    outcome = run_trial(
+                        method, trial, settings, tasks, progress, programs, interrupts, suggestions
+                    )
+                    files.write_json(path, outcome)
+
+
+def tune(interrupts: Interrupts) -> None:
+    """Runs this worker's missing trials; writes the choice when no trial is missing."""
+    settings = run_flags.settings()
+    run_flags.apply_runtime_flags()
+    if settings.evaluate_on != "validation":
+        raise ValueError("--evaluate_on must be validation: test images choose nothing")
+    search_loop.check_flags()
+    run_flags.prepare_data()
+    workdir = pathlib.Path(FLAGS.workdir)
+    source = TaskSource(settings)
+    tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
+    setting = describe(settings, list(tasks))
+    earlier = files.read_json(workdir / "setting.json")
+    if earlier not in (None, setting):
+        raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
+    with search_loop.held(workdir, search_loop.share(workdir)):
+        files.write_json(workdir / "setting.json", setting)
+        run_missing(settings, tasks, workdir, interrupts)
     chosen = choose(workdir, FLAGS.methods, FLAGS.trials)
     if chosen is None:
         search_loop.say_incomplete()
@@ -171,22 +225,7 @@ def tune(settings: Settings, workdir: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Entry point."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
-        )
-    try:
-        settings = run_flags.settings()
-        run_flags.apply_runtime_flags()
-        if settings.evaluate_on != "validation":
-            raise ValueError("--evaluate_on must be validation: test images choose nothing")
-        search_loop.check_flags()
-        run_flags.prepare_data()
-        tune(settings, pathlib.Path(FLAGS.workdir))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: finished trials are kept, the same command goes on from there")
+    entry_point.run(argv, tune)
 
 
 if __name__ == "__main__":

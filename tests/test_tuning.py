@@ -1,0 +1,96 @@
+"""Searches as processes: workers that share a folder, signals, flags that a search would ignore."""
+
+import json
+import signal
+
+import pytest
+from test_domain_generalization import DOMAINS
+from test_domain_generalization import TINY as TINY_DOMAINS
+from test_experiments import HOST_FLAGS, TINY, call
+
+from experiments import runner
+from experiments.domain_protocol import Trainings
+from lpa_jax import workdir_lock
+from lpa_jax.interrupts import InterruptedRunError
+
+
+@pytest.fixture
+def run(tmp_path_factory, capsys):
+    """(module, *flags) -> (exit message or None, standard output, standard error)."""
+
+    def run_and_capture(name, *arguments):
+        message = call(tmp_path_factory.getbasetemp() / "tfds", name, *arguments)
+        captured = capsys.readouterr()
+        return message, captured.out, captured.err
+
+    return run_and_capture
+
+
+ONE_TRIAL = (*TINY, "--methods=erm", "--trials=1", "--seeds=100-100")
+
+
+def test_a_share_of_tuning_and_a_trial_are_run_by_one_process(run, tmp_path):
+    workdir = tmp_path / "tune"
+    arguments = (*ONE_TRIAL, f"--workdir={workdir}")
+    for name in ("worker_0", "erm/0000"):
+        held = workdir / "locks" / name
+        with workdir_lock.hold(held):
+            message, *_ = run("tune", *arguments)
+            assert message.startswith(f"error: {held} is in use by process") and "\n" not in message
+            # Another share, which has no trial of one.
+            message, out, _ = run("tune", *arguments, "--worker=1", "--num_workers=2")
+            assert message is None and "missing" in out
+    assert not (workdir / "trials").exists()
+
+
+def test_a_share_of_tuning_and_a_training_are_run_by_one_process(run, tmp_path, monkeypatch):
+    seen = []
+
+    def noticed(trainings, network, *_, **__):
+        for folder in (trainings.place(network), tmp_path / "locks/worker_0"):
+            with pytest.raises(workdir_lock.LockedError):
+                workdir_lock.refuse_if_held(folder)
+        seen.append(network.held_out)
+
+    monkeypatch.setattr(Trainings, "run", noticed)
+    arguments = (*TINY_DOMAINS, "--methods=erm", "--trials=1", f"--workdir={tmp_path}")
+    message, out, _ = run("domain_tune", *arguments)
+    assert message is None and "missing" in out and seen == [(domain,) for domain in DOMAINS]
+    held = tmp_path / "locks/worker_0"
+    with workdir_lock.hold(held):
+        message, *_ = run("domain_tune", *arguments)
+        assert message.startswith(f"error: {held} is in use by process") and "\n" not in message
+        assert run("domain_tune", *arguments, "--worker=1", "--num_workers=2")[0] is None
+    assert len(seen) == len(DOMAINS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_tuning_that_is_asked_to_stop_exits_as_documented(run, tmp_path, monkeypatch, number):
+    def interrupted(*_, should_stop):
+        signal.raise_signal(number)
+        assert should_stop()
+        raise InterruptedRunError("stopped, and what was done is saved")
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    status, _, err = run("tune", *ONE_TRIAL, f"--workdir={tmp_path / 'tune'}")
+    assert status == str(128 + number)
+    assert "stopped, and finished trials are kept; the same command goes on from there" in err
+    assert not (tmp_path / "tune" / "trials").exists()
+
+
+def test_a_learning_rate_that_is_given_holds_in_every_trial(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda *_, **__: {"accuracy": 0.5})
+    arguments = (*ONE_TRIAL, f"--workdir={tmp_path}")
+    assert run("tune", *arguments, "--learning_rate=0.02")[0] is None
+    trial = json.loads((tmp_path / "trials/erm/0000.json").read_text())
+    assert trial["options"]["learning_rate"] == 0.02
+    assert "holds trials with other settings" in run("tune", *arguments, "--learning_rate=0.03")[0]
+
+
+@pytest.mark.parametrize(
+    "name", [*HOST_FLAGS, "multihost", "checkpoint_every", "keep_checkpoints",
+             "keep_finished_checkpoints"],
+)  # fmt: skip
+def test_tuning_knows_no_flag_of_checkpoints_or_hosts(run, tmp_path, name):
+    message, *_ = run("tune", *ONE_TRIAL, f"--workdir={tmp_path / 'tune'}", f"--{name}=1")
+    assert f"Unknown command line flag '{name}'" in message
