@@ -11,6 +11,7 @@ cores.
 """
 
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
