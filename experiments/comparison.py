@@ -8,7 +8,7 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -150,13 +150,15 @@ def train_all(
     return results
 
 
-def report(results: summary.Results, settings: Settings, workdir: pathlib.Path) -> None:
+def report(
+    results: summary.Results, settings: Settings, workdir: pathlib.Path, notes: Sequence[str]
+) -> None:
     """Prints the table and writes it with the figures; the first host does."""
     if not multihost.is_first_host():
         return
     title = summary.title_of(settings.as_dict())
     files.write_text(workdir / "table.csv", summary.as_csv(results))
-    files.write_text(workdir / "table.md", summary.as_markdown(results, title))
+    files.write_text(workdir / "table.md", summary.as_markdown(results, title, notes=notes))
     plots.per_class_accuracy(results, workdir / "per_class_accuracy.png")
     plots.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
     geometry_plots.over_epochs(results, workdir / "class_geometry.png")
@@ -168,7 +170,8 @@ def report(results: summary.Results, settings: Settings, workdir: pathlib.Path) 
     # A pipe or a file gets the whole table, however narrow the terminal would be.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
-    console.print(summary.LEGEND, highlight=False)
+    for line in (summary.LEGEND, *notes):
+        console.print(line, highlight=False)
     contrast = summary.paired_difference(results, "lpa", "lpl")
     if contrast is not None:
         console.print(f"lpa vs lpl, paired: {contrast.percent(signed=True)}", highlight=False)
@@ -183,10 +186,13 @@ def run(experiment: str, argv: list[str]) -> None:
         run_flags.apply_runtime_flags()
         hparams = tuned_file.find(FLAGS.hparams, experiment, settings)
         options = resolve_options(hparams.pooled)
+        notes = tuned_file.notes(hparams, FLAGS.methods, settings)
         if not FLAGS.quiet and multihost.is_first_host():
             print(f"Hyperparameters: {hparams.origin}", file=sys.stderr)
+            if notes:
+                print(" ".join(notes), file=sys.stderr)
         run_flags.prepare_data()
         workdir = pathlib.Path(FLAGS.workdir)
-        report(train_all(settings, options, workdir, interrupts), settings, workdir)
+        report(train_all(settings, options, workdir, interrupts), settings, workdir, notes)
 
     entry_point.run(argv, compare)

@@ -315,11 +315,15 @@ def compare(interrupts: Interrupts) -> None:
     tests = domain_flags.domains_to_test(source.names)
     runs = plan(settings, tests, tuned)
     _say(f"Hyperparameters: {tuned.origin}")
+    doubts = tuned_file.notes(tuned, FLAGS.methods, settings)
+    if doubts:
+        _say(" ".join(doubts))
     workdir = pathlib.Path(FLAGS.workdir)
     results = train_all(settings, source, runs, workdir, interrupts)
     title = f"{settings.dataset}, {settings.model}, accuracy on test domains"
     if multihost.is_first_host():
-        domain_report.write(results, title, _notes(tuned, tests, source.names), workdir)
+        limits = [*doubts, *_notes(tuned, tests, source.names)]
+        domain_report.write(results, title, limits, workdir)
 
 
 def main(argv: list[str]) -> None:

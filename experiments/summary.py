@@ -224,10 +224,12 @@ def csv_text(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def as_markdown(results: Results, title: str, baseline: str = ERM) -> str:
-    """The table in Markdown under a title, with what its numbers mean."""
+def as_markdown(
+    results: Results, title: str, baseline: str = ERM, notes: Sequence[str] = ()
+) -> str:
+    """The table in Markdown under a title, with what its numbers mean and what limits them."""
     table = markdown_table(text_table(summarize(results, baseline)))
-    return f"## {title}\n\n{table}\n{LEGEND}\n"
+    return "\n".join([f"## {title}\n\n{table}", *(f"{line}\n" for line in (LEGEND, *notes))])
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:

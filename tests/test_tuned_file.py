@@ -4,8 +4,11 @@ import json
 import re
 
 import pytest
+from test_experiments import call
 
 from experiments import methods, tuned_file
+from experiments.domain_settings import DomainSettings
+from experiments.settings import Settings
 
 
 def write(path, chosen, method="lpa", **entry):
@@ -52,3 +55,51 @@ def test_an_unknown_method_is_named_with_its_file(tmp_path):
     path = write(tmp_path / "found.json", {}, method="lpz")
     with pytest.raises(ValueError, match=r"--hparams: .*found\.json': unknown method 'lpz'"):
         tuned_file.load(path)
+
+
+def found_by_itself(searched, names, settings):
+    searched = json.loads(json.dumps(searched))
+    tuned = tuned_file.Tuned("tuned", {"erm": {}}, file="found.json", searched=searched)
+    assert not [line for line in tuned_file.notes(tuned, names, settings) if "searched" in line]
+    return tuned_file.notes(tuned._replace(automatic=True), names, settings)
+
+
+def test_methods_that_were_not_tuned_and_settings_that_were_not_searched_with_are_named():
+    settings = Settings(imbalance=10.0, per_class=50, head="normalized", learning_rate=0.5)
+    searched = Settings(evaluate_on="validation", augmentation="crop").as_dict()
+    del searched["per_class"]  # files of earlier versions know nothing of it
+    assert found_by_itself(searched, ["erm", "lpa", "erm+sam"], settings) == [
+        "Not tuned, for found.json does not hold them: lpa, erm+sam.",
+        "found.json was searched with other settings: augmentation: crop there, none here; head: "
+        "linear there, normalized here; imbalance: 100.0 there, 10.0 here; per_class: None there, "
+        "50 here.",
+    ]
+
+
+@pytest.mark.parametrize("kind", [Settings, DomainSettings])
+def test_nothing_is_said_of_a_search_with_the_settings_of_the_run(kind):
+    assert (
+        found_by_itself(kind().as_dict(), ["erm"], kind(data_dir="there", learning_rate=0.5)) == []
+    )
+    assert tuned_file.notes(tuned_file.DEFAULTS, ["erm"], kind()) == []
+
+
+def test_the_tables_own_notes_name_them_and_so_does_a_line_before_training(
+    tmp_path, tmp_path_factory, monkeypatch, capsys
+):
+    monkeypatch.setattr(tuned_file, "FOLDER", tmp_path)
+    content = {"search": {"settings": {"epochs": 60}}, "methods": {"erm": {"chosen": {}}}}
+    (tmp_path / "balanced_digits_mlp.json").write_text(json.dumps(content))
+    data_dir = tmp_path_factory.getbasetemp() / "tfds"
+    message = call(data_dir, "balanced", "--dataset=digits", "--epochs=1", "--per_class=5",
+                   "--methods=erm,focal", "--seeds=1", f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    assert message is None
+    out, err = capsys.readouterr()
+    table = (tmp_path / "job/table.md").read_text()
+    for text in (
+        "Not tuned, for balanced_digits_mlp.json does not hold them: focal.",
+        "balanced_digits_mlp.json was searched with other settings: ",
+        "epochs: 60 there, 1 here; ",
+    ):
+        assert text in table and text in err.splitlines()[1]
+        assert text.split()[0] in out
