@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments import (
+    agreement,
     domain_flags,
     domain_selection,
     entry_point,
+    files,
     methods,
     run_flags,
     search,
@@ -105,6 +107,7 @@ def tune(interrupts: Interrupts) -> None:
     settings = domain_flags.settings()
     run_flags.apply_runtime_flags()
     search_loop.check_flags()
+    workdir = pathlib.Path(FLAGS.workdir)
     source = DomainSource(settings)
     trials = [
         Trial(number, Network(method, trial_options(settings, method, number), (test,), seed))
@@ -116,7 +119,7 @@ def tune(interrupts: Interrupts) -> None:
     trainings = Trainings(
         settings,
         source,
-        pathlib.Path(FLAGS.workdir) / "trainings",
+        workdir / "trainings",
         FLAGS.layer,
         look_at_held_out=False,
         saving=run_flags.saving(),
@@ -127,6 +130,8 @@ def tune(interrupts: Interrupts) -> None:
         trainings.program(trial.network).check(trial.network.options)
         if trainings.finished(trial.network) is None and search_loop.is_mine(trial.number):
             todo.append(trial.network)
+    planned = files.plain([network._asdict() for network in todo])
+    agreement.check(workdir, planned, agreement.UNFINISHED)
     quiet = FLAGS.quiet or not multihost.is_first_host()
     with interrupts, RunProgress(len(todo), settings.intervals, quiet) as progress:
         for network in todo:
