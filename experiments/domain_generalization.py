@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments import (
+    agreement,
     domain_flags,
     domain_report,
     domain_selection,
@@ -202,6 +203,7 @@ def train_all(
     configs = {id(run): configuration(run, settings) for run in runs}
     found = {id(run): earlier_result(run, configs[id(run)], workdir) for run in runs}
     missing = [run for run in runs if found[id(run)] is None]
+    agreement.check(workdir, [configs[id(run)] for run in missing], agreement.UNFINISHED)
     todo = _check_all(trainings, missing, source.names)
     progress = RunProgress(todo, settings.intervals, FLAGS.quiet or not first)
     lock = workdir_lock.hold(workdir) if first else contextlib.nullcontext()

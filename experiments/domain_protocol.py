@@ -159,21 +159,22 @@ class Trainings:
           trainer.NonFiniteLossError: the loss diverged, and that may not be.
           lpa_jax.checkpoint.CheckpointError: no room to save, or no intact checkpoint to go on
           from.
+          agreement.DifferingHostsError: processes would not go on from the same.
           InterruptedRunError: it was asked to stop; the same call goes on from there.
         """
         place = self.place(network)
         # Not always from its file: other hosts than the first may not see it yet.
-        outcome = self._outcomes.get(place) or self.finished(network, progress.say)
-        if outcome is None:
-            if self._should_stop():
-                raise InterruptedRunError("stopped before a network was begun")
-            outcome = self._outcomes[place] = self._run(network, place, progress, may_diverge)
-        return outcome
+        if place not in self._outcomes:
+            check_inside(self._folder, place)
+            folder = RunFolder(place, self._configuration(network), self._saving, NAMES)
+            self._outcomes[place] = folder.result(progress.say) or self._run(
+                network, place, folder, progress, may_diverge
+            )
+        return self._outcomes[place]
 
-    def _run(self, network, place, progress, may_diverge) -> dict[str, Any]:
-        check_inside(self._folder, place)
-        config = self._configuration(network)
-        folder = RunFolder(place, config, self._saving, NAMES)
+    def _run(self, network, place, folder, progress, may_diverge) -> dict[str, Any]:
+        if self._should_stop():
+            raise InterruptedRunError("stopped before a network was begun")
         program = self.program(network)
         progress.start(str(network))
         restored = folder.begin(program.init(network.seed), progress.say)

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments import (
+    agreement,
     domain_flags,
     domain_selection,
     entry_point,
+    files,
     run_flags,
     search,
     search_loop,
@@ -103,6 +105,7 @@ def tune(interrupts: Interrupts) -> None:
     settings = domain_flags.settings()
     run_flags.apply_runtime_flags()
     search_loop.check_flags()
+    workdir = pathlib.Path(FLAGS.workdir)
     source = DomainSource(settings)
     trials = [
         Trial(number, Network(method, trial_options(settings, method, number), (test,), seed))
@@ -111,7 +114,6 @@ def tune(interrupts: Interrupts) -> None:
         for number in range(FLAGS.trials)
         for test in domain_flags.domains_to_test(source.names)
     ]
-    workdir = pathlib.Path(FLAGS.workdir)
     trainings = Trainings(
         settings,
         source,
@@ -126,6 +128,8 @@ def tune(interrupts: Interrupts) -> None:
         trainings.program(trial.network).check(trial.network.options)
         if trainings.finished(trial.network) is None and search_loop.is_mine(trial.number):
             todo.append(trial.network)
+    planned = files.plain([network._asdict() for network in todo])
+    agreement.check(workdir, planned, agreement.UNFINISHED)
     quiet = FLAGS.quiet or not multihost.is_first_host()
     progress = RunProgress(len(todo), settings.intervals, quiet)
     with search_loop.held(workdir, search_loop.share(workdir)), interrupts, progress:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from absl import app
 
-from experiments import distributed
+from experiments import agreement, distributed
 from lpa_jax import checkpoint, trainer, workdir_lock
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
 
@@ -47,6 +47,10 @@ def _work(work: Callable[[Interrupts], None]) -> None:
         workdir_lock.LockedError,
     ) as error:
         sys.exit(f"error: {error}")
+    except agreement.DifferingHostsError as error:
+        # All processes raise it: a status without words has them end together, each with its line.
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except InterruptedRunError as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         sys.exit(interrupts.exit_status)

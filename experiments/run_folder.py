@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from experiments import files
+from experiments import agreement, files
 from experiments.environment import environment
 from experiments.saving import Saving
 from lpa_jax import manifest, multihost
@@ -88,14 +88,19 @@ class RunFolder:
             )
 
     def result(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """The result if the run has finished; `say` gets a line for a file that is cut short.
+        """The result if the run has finished; every process must ask.
+
+        `say` gets a line for a file that is cut short.
 
         Raises:
           ValueError: the folder holds a run with another configuration.
+          agreement.DifferingHostsError: other processes say otherwise, or ask about another run.
         """
         if self._path is None:
             return None
         result = finished_result(self._path, self._config, self._names, say)
+        found = agreement.UNFINISHED if result is None else agreement.FINISHED
+        agreement.check(self._path, self._config, found)
         # A kill may have come between the result and the end of the checkpoints.
         if result is not None and not result.get("checkpoints_kept", True):
             self._checkpoints.remove()
@@ -104,17 +109,22 @@ class RunFolder:
     def begin(self, state: Any, say: Callable[[str], None]) -> Restored:
         """Where to go on from: the newest intact checkpoint, or the state as it is.
 
+        Every process must ask; all get the same step of the same run, or all get an error.
+
         Raises:
           lpa_jax.checkpoint.CheckpointError: there are checkpoints, but none is intact.
           ValueError: they are of a run with another configuration.
+          agreement.DifferingHostsError: processes would not go on from the same.
         """
+        fresh = Restored(0, state, None, {}, ())
         if self._path is None:
-            return Restored(0, state, None, {}, ())
-        restored = self._checkpoints.restore(state)
-        for line in () if restored is None else restored.rejected:
+            return fresh
+        restored = self._checkpoints.restore(state) or fresh
+        agreement.check(self._path, self._config, restored.step, restored.digest, restored.rejected)
+        for line in restored.rejected:
             say(line)
         files.write_json(self._path / self._names.config, self._config)
-        return restored or Restored(0, state, None, {}, ())
+        return restored
 
     def save(self, state: Any, totals: Totals, notes: Mapping[str, Any]) -> None:
         """Saves a checkpoint.

@@ -46,6 +46,7 @@ class Restored(NamedTuple):
       totals: sums of the training metrics since the epoch began, as `trainer.train` takes them.
       notes: the notes it was saved with.
       rejected: one line for each newer checkpoint that was damaged.
+      digest: of all that the checkpoint holds, to tell whether several hosts read the same.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Restored(NamedTuple):
     totals: Totals | None
     notes: Mapping[str, Any]
     rejected: tuple[str, ...]
+    digest: str = ""
 
 
 class Checkpoints:
@@ -203,7 +205,9 @@ class Checkpoints:
             self._intact.add(step)
             self._scores = {int(scored): score for scored, score in record.scores.items()}
             state = array_files.unflatten("state", template, arrays)
-            return Restored(step, state, _totals(arrays), record.notes, tuple(rejected))
+            return Restored(
+                step, state, _totals(arrays), record.notes, tuple(rejected), record.digest()
+            )
         if rejected:
             raise CheckpointError(
                 f"no checkpoint in {self._folder} is intact; to start over, remove the folder "

@@ -37,6 +37,10 @@ class Manifest:
     scores: Mapping[str, float]
     files: Mapping[str, str]
 
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and so of every file that it names."""
+        return _digest(_content(self))
+
 
 def write(folder: pathlib.Path, manifest: Manifest) -> None:
     """Writes the manifest, atomically: the last file of a checkpoint.
@@ -45,8 +49,7 @@ def write(folder: pathlib.Path, manifest: Manifest) -> None:
       ValueError: config, notes or scores hold something else than finite JSON values.
       OSError: it cannot be written.
     """
-    content = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    content["digest"] = _digest(content)
+    content = _content(manifest) | {"digest": manifest.digest()}
     atomic.write_text(folder / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -95,6 +98,10 @@ def _read(folder: pathlib.Path) -> Manifest:
         return Manifest(**content)
     except TypeError:
         raise DamagedError(f"{NAME!r} is no manifest") from None
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    return {"format": FORMAT, **dataclasses.asdict(manifest)}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

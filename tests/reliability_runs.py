@@ -53,18 +53,21 @@ class Zygote:
         flags = f"{_COMPILED} --xla_force_host_platform_device_count={devices}"
         return self._fork([str(folder), *arguments], log, XLA_FLAGS=flags)
 
-    def start_hosts(self, workdir, *arguments, paces=("0", "0")):
-        """Begins the two processes of an experiment; see `reliability_experiment.py`."""
-        logs = [pathlib.Path(f"{workdir}.{process}.log") for process in (0, 1)]
+    def start_hosts(self, workdir, *arguments, paces=("0", "0"), elsewhere=None):
+        """Begins the two processes of an experiment; see `reliability_experiment.py`.
+
+        `elsewhere` is what the second takes for the workdir where the two share none.
+        """
+        workdirs = (workdir, elsewhere or workdir)
         coordinator = f"127.0.0.1:{hosts.free_port()}"
         return [
             self._fork(
-                [*paces, f"--workdir={workdir}", f"--coordinator_address={coordinator}",
+                [*paces, f"--workdir={folder}", f"--coordinator_address={coordinator}",
                  "--num_processes=2", f"--process_id={process}", *arguments],
-                log,
+                pathlib.Path(f"{folder}.{process}.log"),
                 XLA_FLAGS=_COMPILED,
             )
-            for process, log in enumerate(logs)
+            for process, folder in enumerate(workdirs)
         ]  # fmt: skip
 
     def _fork(self, arguments, log, **environment):

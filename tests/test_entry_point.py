@@ -5,7 +5,7 @@ import signal
 import pytest
 from absl import app
 
-from experiments import entry_point
+from experiments import agreement, entry_point
 from lpa_jax import checkpoint, trainer, workdir_lock
 from lpa_jax.interrupts import InterruptedRunError
 
@@ -44,6 +44,14 @@ def test_a_run_that_was_asked_to_stop_exits_with_128_and_the_signal(number, capf
     assert end_of(work) == 128 + number
     errors = capfd.readouterr().err
     assert f"{number.name}: saving at the next safe point" in errors
+
+
+def test_what_all_processes_raise_ends_them_together_each_with_its_line(capsys):
+    def work(interrupts):
+        raise agreement.DifferingHostsError("process 0 finds no checkpoint")
+
+    assert end_of(work) == 1, "a status without words, for which `distributed.session` waits"
+    assert capsys.readouterr().err == "error: process 0 finds no checkpoint\n"
 
 
 def test_ctrl_c_outside_a_run_is_one_line_too(capsys):
