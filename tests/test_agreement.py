@@ -75,7 +75,7 @@ def run_folder(path):
 
 
 def test_one_process_agrees_with_itself(tmp_path):
-    assert run_folder(tmp_path).result() is None
+    assert run_folder(tmp_path).result(print) is None
     assert run_folder(tmp_path).begin(STATE, print).step == 0
 
 
@@ -119,7 +119,7 @@ def test_a_result_that_one_process_alone_sees_is_no_result(tmp_path, second, her
         (tmp_path / "result.json").write_text('{"complete": true, "checkpoints_kept": false}')
     second(step=UNFINISHED if here else FINISHED)
     with pytest.raises(DifferingHostsError, match="finished run"):
-        folder.result()
+        folder.result(print)
     assert (tmp_path / "checkpoints").exists(), "nothing is deleted"
 
 
