@@ -199,7 +199,8 @@ def corrupted(found: Found, path: pathlib.Path) -> None:
             _curve(axes.flat[2 + i], severities, tables[:, i], color, method)
     axes.flat[0].plot([0, 1], [0, 1], color="#666666", linewidth=0.8)
     axes.flat[0].set(title="reliability", xlabel="confidence", ylabel="accuracy")
-    axes.flat[0].legend(fontsize=8)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     for axis, name in zip(axes.flat[1:], ["all corruptions", *names], strict=False):
         axis.set_title(name, fontsize=9)
         axis.set(xlabel="severity", ylabel="accuracy %")
