@@ -4,6 +4,7 @@ What comes out is what a pod would run: the same XLA passes, the same collective
 How long it would run does not come out.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,11 +12,12 @@ import importlib.util
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 import lpa_jax
 from experiments import hlo, step_cost
@@ -167,7 +169,8 @@ class Lowered:
         """What the compiler makes of it; that it does not fit the device is an answer too."""
         start = time.perf_counter()
         try:
-            compiled: Any = self.lowered.compile()
+            with _no_compilation_cache():
+                compiled: Any = self.lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -190,6 +193,20 @@ class Lowered:
             contractions=hlo.tally(hlo.contractions(instructions), self.layers),
             compile_s=round(seconds, 1),
         )
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """A kept program could not be loaded: that takes a device."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # Whether a cache is used is decided once a process.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @functools.cache
