@@ -10,6 +10,7 @@ import time
 
 HEARTBEAT = 6
 TESTS = pathlib.Path(__file__).parent
+_COMPILED = os.environ.get("XLA_FLAGS", "")
 
 
 def free_port():
@@ -18,15 +19,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(task, count, arguments, only=None):
-    """Starts processes 0..count-1 of a run (or `only` some of them), one CPU device each."""
+def xla_flags(devices=1):
+    """Compiles as in this process, for so many CPU devices."""
+    return f"{_COMPILED} --xla_force_host_platform_device_count={devices}"
+
+
+def launch(task, count, arguments, only=None, devices=1):
+    """Starts processes 0..count-1 of a run (or `only` some of them), `devices` CPU devices each."""
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {
         **os.environ,
         "PYTHONPATH": path,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(devices),
     }
     coordinator = f"127.0.0.1:{free_port()}"
     return [

@@ -1,6 +1,6 @@
 """Trains tiny networks as one of several processes and writes what came out, array by array.
 
-    python tests/hosts_worker.py train COORDINATOR PROCESSES ID FILE
+    python tests/hosts_worker.py train COORDINATOR PROCESSES ID FILE [NAME OF A SETUP, ELSE ALL]
     python tests/hosts_worker.py loop COORDINATOR PROCESSES ID HEARTBEAT [STEP AT WHICH TO FAIL]
 
 Run by `test_multihost.py`, which also imports it for the run of a single process.
@@ -71,12 +71,13 @@ def setups():
     }
 
 
-def results():
-    """Every array of every run by a name of its own."""
+def results(*names):
+    """Every array of the setups' runs (all setups if none is named) by a name of its own."""
     jax.monitoring.register_event_duration_secs_listener(note)
-    found = {}
-    for name, (model, perturbations) in setups().items():
-        for path, values in trained(model, perturbations).items():
+    layout = np.array([jax.process_count(), jax.local_device_count(), jax.device_count()])
+    found = {"layout": layout}
+    for name in names or setups():
+        for path, values in trained(*setups()[name]).items():
             found[f"{name}/{path}"] = values
     return found | evaluated()
 
@@ -112,9 +113,9 @@ def evaluated():
         MLP(toy.CLASSES, hidden=(8,)), OPTIMIZER, jax.random.key(0), batches[0]
     )
     step = parallel.map_step(lpa_jax.eval_step)
-    total = functools.reduce(
-        lpa_jax.metrics.add, [step(state, batches[i]) for i in range(len(batches))]
-    )
+    # Several CPU devices of a process have to be waited for.
+    pairs = [jax.block_until_ready(step(state, batches[i])) for i in range(len(batches))]
+    total = functools.reduce(lpa_jax.metrics.add, pairs)
     return {f"evaluation/{path}": values for path, values in flat(total).items()}
 
 
@@ -152,7 +153,8 @@ def main(task, coordinator, processes, process, *rest):
             loop(*fail_at or [-1])
         return
     with distributed.session(distributed.Hosts(**hosts)):
-        np.savez(rest[0], **results())
+        file, *names = rest
+        np.savez(file, **results(*names))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import hosts
 
 TESTS = pathlib.Path(__file__).parent
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-_COMPILED = os.environ.get("XLA_FLAGS", "")
 PATIENCE = 600.0  # seconds until a run counts as hanging; the machine may be busy
 
 
@@ -50,8 +49,7 @@ class Zygote:
         """Begins a run in a folder."""
         log = pathlib.Path(folder).with_suffix(".log")
         # Compiled as in this process, which may go on with the run itself.
-        flags = f"{_COMPILED} --xla_force_host_platform_device_count={devices}"
-        return self._fork([str(folder), *arguments], log, XLA_FLAGS=flags)
+        return self._fork([str(folder), *arguments], log, XLA_FLAGS=hosts.xla_flags(devices))
 
     def start_hosts(self, workdir, *arguments, paces=("0", "0"), elsewhere=None):
         """Begins the two processes of an experiment; see `reliability_experiment.py`.
@@ -65,7 +63,7 @@ class Zygote:
                 [*paces, f"--workdir={folder}", f"--coordinator_address={coordinator}",
                  "--num_processes=2", f"--process_id={process}", *arguments],
                 pathlib.Path(f"{folder}.{process}.log"),
-                XLA_FLAGS=_COMPILED,
+                XLA_FLAGS=hosts.xla_flags(),
             )
             for process, folder in enumerate(workdirs)
         ]  # fmt: skip

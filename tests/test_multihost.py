@@ -1,7 +1,6 @@
 """Several processes over loopback: the result is that of one, and no one outlives the others."""
 
 import dataclasses
-import pathlib
 import signal
 
 import hosts
@@ -16,7 +15,12 @@ from lpa_jax import multihost
 FLAGS = flags.FLAGS
 
 SETUPS = tuple(hosts_worker.setups())
-TWO_AND_FOUR = [2, pytest.param(4, marks=pytest.mark.stress)]
+# Processes, and devices of each.
+LAYOUTS = [
+    (2, 1),
+    pytest.param((2, 2), marks=pytest.mark.stress),
+    pytest.param((4, 1), marks=pytest.mark.stress),
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,30 +28,51 @@ def alone():
     return hosts_worker.results()
 
 
-@pytest.fixture(scope="module", params=TWO_AND_FOUR)
+@pytest.fixture(scope="module", params=LAYOUTS, ids="{0[0]}x{0[1]}".format)
 def together(request, tmp_path_factory):
     """What every one of the processes found, in one launch for all methods."""
-    folder = tmp_path_factory.mktemp("hosts")
+    return trained(tmp_path_factory.mktemp("hosts"), *request.param)
+
+
+def trained(folder, count, devices, *names):
+    """What every one of `count` processes found of the setups with these names, or of all."""
+    paths = [folder / f"{process}.npz" for process in range(count)]
     processes = hosts.launch(
-        "train", request.param, lambda process: [str(folder / f"{process}.npz")]
+        "train", count, lambda process: [str(paths[process]), *names], devices=devices
     )
     outcomes = [hosts.outcome(process, timeout=300) for process in processes]
-    assert [status for status, _, _ in outcomes] == [0] * request.param, outcomes
+    assert [status for status, _, _ in outcomes] == [0] * count, outcomes
     # Nothing is said where nothing is wrong.
     assert all(errors == "" for _, _, errors in outcomes), outcomes
-    return [
-        dict(np.load(pathlib.Path(folder, f"{process}.npz"), allow_pickle=False))
-        for process in range(request.param)
-    ]
+    found = [dict(np.load(path, allow_pickle=False)) for path in paths]
+    assert all(one["layout"].tolist() == [count, devices, count * devices] for one in found)
+    return found
 
 
-@pytest.mark.parametrize("name", [*SETUPS, "evaluation"])
-def test_same_global_batch_gives_the_same_result_as_in_one_process(alone, together, name):
+def assert_close(alone, together, name):
+    """The arrays of a name are those of one process."""
     paths = {path for path in alone if path.startswith(f"{name}/")} - {f"{name}/compilations"}
     assert len(paths) > 4
     for path in paths:
         for found in together:
             np.testing.assert_allclose(found[path], alone[path], rtol=1e-5, atol=2e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("name", [*SETUPS, "evaluation"])
+def test_same_global_batch_gives_the_same_result_as_in_one_process(alone, together, name):
+    assert_close(alone, together, name)
+
+
+def test_two_devices_each_of_two_processes_give_the_same_result_too(alone, tmp_path):
+    name = "cold lpa and lpl"
+    found = trained(tmp_path, 2, 2, name)
+    for part in (name, "evaluation"):
+        assert_close(alone, found, part)
+    assert found[0].keys() == found[1].keys()
+    for path, values in found[0].items():
+        np.testing.assert_array_equal(found[1][path], values, err_msg=path)
+    first, *others = found[0][f"{name}/compilations"]
+    assert first > 0 and not np.any(others)
 
 
 @pytest.mark.parametrize("name", SETUPS)
