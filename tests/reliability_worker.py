@@ -60,7 +60,7 @@ def make_program():
 
     def step_with(loss):
         step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations, loss=loss)
-        return parallel.map_step(step)
+        return parallel.map_step(step, donate_state=True)
 
     evaluate = parallel.map_step(lpa_jax.eval_step)
     rate = optax.cosine_decay_schedule(0.1, TOTAL_STEPS)
@@ -69,12 +69,14 @@ def make_program():
         method="toy",
         options={},
         settings=Settings(epochs=EPOCHS, batch_size=BATCH, evaluate_every=1),
-        init=lambda seed: lpa_jax.TrainState.create(
-            toy.NormalizedMLP(num_classes=toy.CLASSES, dropout=0.2),
-            optax.sgd(rate, momentum=0.9),
-            jax.random.key(seed),
-            example,
-            perturbations,
+        init=lambda seed: parallel.with_own_buffers(
+            lpa_jax.TrainState.create(
+                toy.NormalizedMLP(num_classes=toy.CLASSES, dropout=0.2),
+                optax.sgd(rate, momentum=0.9),
+                jax.random.key(seed),
+                example,
+                perturbations,
+            )
         ),
         stages=((0, step_with(lpa_jax.cross_entropy)), (2, step_with(losses.focal(2.0)))),
         place=evaluate.place,

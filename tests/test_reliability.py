@@ -188,6 +188,13 @@ def test_a_run_folder_that_leads_out_of_the_workdir_is_refused(tmp_path):
 # In this process from here on.
 
 
+def test_the_steps_that_are_stopped_and_resumed_take_over_the_memory_of_their_state():
+    program, task = worker.make_program(), worker.make_task()
+    (_, step), state = program.stages[0], program.init(0)
+    jax.block_until_ready(step(state, data.batches(task.train, 0, worker.BATCH)[0]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run that was stopped after step 8, in the middle of an epoch."""
