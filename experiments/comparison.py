@@ -4,7 +4,6 @@ Trains every method with every seed, skipping what is finished, prints one table
 figures, logs and the configuration.
 """
 
-import contextlib
 import os
 import pathlib
 import sys
@@ -107,7 +106,7 @@ def train_all(
         for method in options
         for seed in seeds
     }
-    with workdir_lock.hold(workdir) if first else contextlib.nullcontext(), interrupts:
+    with run_folder.held(workdir), interrupts:
         for method in options:
             for seed in seeds:
                 config = runner.configuration(
@@ -187,10 +186,9 @@ def run(experiment: str, argv: list[str]) -> None:
         hparams = tuned_file.find(FLAGS.hparams, experiment, settings)
         options = resolve_options(hparams.pooled)
         notes = tuned_file.notes(hparams, FLAGS.methods, settings)
-        if not FLAGS.quiet and multihost.is_first_host():
-            print(f"Hyperparameters: {hparams.origin}", file=sys.stderr)
-            if notes:
-                print(" ".join(notes), file=sys.stderr)
+        run_flags.say(f"Hyperparameters: {hparams.origin}")
+        if notes:
+            run_flags.say(" ".join(notes))
         run_flags.prepare_data()
         workdir = pathlib.Path(FLAGS.workdir)
         report(train_all(settings, options, workdir, interrupts), settings, workdir, notes)

@@ -25,9 +25,7 @@ Its published figures start from torchvision's ImageNet weights; docs/datasets.m
 them and what still differs.
 """
 
-import contextlib
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -169,16 +167,11 @@ def earlier_result(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -
     Raises:
       ValueError: the folder holds another run.
     """
-    result = run_folder.finished_result(run.folder(workdir), config, say=_say)
+    result = run_folder.finished_result(run.folder(workdir), config, say=run_flags.say)
     wanted = domain_selection.LEAVE_ONE_DOMAIN_OUT
     if result is not None and FLAGS.leave_two_out and result["selections"].get(wanted) is None:
         return None
     return result
-
-
-def _say(line: str) -> None:
-    if not FLAGS.quiet and multihost.is_first_host():
-        print(line, file=sys.stderr)
 
 
 def train_all(
@@ -206,8 +199,7 @@ def train_all(
     agreement.check(workdir, [configs[id(run)] for run in missing], agreement.UNFINISHED)
     todo = _check_all(trainings, missing, source.names)
     progress = RunProgress(todo, settings.intervals, FLAGS.quiet or not first)
-    lock = workdir_lock.hold(workdir) if first else contextlib.nullcontext()
-    with lock, interrupts, progress:
+    with run_folder.held(workdir), interrupts, progress:
         for place in (workdir / "trainings", *(run.folder(workdir) for run in missing)):
             run_folder.check_inside(workdir, place)
         files.write_json(workdir / "flags.json", run_flags.resolved())
@@ -316,10 +308,10 @@ def compare(interrupts: Interrupts) -> None:
     source = DomainSource(settings)
     tests = domain_flags.domains_to_test(source.names)
     runs = plan(settings, tests, tuned)
-    _say(f"Hyperparameters: {tuned.origin}")
+    run_flags.say(f"Hyperparameters: {tuned.origin}")
     doubts = tuned_file.notes(tuned, FLAGS.methods, settings)
     if doubts:
-        _say(" ".join(doubts))
+        run_flags.say(" ".join(doubts))
     workdir = pathlib.Path(FLAGS.workdir)
     results = train_all(settings, source, runs, workdir, interrupts)
     title = f"{settings.dataset}, {settings.model}, accuracy on test domains"

@@ -189,8 +189,7 @@ class Trainings:
                 folder.save(state, totals, notes())
 
             def score(state, accuracy):
-                folder.score(int(state.step), accuracy)
-                folder.keep_if_best(state, notes())
+                folder.score(state, accuracy, notes())
 
             try:
                 self._train(program, network, restored, save, score, log, progress)

@@ -13,7 +13,7 @@ from absl import flags
 from experiments import data_set_defaults, distributed, image_flags, methods, search
 from experiments.saving import Saving
 from experiments.settings import EVALUATION_SPLITS, PROFILES, Settings
-from lpa_jax import data, losses, models, optimizers, pgd
+from lpa_jax import data, losses, models, multihost, optimizers, pgd
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
@@ -145,6 +145,12 @@ def define_runtime_flags() -> None:
     distributed.define_flags()
     # --helpshort shows the flags that a module adopts.
     flags.adopt_module_key_flags(distributed)
+
+
+def say(line: str) -> None:
+    """One line on standard error, of the first host and unless --quiet."""
+    if not FLAGS.quiet and multihost.is_first_host():
+        print(line, file=sys.stderr)
 
 
 def define_console_flags() -> None:

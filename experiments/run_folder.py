@@ -1,5 +1,6 @@
 """One run's folder: its configuration, its checkpoints, its result."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 from experiments import agreement, files
 from experiments.environment import environment
 from experiments.saving import Saving
-from lpa_jax import manifest, multihost
+from lpa_jax import manifest, multihost, workdir_lock
 from lpa_jax.checkpoint import Checkpoints, Restored, Totals, differences
 
 RESULT = "result.json"
@@ -65,6 +66,15 @@ def check_inside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     """Raises ValueError if a symbolic link leads from a run's folder out of the workdir."""
     if not folder.resolve().is_relative_to(workdir.resolve()):
         raise ValueError(f"--workdir: {folder} leads out of {workdir} through a symbolic link")
+
+
+def held(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other processes out of a folder; the first host does, for all hosts.
+
+    Raises:
+      lpa_jax.workdir_lock.LockedError: another process holds it, on entry.
+    """
+    return workdir_lock.hold(folder) if multihost.is_first_host() else contextlib.nullcontext()
 
 
 class RunFolder:
@@ -135,21 +145,20 @@ class RunFolder:
         if self._checkpoints is not None:
             self._checkpoints.save(int(state.step), state, totals, notes)
 
-    def score(self, step: int, accuracy: float) -> None:
-        """Says how good a step's state is, so that the best checkpoint is kept."""
-        if self._checkpoints is not None:
-            self._checkpoints.score(step, accuracy)
+    def score(self, state: Any, accuracy: float, notes: Mapping[str, Any]) -> None:
+        """Says how good a state is at the end of an epoch, so that the best checkpoint is kept.
 
-    def keep_if_best(self, state: Any, notes: Mapping[str, Any]) -> None:
-        """Saves what has just been scored if nothing was better and the best is to outlive the run.
-
-        The interval alone would keep the best of the states that it happened to save.
+        If nothing was better and the best is to outlive the run, it is saved: the interval alone
+        would keep the best of the states that it happened to save.
 
         Raises:
           lpa_jax.checkpoint.CheckpointError: it cannot be written.
         """
-        wanted = self._checkpoints is not None and self._saving.keep_finished
-        if wanted and self._checkpoints.is_best(int(state.step)):
+        if self._checkpoints is None:
+            return
+        step = int(state.step)
+        self._checkpoints.score(step, accuracy)
+        if self._saving.keep_finished and self._checkpoints.is_best(step):
             self.save(state, None, notes)
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:

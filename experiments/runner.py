@@ -124,13 +124,12 @@ def run(
         ):
             scalars = run_rows.scalars(record)
             if record.evaluation is not None:
-                run_folder.score(record.step, record.evaluation["accuracy"])
                 scalars |= run_rows.effects(program, state, probes[0])
                 count = min(logging.class_batches, steps_per_epoch)
                 scalars |= run_rows.classes(program, state, [probes[step] for step in range(count)])
             log.write(record.step, scalars, **run_rows.details(logging, state, record))
             if record.evaluation is not None:
-                run_folder.keep_if_best(state, notes())
+                run_folder.score(state, record.evaluation["accuracy"], notes())
             on_epoch(record)
     if record is None or record.epoch < settings.epochs:
         raise InterruptedRunError("stopped, and what was done is saved")

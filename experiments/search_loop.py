@@ -2,13 +2,12 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
 from experiments import files, run_flags, run_folder
-from lpa_jax import multihost, workdir_lock
 
 FLAGS = flags.FLAGS
 
@@ -49,9 +48,8 @@ def is_mine(trial: int) -> bool:
     return trial % FLAGS.num_workers == FLAGS.worker
 
 
-@contextlib.contextmanager
-def held(workdir: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a folder of the workdir; the first host does, for all hosts.
+def held(workdir: pathlib.Path, folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other processes out of a folder of the workdir.
 
     Workers share a workdir, so it is not locked itself: a worker holds its `share`, and each trial
     while it trains, since workers that were told different --num_workers have trials in common.
@@ -61,8 +59,7 @@ def held(workdir: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
       lpa_jax.workdir_lock.LockedError: another process holds the folder.
     """
     run_folder.check_inside(workdir, folder)
-    with workdir_lock.hold(folder) if multihost.is_first_host() else contextlib.nullcontext():
-        yield
+    return run_folder.held(folder)
 
 
 def share(workdir: pathlib.Path) -> pathlib.Path:

@@ -11,7 +11,6 @@ cores.
 """
 
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
@@ -118,11 +117,6 @@ def trial_path(workdir: pathlib.Path, method: str, trial: int) -> pathlib.Path:
     return workdir / "trials" / method / f"{trial:04d}.json"
 
 
-def _say(line: str) -> None:
-    if not FLAGS.quiet:
-        print(line, file=sys.stderr)
-
-
 def choose(workdir: pathlib.Path, names: list[str], trials: int) -> dict[str, Any] | None:
     """The best trial of every method, or None while a trial is missing."""
     chosen = {}
@@ -185,7 +179,7 @@ def run_missing(
         for trial in range(FLAGS.trials)
         for method in FLAGS.methods
         if search_loop.is_mine(trial)
-        and files.read_or_say(trial_path(workdir, method, trial), _say) is None
+        and files.read_or_say(trial_path(workdir, method, trial), run_flags.say) is None
     ]
     programs: dict[Any, Program] = {}
     progress = RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet)
@@ -213,7 +207,7 @@ def tune(interrupts: Interrupts) -> None:
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
     setting = describe(settings, list(tasks))
-    earlier = files.read_or_say(workdir / "setting.json", _say)
+    earlier = files.read_or_say(workdir / "setting.json", run_flags.say)
     if earlier not in (None, setting):
         raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
     with search_loop.held(workdir, search_loop.share(workdir)):

@@ -256,7 +256,8 @@ class _ClassLevel:
         if logits is not None:
             state = self._observe(state, site, logits)
         sign, radius, present = self._signs_and_radii(state, site, logits)
-        problem = self._problem(site, slots, labels, counts, sign, radius, by_example)
+        rows = labels if by_example else None
+        problem = self._problem(site, slots, labels, counts, sign, radius, rows)
 
         delta = None
         if self.mode != "cold":
@@ -351,13 +352,12 @@ class _ClassLevel:
             radius = radius * site.global_mean(pgd.row_norms(reduced, self.options.norm))
         return sign, jnp.where(sign != 0, radius, 0.0), present
 
-    def _problem(self, site, slots, labels, counts, sign, radius, by_example=False) -> _Problem:
+    def _problem(self, site, slots, labels, counts, sign, radius, rows=None) -> _Problem:
         activation = jax.lax.stop_gradient(site.activation)
         dtype = pgd.perturbation_dtype(activation)
         bare = _Problem(slots, counts, sign, radius, None)
         sign, radius = bare.read(sign).astype(dtype), bare.read(radius).astype(dtype)
-        rows = labels if by_example else None
-        if by_example:
+        if rows is not None:
             sign, radius = sign[rows], radius[rows]
         cone = None
         if self.options.geometry != "free":
