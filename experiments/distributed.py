@@ -14,6 +14,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
@@ -26,6 +27,9 @@ from lpa_jax import multihost
 FLAGS = flags.FLAGS
 # How the backends' collectives fail in the processes that are left.
 LOST_SIGNS = ("Gloo", "coordination service", "CoordinationService", "NCCL", "UNAVAILABLE:")
+# Seconds beyond --initialization_timeout after which the runtime gives up waiting, too. It takes up
+# to six more and prints a stack trace, so the wait is ended here, on time.
+RUNTIME_PATIENCE = 30
 INTERRUPTED = "interrupted: the same command goes on from there"
 LOST = "lost the connection to another process of the run, which died, stopped or cannot be reached"
 
@@ -42,9 +46,14 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num_processes", None, "Processes of the run, one a host.")
     flags.DEFINE_integer("process_id", None, "This process, from 0.")
-    flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes.")
     flags.DEFINE_integer(
-        "heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead."
+        "initialization_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        100,
+        "Seconds of silence after which a process counts as dead.",
+        lower_bound=1,
     )
 
 
@@ -96,11 +105,12 @@ def session(hosts: Hosts | None) -> Iterator[None]:
     if hosts is None:
         yield
         return
-    with _plain_runtime_log(hosts):
+    with _plain_runtime_log():
         logging.getLogger("jax").setLevel(logging.WARNING)
         try:
-            with _ended_by_sigint():
-                multihost.connect(**dataclasses.asdict(hosts))
+            with _ended_by_sigint(), _ended_after(hosts.initialization_timeout):
+                patient = hosts.initialization_timeout + RUNTIME_PATIENCE
+                multihost.connect(**dataclasses.asdict(hosts) | {"initialization_timeout": patient})
             end = None
             try:
                 yield
@@ -129,6 +139,19 @@ def _ended_by_sigint() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Ends this process if the block, a wait for the other processes, takes longer than that."""
+    too_late = ValueError(f"not all processes came within --initialization_timeout={seconds} s")
+    timer = threading.Timer(seconds, _leave, [too_late])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _leave(error: BaseException) -> None:
     lost = any(sign in str(error) for sign in LOST_SIGNS)
     status = 1
@@ -151,15 +174,12 @@ def _leave(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def _plain_runtime_log(hosts: Hosts) -> Iterator[None]:
+def _plain_runtime_log() -> Iterator[None]:
     """Leads file descriptor 2 through `runtime_log.py`; Python's own stderr stays what it is."""
-    never_came = (
-        f"not all processes came within --initialization_timeout={hosts.initialization_timeout} s"
-    )
     python_stderr = sys.stderr
     terminal = os.dup(2)
     reader = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-I", "-S", str(pathlib.Path(runtime_log.__file__)), LOST, never_came],
+        [sys.executable, "-I", "-S", str(pathlib.Path(runtime_log.__file__)), LOST],
         stdin=subprocess.PIPE,
         stderr=terminal,
         # Ctrl-C is for this process; the reader goes when nobody writes to it any more.

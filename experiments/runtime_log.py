@@ -1,8 +1,8 @@
 """What JAX's C++ runtime logs, line by line, without the stack traces of an expected end.
 
 Run as a process of its own, which reads standard input to its end and writes to standard error;
-its two arguments are the sentences for a lost process and for one that never came. It imports
-nothing but the standard library, so that it starts in milliseconds.
+its argument is the sentence for a lost process. It imports nothing but the standard library, so
+that it starts in milliseconds.
 """
 
 import re
@@ -16,17 +16,16 @@ TROUBLE = re.compile(
     r"^[WEF]\d{4} .*(coordination_service|preemption_sync_manager|distributed/client|client\.h:)"
 )
 FATAL = "Terminating process because the JAX distributed service detected fatal errors"
-NEVER_CAME = "CoordinationService/RegisterTask"
 
 
-def plain_lines(lines: Iterable[str], lost: str, never_came: str) -> Iterator[str]:
+def plain_lines(lines: Iterable[str], lost: str) -> Iterator[str]:
     """The lines as they come; from the first sign of trouble on, one line that says what it means.
 
     >>> end = ["E0101 1:2 3 coordination_service_agent.cc:289] Polled", f"F0101 {FATAL}", "@ 0x1"]
-    >>> list(plain_lines(["compiling", *end], "a process died", "nobody came"))
+    >>> list(plain_lines(["compiling", *end], "a process died"))
     ['compiling', 'error: a process died']
     """
-    trouble, fatal, reason = False, False, lost
+    trouble, fatal = False, False
     lines = iter(lines)
     for line in lines:
         if line.startswith(LAST_LINE):
@@ -36,12 +35,10 @@ def plain_lines(lines: Iterable[str], lost: str, never_came: str) -> Iterator[st
             return
         trouble = trouble or bool(TROUBLE.match(line))
         fatal = fatal or FATAL in line
-        if trouble and NEVER_CAME in line:
-            reason = never_came
         if not trouble:
             yield line
     if fatal:
-        yield f"error: {reason}"
+        yield f"error: {lost}"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import threading
 
 import hosts
 import hosts_worker
@@ -107,20 +108,13 @@ def test_when_the_first_process_is_killed_the_other_ends_with_one_plain_line():
 
 def test_runtime_log_passes_everything_but_the_end_of_the_run():
     lines = ["E0101 something else", "W0101 x.cc:1] more", ""]
-    assert list(runtime_log.plain_lines(lines, "lost", "late")) == lines
+    assert list(runtime_log.plain_lines(lines, "lost")) == lines
     fatal = f"F0101 1 2 client.h:80] {runtime_log.FATAL}. absl::Status: DEADLINE_EXCEEDED"
-    trace = [
-        "",
-        "RPC: /xla.coordination.CoordinationService/RegisterTask",
-        "*** Check failure",
-        "@",
-    ]
-    found = list(runtime_log.plain_lines([lines[0], fatal, *trace], "lost", "late"))
-    assert found == [lines[0], "error: late"]
+    trace = ["", "*** Check failure", "@"]
+    found = list(runtime_log.plain_lines([lines[0], fatal, *trace], "lost"))
+    assert found == [lines[0], "error: lost"]
     own = runtime_log.LAST_LINE + "error: out of data"
-    assert list(runtime_log.plain_lines([fatal, own, *trace], "lost", "late")) == [
-        "error: out of data"
-    ]
+    assert list(runtime_log.plain_lines([fatal, own, *trace], "lost")) == ["error: out of data"]
 
 
 @pytest.fixture
@@ -181,6 +175,17 @@ def test_ctrl_c_ends_a_wait_for_other_processes_unless_it_is_ignored():
             assert signal.getsignal(signal.SIGINT) == handler
     finally:
         signal.signal(signal.SIGINT, earlier)
+
+
+def test_a_wait_that_takes_too_long_ends_the_process_and_one_in_time_does_not(monkeypatch, capfd):
+    ended = threading.Event()
+    monkeypatch.setattr(distributed.os, "_exit", lambda status: ended.set())
+    with distributed._ended_after(30):
+        pass
+    with distributed._ended_after(0.01):
+        assert ended.wait(10)
+    line = "error: not all processes came within --initialization_timeout=0.01 s"
+    assert capfd.readouterr().err == f"{runtime_log.LAST_LINE}{line}\n"
 
 
 def test_a_session_of_one_process_changes_nothing():
