@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import toy
 
 import lpa_jax
 from lpa_jax import parallel
+from lpa_jax.checkpoint import Checkpoints
 from lpa_jax.models import MLP
 from lpa_jax.perturbations import stateless
 
@@ -133,6 +135,23 @@ def all_runs():
     }
 
 
+def moved():
+    """A run on 8 devices, saved after its first step, read and gone on with on 2."""
+    setup = SETUPS["carried and free lpa"]
+    before, after = setup.step(8), setup.step(2)
+
+    def step(state, batch):
+        if state.step == 0:
+            return before(state, batch)
+        if state.step == 1:
+            with tempfile.TemporaryDirectory() as folder:
+                Checkpoints(folder).save(1, state)
+                state = Checkpoints(folder).restore(setup.state).state
+        return after(state, batch)
+
+    return trained(setup, step)
+
+
 def evaluation():
     """13 examples in padded batches of 8 on 8 devices, and all at once on none."""
     state = SETUPS["erm"].state
@@ -233,6 +252,7 @@ def main():
     results = {
         "devices": jax.device_count(),
         "runs": all_runs(),
+        "moved": moved(),
         "evaluation": evaluation(),
         "randomness": randomness(),
         "local_statistics": local_statistics(),

@@ -55,7 +55,15 @@ def worker():
 @pytest.mark.parametrize(("name", "count"), SPREADS)
 def test_contract_07_result_depends_on_the_global_batch_alone(worker, name, count):
     runs = worker["runs"][name]
-    expected, found = runs["1"], runs[count]
+    assert_nearly_the_same(runs[count], runs["1"])
+
+
+def test_a_run_that_goes_on_with_another_number_of_devices_ends_where_it_would_have(worker):
+    assert_nearly_the_same(worker["moved"], worker["runs"]["carried and free lpa"]["1"])
+
+
+def assert_nearly_the_same(found, expected):
+    """Metrics, parameters and all states, to float32 rounding."""
     assert list(found) == list(expected)
     for path in set(expected) - {"compilations"}:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=2e-6, err_msg=path)
