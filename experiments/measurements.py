@@ -12,7 +12,7 @@ from experiments import methods, task_data, trained
 from experiments.assembly import assemble
 from experiments.measuring import Batches, Measuring
 from experiments.trained import Model
-from lpa_jax import diagnostics, metrics, pgd
+from lpa_jax import diagnostics, metrics, pgd, tables
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.injection import INPUT, LOGITS
 
@@ -334,4 +334,4 @@ def _gains(network, variables, inputs, delta, *, layer):
 @partial(jax.jit, static_argnames=("network", "layer"))
 def _mean_norm(network, variables, inputs, *, layer):
     h, _ = network.advance(variables, inputs, {}, layer, train=False, rng=None)
-    return jnp.mean(pgd.row_norms(h.astype(pgd.perturbation_dtype(h))))
+    return jnp.mean(tables.row_norms(h.astype(pgd.perturbation_dtype(h))))

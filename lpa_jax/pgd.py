@@ -5,12 +5,12 @@ perturbation
 
     delta_c  <-  Proj_{K_c}( delta_c + s_c * eta_c * grad J_c / ||grad J_c|| ),
     J_c(delta) = (1/n_c) sum_{i : y_i = c} loss(h_i + delta),
-    K_c        = { delta : ||delta|| <= eps_c  and  s_c <delta, hbar_c> >= 0 },
+    K_c        = { delta : ||delta|| <= eps_c  and  s_c cos(delta, hbar_c) >= kappa },
 
-where hbar_c is the class-mean activation, s_c in {-1, 0, +1} the sign and eps_c the radius. That
-the perturbation belongs to a class, is found by PGD and is expansive or contractive comes from the
-LPA abstract (arXiv 2605.29525); the half-space in K_c, the normalised step and its length are
-choices made here.
+where hbar_c is the class-mean activation, s_c in {-1, 0, +1} the sign, eps_c the radius and kappa
+the smallest cosine; at 0, the default, K_c is a half ball. That the perturbation belongs to a
+class, is found by PGD and is expansive or contractive comes from the LPA abstract (arXiv
+2605.29525); the cone in K_c, the normalised step and its length are choices made here.
 
 The steps are unrolled: inside a loop primitive, XLA's CPU backend runs convolutions an order of
 magnitude slower.
@@ -22,6 +22,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lpa_jax.tables import as_rows, inner_products, over_classes, row_norms, unit_rows
 
 GEOMETRIES = ("signed", "free", "flipped")
 NORMS = ("l2", "linf")
@@ -41,6 +43,8 @@ class PGDOptions(NamedTuple):
         it.
       norm: `"l2"` (normalised gradient, ball) or `"linf"` (gradient sign, box).
       shape: `"full"` (one value an activation entry) or `"channel"` (one value a channel).
+      min_cosine: smallest s_c cos(delta_c, hbar_c) (of -hbar_c for `"flipped"`), in [0, 1]: above
+        0 the half-space becomes a cone, whose perturbations change the norm to first order.
     """
 
     steps: int = 3
@@ -48,6 +52,7 @@ class PGDOptions(NamedTuple):
     geometry: str = "signed"
     norm: str = "l2"
     shape: str = "full"
+    min_cosine: float = 0.0
 
     def validate(self) -> "PGDOptions":
         """Returns itself.
@@ -66,70 +71,14 @@ class PGDOptions(NamedTuple):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 <= self.min_cosine <= 1:
+            raise ValueError(f"min_cosine must lie in [0, 1], got {self.min_cosine!r}")
+        if self.geometry == "free" and self.min_cosine > 0:
+            raise ValueError(
+                f"min_cosine must be 0 with geometry='free', which has no cone, "
+                f"got {self.min_cosine!r}"
+            )
         return self
-
-
-def over_classes(vector: Array, table: Array) -> Array:
-    """Reshapes `vector` [C] so that it broadcasts over the rows of `table` [C, ...]."""
-    return jnp.reshape(vector, (-1,) + (1,) * (table.ndim - 1))
-
-
-def as_rows(table: Array) -> Array:
-    """[C, *S] -> [C, S], a view: TPUs pad the last axis of an array to a multiple of 128 entries.
-
-    >>> as_rows(jnp.zeros((10, 8, 8, 32))).shape, as_rows(jnp.zeros(10)).shape
-    ((10, 2048), (10,))
-    """
-    return jnp.reshape(table, (table.shape[0], -1)) if table.ndim > 2 else table
-
-
-def inner_products(a: Array, b: Array) -> Array:
-    """Row-wise inner products of two tables, [C, ...] x [C, ...] -> [C]."""
-    return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))
-
-
-def row_norms(table: Array, norm: str = "l2") -> Array:
-    """Row-wise norms, [C, ...] -> [C], of rows of any size: no square under- or overflows.
-
-    >>> print(row_norms(jnp.array([[3.0, 4.0], [3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])))
-    [5.e+00 5.e-30 5.e+30 0.e+00]
-    """
-    if norm == "linf":
-        return jnp.max(jnp.abs(table), axis=tuple(range(1, table.ndim)))
-    # For a TPU a third fewer cycles on a step's tables, as its compiler estimates; for a CPU, which
-    # reads the table once a sum, twice the time.
-    return jax.lax.platform_dependent(table, tpu=_norms_in_one_read, default=_norms_in_two_reads)
-
-
-def _norms_in_two_reads(table: Array) -> Array:
-    """Squares of the rows divided by their largest entries."""
-    axes = tuple(range(1, table.ndim))
-    largest = jnp.max(jnp.abs(table), axis=axes)
-    scale = jnp.where(largest > 0, largest, 1.0)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(table / over_classes(scale, table)), axis=axes))
-
-
-def _norms_in_one_read(table: Array) -> Array:
-    """Squares of the rows as they are, scaled up and scaled down: one of the sums is accurate."""
-    axes = tuple(range(1, table.ndim))
-    # In float32 2^80: a row whose sum of squares is below 2^-80 loses to underflow what matters,
-    # but scaled up it reaches from 2^-92, the square of the smallest entry, to 2^80 at most.
-    up = 2.0 ** (jnp.finfo(table.dtype).maxexp * 5 // 8)
-    plain, small, large = (
-        jnp.sum(jnp.square(table * scale), axis=axes) for scale in (1.0, up, 1 / up)
-    )
-    return jnp.where(
-        plain < 1 / up,
-        jnp.sqrt(small) / up,
-        jnp.where(plain < jnp.inf, jnp.sqrt(plain), jnp.sqrt(large) * up),
-    )
-
-
-def unit_rows(table: Array) -> Array:
-    """Every row divided by its l2 norm; zero rows stay zero."""
-    rows = as_rows(table)
-    norms = row_norms(rows)
-    return jnp.reshape(rows / over_classes(jnp.where(norms > 0, norms, 1.0), rows), table.shape)
 
 
 def reduce_to_shape(values: Array, shape: str, reduction=jnp.mean) -> Array:
@@ -184,42 +133,69 @@ def perturbation_dtype(activations) -> jnp.dtype:
 
 
 def cone_directions(class_mean: Array, sign: Array, geometry: str) -> Array | None:
-    """Unit normals u_c of the half-spaces <delta_c, u_c> >= 0, or None without a half-space."""
+    """Unit axes u_c of the cones <delta_c, u_c> >= min_cosine ||delta_c||, or None without one."""
     if geometry == "free":
         return None
     orientation = sign if geometry == "signed" else -sign
     return over_classes(orientation, class_mean) * unit_rows(class_mean)
 
 
-def project(delta: Array, radius: Array, cone: Array | None, norm: str = "l2") -> Array:
-    r"""Projects every row into its ball and half-space.
+def project(
+    delta: Array,
+    radius: Array,
+    cone: Array | None,
+    norm: str = "l2",
+    min_cosine: float = 0.0,
+) -> Array:
+    r"""Projects every row into its ball and cone.
 
-    For l2 this is the exact Euclidean projection: the half-space is a cone at the ball's centre, so
+    For l2 this is the exact Euclidean projection: the cone's apex is the ball's centre, so
     projecting on it first and scaling into the ball afterwards lands on the nearest point of the
-    intersection. For linf the box is clipped first; where the half-space then cuts, the row is
-    projected on it and scaled back into the box, which is feasible, but not always nearest.
+    intersection. For linf the box is clipped first; where the cone then cuts, the row is projected
+    on it and scaled back into the box, which is feasible, but not always nearest.
 
     Args:
       delta: [C, *S].
       radius: [C], eps_c >= 0, in units of the activation.
-      cone: [C, *S] unit normals or None, from `cone_directions`.
+      cone: [C, *S] unit axes or None, from `cone_directions`.
       norm: `"l2"` or `"linf"`.
+      min_cosine: smallest cosine of a row and its axis, in [0, 1]; 0 is a half-space.
 
     >>> delta, cone = jnp.array([[3.0, 4.0], [-1.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
     >>> print(np.asarray(project(delta, jnp.array([1.0, 2.0]), cone)).round(2))
     [[0.6 0.8]
      [0.  1. ]]
+    >>> print(np.asarray(project(delta, jnp.array([5.0, 5.0]), cone, min_cosine=0.8)).round(2))
+    [[3.84 2.88]
+     [0.   0.  ]]
     """
     shape, delta = delta.shape, as_rows(delta)
     bound = over_classes(radius.astype(delta.dtype), delta)
     if norm == "linf":
         delta = jnp.clip(delta, -bound, bound)
     if cone is not None:
-        cone = as_rows(cone)
-        delta = delta - over_classes(jnp.minimum(inner_products(delta, cone), 0.0), delta) * cone
+        delta = _into_cone(delta, as_rows(cone), min_cosine)
     norms = over_classes(row_norms(delta, norm), delta)
     scaled = jnp.where(norms > bound, delta * (bound / jnp.where(norms > 0, norms, 1.0)), delta)
     return jnp.reshape(scaled, shape)
+
+
+def _into_cone(delta: Array, axis: Array, min_cosine: float) -> Array:
+    """The nearest point of {d : <d, axis> >= min_cosine ||d||} for every row; axes may be zero."""
+    along = inner_products(delta, axis)
+    if min_cosine == 0:
+        return delta - over_classes(jnp.minimum(along, 0.0), delta) * axis
+    across = delta - over_classes(along, delta) * axis
+    width = row_norms(across)
+    # A class mean of zero has no direction, and then there is nothing to keep to.
+    cosine = jnp.where(inner_products(axis, axis) > 0, min_cosine, 0.0)
+    sine = jnp.sqrt(1 - cosine**2)
+    # In the plane of axis and row the cone's edge is a ray; from behind it, its apex is nearest.
+    reach = jnp.maximum(along * cosine + width * sine, 0.0)
+    shrink = reach * sine / jnp.where(width > 0, width, 1.0)
+    nearest = over_classes(reach * cosine, delta) * axis + over_classes(shrink, delta) * across
+    inside = (along >= 0) & (width * cosine <= along * sine)
+    return jnp.where(over_classes(inside, delta), delta, nearest)
 
 
 def ascent_step(
@@ -236,7 +212,7 @@ def ascent_step(
     length = sign * radius * (options.step_size / max(options.steps, 1))
     step = over_classes(length.astype(gradient.dtype), gradient) * direction
     moved = step if delta is None else as_rows(delta) + step
-    return jnp.reshape(project(moved, radius, cone, options.norm), shape)
+    return jnp.reshape(project(moved, radius, cone, options.norm, options.min_cosine), shape)
 
 
 def add_to_members(activations: Array, delta: Array | None, labels: Array | None) -> Array:
@@ -322,6 +298,7 @@ def class_perturbation(
     geometry: str = "signed",
     norm: str = "l2",
     shape: str = "full",
+    min_cosine: float = 0.0,
     initial: Array | None = None,
     axis_name: str | None = None,
 ) -> Array:
@@ -332,8 +309,9 @@ def class_perturbation(
 
     Guarantees, for every option: ||delta_c|| <= eps_c; a class that is absent from the global
     batch, has sign 0 or radius 0 gets exactly zero; with `geometry="signed"`, ||hbar_c + delta_c||
-    >= ||hbar_c|| where s_c = +1 (up to rounding); zero gradients and zero activations give finite
-    results; no gradient flows through the result.
+    >= ||hbar_c|| where s_c = +1, and <= where s_c = -1 and ||delta_c|| <= 2 min_cosine ||hbar_c||
+    (up to rounding); zero gradients and zero activations give finite results; no gradient flows
+    through the result.
 
     Args:
       loss_fn: perturbed activations [B, *S] -> losses [B]. Targets (hard or soft), the rest of the
@@ -348,6 +326,7 @@ def class_perturbation(
       norm: `"l2"` or `"linf"`.
       shape: `"full"`, or `"channel"` for one value a channel (the last axis), shared by all
         positions.
+      min_cosine: see `PGDOptions`; of the channel means for `"channel"`.
       initial: starting perturbations [C, *S'] carried over from an earlier call, or None for zero.
       axis_name: mapped axis over which the batch is spread. Class means are then taken over the
         global batch.
@@ -367,7 +346,7 @@ def class_perturbation(
     >>> class_perturbation(loss, h, y, sign=signs, radius=radii).round(3).tolist()
     [[0.5, 0.0], [0.0, -0.5]]
     """
-    options = PGDOptions(steps, step_size, geometry, norm, shape).validate()
+    options = PGDOptions(steps, step_size, geometry, norm, shape, min_cosine).validate()
     activations, labels = jnp.asarray(activations), jnp.asarray(labels)
     sign, radius = jnp.asarray(sign), jnp.asarray(radius)
     _check_arguments(activations, labels, sign, radius)
@@ -385,7 +364,9 @@ def class_perturbation(
     delta = None
     if initial is not None:
         _check_initial(initial, (num_classes, *reduced.shape[1:]))
-        delta = project(jax.lax.stop_gradient(initial).astype(dtype), radius, cone, norm)
+        delta = project(
+            jax.lax.stop_gradient(initial).astype(dtype), radius, cone, norm, min_cosine
+        )
 
     def gradient_fn(delta):
         return class_gradient(

@@ -72,12 +72,20 @@ def size(vector, norm):
     return np.sqrt(np.sum(vector**2)) if norm == "l2" else np.max(np.abs(vector))
 
 
-def project(delta, radius, toward, norm):
-    """One perturbation into the ball and onto the side <delta, toward> >= 0 (`None`: any side)."""
+def project(delta, radius, toward, norm, min_cosine=0.0):
+    """One perturbation into the ball and the cone cos(delta, toward) >= min_cosine, if any."""
     if norm == "linf":
         delta = np.minimum(np.maximum(delta, -radius), radius)
-    if toward is not None and np.sum(delta * toward) < 0:
-        delta = delta - np.sum(delta * toward) / np.sum(toward**2) * toward
+    if toward is not None and np.any(toward) and np.any(delta):
+        axis = toward / size(toward, "l2")
+        across = delta - np.sum(delta * axis) * axis
+        # By angles: the row is turned towards the axis, as far as the cone reaches.
+        angle = np.arctan2(size(across, "l2"), np.sum(delta * axis))
+        allowed = np.arccos(min_cosine)
+        if angle > allowed:
+            length = size(delta, "l2") * max(np.cos(angle - allowed), 0.0)
+            turned = np.sin(allowed) * across / max(size(across, "l2"), 1e-300)
+            delta = length * (min_cosine * axis + turned)
     length = size(delta, norm)
     return delta * (radius / length) if length > radius else delta
 
@@ -94,6 +102,7 @@ def class_perturbation(
     geometry="signed",
     norm="l2",
     shape="full",
+    min_cosine=0.0,
     initial=None,
 ):
     """Perturbation of every class; gradient(i, h) is the gradient of example i's loss at h."""
@@ -108,7 +117,8 @@ def class_perturbation(
         class_mean = sum(activations[i] for i in members) / members.size
         class_mean = np.mean(class_mean, axis=positions, keepdims=True)
         toward = {"signed": s * class_mean, "flipped": -s * class_mean, "free": None}[geometry]
-        delta = project(deltas[c] if initial is None else initial[c], eps, toward, norm)
+        delta = deltas[c] if initial is None else initial[c]
+        delta = project(delta, eps, toward, norm, min_cosine)
         for _ in range(steps):
             mean_gradient = sum(gradient(i, activations[i] + delta) for i in members) / members.size
             ascent = np.sum(mean_gradient, axis=positions, keepdims=True)
@@ -116,7 +126,8 @@ def class_perturbation(
                 ascent = np.sign(ascent)
             elif np.any(ascent):
                 ascent = ascent / size(ascent, "l2")
-            delta = project(delta + s * (step_size * eps / steps) * ascent, eps, toward, norm)
+            delta = delta + s * (step_size * eps / steps) * ascent
+            delta = project(delta, eps, toward, norm, min_cosine)
         deltas[c] = delta
     return deltas
 

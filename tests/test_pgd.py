@@ -90,8 +90,9 @@ some_options = st.fixed_dictionaries(
         "geometry": st.sampled_from(pgd.GEOMETRIES),
         "norm": st.sampled_from(pgd.NORMS),
         "shape": st.sampled_from(pgd.SHAPES),
+        "min_cosine": st.sampled_from([0.0, 0.0, 0.1, 0.6, 1.0]),
     }
-)
+).filter(lambda options: options["geometry"] != "free" or options["min_cosine"] == 0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -203,6 +204,28 @@ def test_contract_04_signed_geometry_is_expansive_or_contractive(norm, shape):
     assert np.min(unconstrained) < -1e-2  # else the half-space was never needed
 
 
+@pytest.mark.parametrize("norm", pgd.NORMS)
+@pytest.mark.parametrize("shape", pgd.SHAPES)
+def test_contract_04_a_smallest_cosine_makes_contraction_true(norm, shape):
+    cosine, without = 0.3, []
+    for seed in range(5):
+        p = Problem(seed, (2, 2, 3))
+        means = p.class_means(shape)
+        # By the law of cosines an l2 length of 2 cosine ||hbar|| is where shortening ends.
+        sizes = np.array([2 * cosine, 2 * cosine / np.sqrt(means[0].size)])[pgd.NORMS.index(norm)]
+        options = {"norm": norm, "shape": shape, "radius": sizes * lengths(means, "l2")}
+        for kappa in (0.0, cosine):
+            delta = np.asarray(p.solve(min_cosine=kappa, **options), np.float64)
+            longer = lengths(means + delta, "l2") - lengths(means, "l2")
+            least = kappa * lengths(delta, "l2") * lengths(means, "l2")
+            assert np.all(SIGN * alignment(delta, means) >= least - 1e-5)
+            if kappa:
+                assert np.all(SIGN * longer >= -1e-5)
+            else:
+                without.append(longer[SIGN < 0])
+    assert np.max(without) > 1e-2  # else the half-space would do
+
+
 def test_contract_05_no_gradient_flows_through_the_perturbation():
     p = Problem(5)
     carried = jnp.full((CLASSES, 3), 0.1)
@@ -282,19 +305,6 @@ def test_contract_06_the_scale_of_the_gradient_does_not_matter(factor):
     np.testing.assert_allclose(scaled, p.solve(), atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [1, 4096])
-@pytest.mark.parametrize("norms", [pgd._norms_in_one_read, pgd._norms_in_two_reads])
-def test_norms_of_rows_of_every_size_are_accurate(norms, width):
-    # One row a binary exponent, up to the largest norms and down to entries at the edge of what is
-    # flushed to zero; a few entries are much smaller than the rest.
-    entries = np.random.default_rng(8).uniform(0.5, 1.0, (235, width))
-    entries[:, 1::7] *= 1e-3
-    rows = (entries * 2.0 ** np.arange(-108, 127)[:, None] / np.sqrt(width)).astype(np.float32)
-    expected = np.linalg.norm(rows.astype(np.float64), axis=1)
-    np.testing.assert_allclose(norms(jnp.asarray(rows)), expected, rtol=1e-6)
-    np.testing.assert_array_equal(norms(jnp.array([[0.0, 0.0], [1.0, jnp.nan]])), [0.0, np.nan])
-
-
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize(("label", "position"), [(CLASSES, 4), (-1, 0), (1000, 2)])
 def test_contract_10_labels_outside_the_classes_are_refused(convert, label, position):
@@ -321,6 +331,12 @@ BAD_ARGUMENTS = [
     ({"step_size": np.inf}, "step_size must be finite and > 0, got inf"),
     ({"geometry": "round"}, "geometry must be one of signed, free, flipped, got 'round'"),
     ({"norm": "l1"}, "norm must be one of l2, linf, got 'l1'"),
+    ({"min_cosine": 1.5}, "min_cosine must lie in [0, 1], got 1.5"),
+    ({"min_cosine": np.nan}, "min_cosine must lie in [0, 1], got nan"),
+    (
+        {"min_cosine": 0.3, "geometry": "free"},
+        "min_cosine must be 0 with geometry='free', which has no cone, got 0.3",
+    ),
     ({"shape": "pixel"}, "shape must be one of full, channel, got 'pixel'"),
     (
         {"activations": H.astype(np.int32)},
@@ -388,24 +404,30 @@ def test_bfloat16_agrees_with_float32_to_its_precision(feature_shape, shape):
     np.testing.assert_allclose(half, full, atol=0.1 * RADIUS.max())
 
 
+@pytest.mark.parametrize("min_cosine", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("norm", pgd.NORMS)
-def test_projection_lands_in_the_set_and_for_l2_on_its_nearest_point(norm):
+def test_projection_lands_in_the_set_and_for_l2_on_its_nearest_point(norm, min_cosine):
     rng = np.random.default_rng(0)
     delta, mean, inside = (rng.normal(size=(200, 3)) for _ in range(3))
     radius = rng.uniform(0.2, 3.0, size=200)
     cone = mean / np.linalg.norm(mean, axis=1, keepdims=True)
     with jax.enable_x64(True):
-        nearest = np.asarray(pgd.project(*map(jnp.asarray, (delta, radius, cone)), norm))
+        nearest = np.asarray(
+            pgd.project(*map(jnp.asarray, (delta, radius, cone)), norm, min_cosine)
+        )
     assert np.all(lengths(nearest, norm) <= radius * (1 + 1e-12))
-    assert np.all(alignment(nearest, cone) >= -1e-12)
-    already = (lengths(delta, norm) <= radius) & (alignment(delta, cone) >= 0)
-    assert already.any()
+    assert np.all(alignment(nearest, cone) >= min_cosine * lengths(nearest, "l2") - 1e-12)
+    already = alignment(delta, cone) >= min_cosine * lengths(delta, "l2")
+    already &= lengths(delta, norm) <= radius
+    assert already.any() == (min_cosine < 1)
     assert not already.all()
     np.testing.assert_array_equal(nearest[already], delta[already])
     if norm == "l2":
         # P is the nearest point of a convex set iff <x - P, k - P> <= 0 for every k in the set.
-        inside *= np.sign(alignment(inside, cone))[:, None]
-        inside *= np.minimum(1, radius / lengths(inside, "l2"))[:, None]
+        inside -= alignment(inside, cone)[:, None] * cone
+        sine = np.sqrt(1 - min_cosine**2) / lengths(inside, "l2")
+        inside = min_cosine * cone + sine[:, None] * inside  # on the cone's edge
+        inside *= (radius * rng.uniform(size=200))[:, None]
         assert np.all(alignment(delta - nearest, inside - nearest) <= 1e-12)
 
 

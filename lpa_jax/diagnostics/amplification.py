@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import pgd
+from lpa_jax import pgd, tables
 from lpa_jax.data import checks
 from lpa_jax.injection import Network, Variables, check_layer
 
@@ -47,12 +47,12 @@ def random_directions(rng: Array, delta: Array) -> Array:
       [B, *S], in at least float32.
 
     >>> delta = jnp.array([[3.0, 4.0], [0.0, 0.0]])
-    >>> pgd.row_norms(random_directions(jax.random.key(0), delta)).round(4).tolist()
+    >>> tables.row_norms(random_directions(jax.random.key(0), delta)).round(4).tolist()
     [5.0, 0.0]
     """
     delta = jnp.asarray(delta)
     normal = jax.random.normal(rng, delta.shape, pgd.perturbation_dtype(delta))
-    return pgd.over_classes(pgd.row_norms(delta), normal) * pgd.unit_rows(normal)
+    return tables.over_classes(tables.row_norms(delta), normal) * tables.unit_rows(normal)
 
 
 def gains(
@@ -90,7 +90,7 @@ def gains(
     if not len(inputs):
         raise ValueError("inputs must hold at least one example, got none")
     delta = jnp.asarray(delta)
-    lengths = pgd.row_norms(delta.astype(pgd.perturbation_dtype(delta)))
+    lengths = tables.row_norms(delta.astype(pgd.perturbation_dtype(delta)))
 
     def displaced(activation):
         if activation.shape != delta.shape:
@@ -105,7 +105,7 @@ def gains(
     after = _recorded(network, variables, inputs, {layer: displaced}, above)
     found = {}
     for m in above:
-        moved = pgd.row_norms(after[m] - before[m])
+        moved = tables.row_norms(after[m] - before[m])
         found[m] = jnp.where(lengths > 0, moved / jnp.where(lengths > 0, lengths, 1.0), jnp.nan)
     return found
 
@@ -182,7 +182,7 @@ def local_bound(
     # The Jacobian of a network at nan is 0 after a rectifier.
     if not bool(jnp.isfinite(activation).all()):
         raise ValueError(f"the activation at {layer!r} is not finite")
-    v = pgd.unit_rows(jax.random.normal(rng, activation.shape, activation.dtype))
+    v = tables.unit_rows(jax.random.normal(rng, activation.shape, activation.dtype))
     sigma, change, done = np.zeros(len(inputs)), np.full(len(inputs), np.inf), 0
     while done < iterations and np.any(change > tolerance):
         found, v = _power_step(network, variables, inputs, layer, target, activation, v)
@@ -208,8 +208,8 @@ def _power_step(network, variables, inputs, layer, target, activation, v):
     _, jacobian_v = jax.jvp(above, (activation,), (v,))
     _, transposed = jax.vjp(above, activation)
     # Unit rows before the transpose: sigma^2 could leave the range of a half-precision activation.
-    sigma = pgd.row_norms(jacobian_v.astype(pgd.perturbation_dtype(jacobian_v)))
-    return sigma, pgd.unit_rows(transposed(pgd.unit_rows(jacobian_v))[0])
+    sigma = tables.row_norms(jacobian_v.astype(pgd.perturbation_dtype(jacobian_v)))
+    return sigma, tables.unit_rows(transposed(tables.unit_rows(jacobian_v))[0])
 
 
 def _recorded(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import pgd
+from lpa_jax import pgd, tables
 from lpa_jax.data import checks
 from lpa_jax.diagnostics.objective import Objective
 from lpa_jax.perturbations.base import check_range
@@ -89,23 +89,23 @@ def lanczos(product: Callable[[Array], Array], start: Array, steps: int) -> Trid
     [[1.0, 2.0, 4.0]]
     """
     negligible = 100 * np.finfo(start.dtype).eps
-    basis = [pgd.unit_rows(start)]
+    basis = [tables.unit_rows(start)]
     diagonal, off_diagonal = np.zeros((2, start.shape[0], steps))
     depth = np.zeros(start.shape[0], int)
-    alive = np.asarray(pgd.row_norms(basis[0]) > 0)
+    alive = np.asarray(tables.row_norms(basis[0]) > 0)
     largest = np.zeros(start.shape[0])
     for j in range(steps):
         depth += alive
         residual = product(basis[j])
-        diagonal[:, j] = np.asarray(pgd.inner_products(basis[j], residual))
+        diagonal[:, j] = np.asarray(tables.inner_products(basis[j], residual))
         for _ in range(2):
             for vector in basis:
                 residual = _without(residual, vector)
-        length = np.asarray(pgd.row_norms(residual), np.float64)
+        length = np.asarray(tables.row_norms(residual), np.float64)
         largest = np.maximum(largest, np.maximum(np.abs(diagonal[:, j]), length))
         alive = alive & (length > negligible * largest)
         off_diagonal[:, j] = np.where(alive, length, 0.0)
-        basis.append(pgd.unit_rows(jnp.where(jnp.asarray(alive)[:, None], residual, 0.0)))
+        basis.append(tables.unit_rows(jnp.where(jnp.asarray(alive)[:, None], residual, 0.0)))
     return Tridiagonal(diagonal, off_diagonal, depth)
 
 
@@ -180,7 +180,7 @@ def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
     samples = []
     for key in jax.random.split(rng, probes):
         signs = random_signs(key, objective)
-        samples.append(np.asarray(pgd.inner_products(signs, objective.hessian_product(signs))))
+        samples.append(np.asarray(tables.inner_products(signs, objective.hessian_product(signs))))
     return Estimate(*map(objective.shaped, Estimate.over(np.asarray(samples, np.float64))))
 
 
@@ -246,7 +246,7 @@ def average_sharpness(
     rises = []
     for key in jax.random.split(rng, samples):
         normal = jax.random.normal(key, (objective.rows, objective.dimension), objective.dtype)
-        shift = radius * pgd.unit_rows(normal)
+        shift = radius * tables.unit_rows(normal)
         pair = [_finite_value(objective, sign * shift, radius) for sign in (1.0, -1.0)]
         rises.append(np.mean(pair, axis=0) - objective.base)
     return Estimate(*map(objective.shaped, Estimate.over(np.asarray(rises))))
@@ -255,7 +255,7 @@ def average_sharpness(
 @jax.jit
 def _without(rows: Array, unit: Array) -> Array:
     """Each row less its component along the row of `unit`."""
-    return rows - pgd.inner_products(rows, unit)[:, None] * unit
+    return rows - tables.inner_products(rows, unit)[:, None] * unit
 
 
 def random_signs(key: Array, objective: Objective) -> Array:

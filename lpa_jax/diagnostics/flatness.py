@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from lpa_jax import metrics, pgd
+from lpa_jax import metrics, pgd, tables
 from lpa_jax.diagnostics.objective import (
     Batch,
     Objective,
@@ -85,7 +85,7 @@ def filter_norms(weights: Array) -> Array:
     [[5.0, 1.0]]
     """
     columns = jnp.moveaxis(weights, -1, 0)
-    return jnp.reshape(pgd.row_norms(columns), (1,) * (weights.ndim - 1) + (-1,))
+    return jnp.reshape(tables.row_norms(columns), (1,) * (weights.ndim - 1) + (-1,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import injection, metrics, pgd
+from lpa_jax import injection, metrics, pgd, tables
 from lpa_jax.losses import cross_entropy
 from lpa_jax.perturbations import Perturbation, Site
 
@@ -224,12 +224,14 @@ def class_geometry(
     _check_finite(observation, weight)
     counts = pgd.class_sums(weight, labels, num_classes)
     member_sums = pgd.class_sums(
-        observation.before * pgd.over_classes(weight, observation.before), labels, num_classes
+        observation.before * tables.over_classes(weight, observation.before), labels, num_classes
     )
     # Directions only: the sum of the members points where their mean does.
-    mean_direction = pgd.unit_rows(member_sums)[labels]
-    direction = pgd.unit_rows(observation.delta)
-    moved = weight * (pgd.row_norms(observation.delta) > 0) * (pgd.row_norms(mean_direction) > 0)
+    mean_direction = tables.unit_rows(member_sums)[labels]
+    direction = tables.unit_rows(observation.delta)
+    moved = (
+        weight * (tables.row_norms(observation.delta) > 0) * (tables.row_norms(mean_direction) > 0)
+    )
 
     def pair(values, weight=weight):
         total = pgd.class_sums(jnp.where(weight != 0, values, 0.0), labels, num_classes)
@@ -243,8 +245,8 @@ def class_geometry(
     norm_ratio, known = _norm_ratio(observation)
     return {
         "norm_ratio": pair(norm_ratio, weight * known),
-        "cosine": pair(pgd.inner_products(direction, mean_direction), moved),
-        "delta_norm": pair(pgd.row_norms(observation.delta)),
+        "cosine": pair(tables.inner_products(direction, mean_direction), moved),
+        "delta_norm": pair(tables.row_norms(observation.delta)),
         "loss_change": pair(observation.loss_after - observation.loss_before),
         "sign": stated(observation.sign),
         "radius": stated(observation.radius),
@@ -314,8 +316,8 @@ def _stated(aux: Mapping[str, Array], name: str) -> Array | None:
 
 def _norm_ratio(observation: Observation) -> tuple[Array, Array]:
     """||h + delta|| / ||h||, [B], and where it is known, that is, where h is not zero."""
-    norms = pgd.row_norms(observation.before)
-    return pgd.row_norms(observation.after) / jnp.where(norms > 0, norms, 1.0), norms > 0
+    norms = tables.row_norms(observation.before)
+    return tables.row_norms(observation.after) / jnp.where(norms > 0, norms, 1.0), norms > 0
 
 
 def _check_finite(observation: Observation, weight: Array) -> None:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import pgd, tables
 from lpa_jax.penalties.base import Penalty, register
 from lpa_jax.penalties.common import (
     check_vectors,
@@ -66,7 +66,7 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
             features - means[domain], domain, num_domains, observed.axis_name
         )
         degrees = jnp.maximum(counts - 1.0, 1.0).astype(scatter.dtype)
-        covariances = scatter / pgd.over_classes(degrees, scatter)
+        covariances = scatter / tables.over_classes(degrees, scatter)
         takes_part = counts > 1
         differences = _mean_pair_difference(means, takes_part)
         return weight * (differences + _mean_pair_difference(covariances, takes_part))
@@ -79,7 +79,7 @@ def _mean_pair_difference(table: Array, takes_part: Array) -> Array:
 
     Over n rows, sum_{d < e} ||t_d - t_e||^2 = n sum_d ||t_d - mean||^2: no loop over the pairs.
     """
-    rows = pgd.over_classes(takes_part, table)
+    rows = tables.over_classes(takes_part, table)
     n = jnp.sum(takes_part).astype(table.dtype)
     mean = jnp.sum(jnp.where(rows, table, 0.0), axis=0, keepdims=True) / jnp.maximum(n, 1.0)
     spread = jnp.sum(jnp.where(rows, table - mean, 0.0) ** 2) / table[0].size

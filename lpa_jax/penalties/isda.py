@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import pgd, tables
 from lpa_jax.penalties.base import Observed, Penalty, register
 from lpa_jax.penalties.common import (
     batch_mean,
@@ -104,11 +104,11 @@ def _observe(state: State, observed: Observed, layer: str) -> State:
         between = shift**2
     else:
         scatter = scatter_matrices(centred, labels, counts.shape[0], axis_name)
-        covariance = scatter / pgd.over_classes(jnp.maximum(counts, 1.0), scatter)
+        covariance = scatter / tables.over_classes(jnp.maximum(counts, 1.0), scatter)
         between = shift[:, :, None] * shift[:, None, :]
     total = state["count"] + counts
     share = counts / jnp.maximum(total, 1.0)  # of this batch in what is known of the class
-    wide = pgd.over_classes(share, covariance)
+    wide = tables.over_classes(share, covariance)
     return {
         "count": total,
         "mean": state["mean"] + share[:, None] * shift,

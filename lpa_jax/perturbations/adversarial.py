@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import pgd, tables
 from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
 from lpa_jax.perturbations.lpa import SCALES
 from lpa_jax.tracing import vanishes
@@ -57,7 +57,7 @@ def adversarial(
         wide = h.astype(pgd.perturbation_dtype(h))
         eps = jnp.asarray(radius, wide.dtype)
         if scale == "relative":
-            eps = eps * site.global_mean(pgd.row_norms(wide, norm))
+            eps = eps * site.global_mean(tables.row_norms(wide, norm))
 
         def gradient_fn(delta):
             # Gradients of the sum: where examples do not interact above the injection point, those

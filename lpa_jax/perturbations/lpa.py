@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import pgd, tables
 from lpa_jax.assignment import Assignment, by_confidence
 from lpa_jax.perturbations import radius_target as targeting
 from lpa_jax.perturbations.base import (
@@ -40,6 +40,7 @@ def lpa(
     step_size: float = 1.5,
     scale: str = "relative",
     negative_scale: float = 1.0,
+    min_cosine: float = 0.0,
     radius_target: float | None = None,
     memory_limit: int | None = 2**30,
 ) -> Perturbation:
@@ -47,13 +48,15 @@ def lpa(
 
         delta_c <- Proj_{K_c}( delta_c + s_c eta_c grad J_c / ||grad J_c|| ),
         eta_c    = step_size eps_c / steps,
-        K_c      = { delta : ||delta|| <= eps_c, s_c <delta, hbar_c> >= 0 },
+        K_c      = { delta : ||delta|| <= eps_c, s_c cos(delta, hbar_c) >= min_cosine },
         eps_c    = radius * scale * m_c * (negative_scale if s_c < 0 else 1),
 
     with J_c the mean loss of class c's members in the global batch, hbar_c their mean activation,
     and (s_c, m_c) from the assignment rule. s_c = +1 raises the loss and the norm (expansive,
     positive augmentation), s_c = -1 lowers the loss and, to first order in delta, the norm
-    (contractive, negative augmentation; a delta at right angles to hbar_c lengthens it a little).
+    (contractive, negative augmentation). Lowering the loss pulls the other way, so that with
+    min_cosine = 0 delta ends at right angles to hbar_c and lengthens it a little; with min_cosine
+    >= ||delta|| / (2 ||hbar_c||) it never does.
 
     Three modes, by cost above plain training:
       * `"cold"`: `steps` passes above the injection point, from zero, in every training step.
@@ -76,6 +79,8 @@ def lpa(
       scale: `"relative"` multiplies the radius by the batch mean of ||h_i|| (of the channel means
         for `shape="channel"`, in the chosen norm); `"absolute"` by 1.
       negative_scale: factor on the radius of classes with s_c = -1, >= 0.
+      min_cosine: smallest cosine of s_c delta_c and hbar_c, in [0, 1] (of -s_c delta_c for
+        `"flipped"`; 0 for `"free"`, which has no such bound).
       radius_target: loss change in nats, > 0, to which the radius is slowly adapted, by a factor
         for each sign group that starts at 1 (`perturbations/radius_target.py`); for the negative
         one the target, too, is multiplied by `negative_scale`. None keeps the radius. Costs no pass
@@ -101,7 +106,7 @@ def lpa(
     return class_level(
         "lpa",
         radius,
-        pgd.PGDOptions(_default_steps(steps, mode), step_size, geometry, norm, shape),
+        pgd.PGDOptions(_default_steps(steps, mode), step_size, geometry, norm, shape, min_cosine),
         assignment or by_confidence(),
         mode,
         scale,
@@ -158,7 +163,7 @@ class _Problem:
       slots: class of each slot, [U], C where unused; None where slot and class coincide.
       counts: [U].
       sign, radius: [U], or [B], the rows of this device's examples.
-      cone: half-space normals [U, *S'] or [B, *S'], or None.
+      cone: axes of the cones [U, *S'] or [B, *S'], or None.
     """
 
     slots: Array | None
@@ -175,7 +180,7 @@ class _Problem:
         """The table with the rows of present classes replaced; absent classes are left alone."""
         if self.slots is not None:
             return table.at[self.slots].set(rows, mode="drop")
-        return jnp.where(pgd.over_classes(self.counts > 0, table), rows, table)
+        return jnp.where(tables.over_classes(self.counts > 0, table), rows, table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +266,7 @@ class _ClassLevel:
 
         delta = None
         if self.mode != "cold":
-            delta = pgd.project(
-                problem.read(state["delta"]), problem.radius, problem.cone, self.options.norm
-            )
+            delta = self._carried(state, problem)
         if self.mode != "free":
             delta = pgd.ascend(
                 lambda d: gradient_fn(d)[0],
@@ -299,9 +302,7 @@ class _ClassLevel:
         slots, labels, counts = _compact(site)
         sign, radius, _ = self._signs_and_radii(state, site, None)
         problem = self._problem(site, slots, labels, counts, sign, radius)
-        delta = pgd.project(
-            problem.read(state["delta"]), problem.radius, problem.cone, self.options.norm
-        )
+        delta = self._carried(state, problem)
         members = pgd.reduce_to_shape(
             feedback.gradient.astype(delta.dtype), self.options.shape, jnp.sum
         )
@@ -349,8 +350,13 @@ class _ClassLevel:
             reduced = pgd.reduce_to_shape(
                 activation.astype(pgd.perturbation_dtype(activation)), self.options.shape
             )
-            radius = radius * site.global_mean(pgd.row_norms(reduced, self.options.norm))
+            radius = radius * site.global_mean(tables.row_norms(reduced, self.options.norm))
         return sign, jnp.where(sign != 0, radius, 0.0), present
+
+    def _carried(self, state: State, problem: _Problem) -> Array:
+        """The kept perturbations of the classes in the batch, in the sets of today."""
+        rows, options = problem.read(state["delta"]), self.options
+        return pgd.project(rows, problem.radius, problem.cone, options.norm, options.min_cosine)
 
     def _problem(self, site, slots, labels, counts, sign, radius, rows=None) -> _Problem:
         activation = jax.lax.stop_gradient(site.activation)
