@@ -13,11 +13,23 @@ from lpa_jax.step import TrainState
 
 
 def effects(program, state: TrainState, probe: Mapping[str, Any]) -> dict[str, float]:
-    """What the perturbations do by sign group, on one batch."""
+    """What the perturbations do by sign group, on one batch, and how their radii have adapted."""
     if program.effect is None:
         return {}
-    effect = metrics.compute(program.effect(state, probe))
+    effect = metrics.compute(program.effect(state, probe)) | adapted_radii(state)
     return {f"effect/{name}": value for name, value in effect.items()}
+
+
+def adapted_radii(state: TrainState) -> dict[str, float]:
+    """Factors on the radii of perturbations with a `radius_target`, by layer and sign group."""
+    kept = jax.tree_util.tree_leaves_with_path(dict(state.perturbation_state))
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in kept}
+    return {
+        f"{name}/{group}": float(factor)
+        for name, factors in named.items()
+        if name.endswith("/radius_scale")
+        for group, factor in zip(("positive", "negative"), jax.device_get(factors), strict=True)
+    }
 
 
 def classes(program, state: TrainState, probes) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@
 
 It prints a line when a phase begins, so that a test can strike in it. What it trains: batch norm,
 dropout, momentum under a schedule, carried perturbations, signs from a smoothed confidence, a
-second loss from the third epoch on, and an epoch of which the last batch reaches into the next.
+radius that adapts to its target, a second loss from the third epoch on, and an epoch of which the
+last batch reaches into the next.
 """
 
 import argparse
@@ -53,7 +54,11 @@ def make_program():
     """The program of the run, as `experiments.program.make_program` would return it."""
     perturbations = {
         "hidden1": lpa_jax.lpa(
-            0.1, steps=2, mode="carry", assignment=lpa_jax.by_confidence(ema=0.9)
+            0.1,
+            steps=2,
+            mode="carry",
+            assignment=lpa_jax.by_confidence(ema=0.9),
+            radius_target=0.2,
         ),
         "logits": lpa_jax.lpl(0.5, assignment=lpa_jax.by_confidence()),
     }

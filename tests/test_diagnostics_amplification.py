@@ -165,6 +165,16 @@ def test_a_jacobian_that_is_not_finite_is_refused(linear):
         local_bound(network, broken, np.ones((2, 5), np.float32), "input", "w1", rng=KEY)
 
 
+def test_gains_where_an_activation_is_not_finite_are_refused_where_it_can_be_seen(linear):
+    network, variables, _ = linear
+    broken = jax.tree.map(lambda w: w * np.nan, variables)
+    ones = np.ones((2, 5), np.float32)
+    with pytest.raises(ValueError, match="activation at 'w1' is not finite"):
+        gains(network, broken, ones, "input", ones)
+    compiled = jax.jit(lambda variables: gains(network, variables, ones, "input", ones))(broken)
+    assert np.isnan(compiled["w1"]).all()
+
+
 def test_a_delta_of_another_shape_is_refused(linear):
     network, variables, _ = linear
     with pytest.raises(ValueError, match=r"delta must have the shape \(2, 5\).*got \(2, 7\)"):

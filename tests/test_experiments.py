@@ -63,7 +63,7 @@ def run(data_dir, capsys):
 
 TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
 JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2", "--class_geometry_batches=2",
-       "--tensorboard=full")  # fmt: skip
+       "--tensorboard=full", "--option=lpa.radius_target=0.2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,17 @@ def test_the_loss_change_of_every_sign_group_is_logged(job):
     assert last["effect/hidden1/loss_change/positive"] > 0
     assert last["effect/hidden1/loss_change/negative"] < 0
     assert last["effect/logits/loss_change/positive"] > 0
+
+
+def test_how_a_radius_adapts_to_its_target_is_logged(job):
+    workdir, *_ = job
+    lines = (workdir / "runs" / "lpa+lpl" / "seed_0" / "metrics.jsonl").read_text().splitlines()
+    first, last = map(json.loads, lines)
+    for group in ("positive", "negative"):
+        name = f"effect/hidden1/radius_scale/{group}"
+        # At the radius that is given the loss of either group changes by more than the target.
+        assert 0 < last[name] < first[name] < 1
+        assert f"effect/logits/radius_scale/{group}" not in last
 
 
 def test_what_perturbations_do_to_classes_is_logged_on_request_and_drawn(job):

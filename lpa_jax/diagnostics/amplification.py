@@ -18,6 +18,7 @@ import numpy as np
 from lpa_jax import pgd, tables
 from lpa_jax.data import checks
 from lpa_jax.injection import Network, Variables, check_layer
+from lpa_jax.tracing import is_known
 
 Array = jax.Array
 
@@ -77,8 +78,8 @@ def gains(
       `metrics.mean(gain, jnp.isfinite(gain))`).
 
     Raises:
-      ValueError: unknown `layer`, no example, or a delta of another shape than the activation
-        there.
+      ValueError: unknown `layer`, no example, a delta of another shape than the activation there,
+        or (outside jit) an activation of a later layer that is not finite.
 
     >>> from lpa_jax.injection import CutFunctions
     >>> network = CutFunctions(lambda p, x: 3 * x, lambda p, h: 2 * h)
@@ -105,9 +106,15 @@ def gains(
     after = _recorded(network, variables, inputs, {layer: displaced}, above)
     found = {}
     for m in above:
+        _check_finite(m, before[m])
         moved = tables.row_norms(after[m] - before[m])
         found[m] = jnp.where(lengths > 0, moved / jnp.where(lengths > 0, lengths, 1.0), jnp.nan)
     return found
+
+
+def _check_finite(layer: str, activation: Array) -> None:
+    if is_known(activation) and not bool(jnp.isfinite(activation).all()):
+        raise ValueError(f"the activation at {layer!r} is not finite")
 
 
 class LocalBound(NamedTuple):
@@ -180,8 +187,7 @@ def local_bound(
             f"only a floating activation has a Jacobian, {layer!r} is {activation.dtype}"
         )
     # The Jacobian of a network at nan is 0 after a rectifier.
-    if not bool(jnp.isfinite(activation).all()):
-        raise ValueError(f"the activation at {layer!r} is not finite")
+    _check_finite(layer, activation)
     v = tables.unit_rows(jax.random.normal(rng, activation.shape, activation.dtype))
     sigma, change, done = np.zeros(len(inputs)), np.full(len(inputs), np.inf), 0
     while done < iterations and np.any(change > tolerance):
