@@ -127,8 +127,11 @@ def swept(
     columns = {
         "norm ratio": {f"norm_ratio {sign}": sign for _, sign, *_ in _SIGNS},
         "loss change": {f"loss_change {sign}": sign for _, sign, *_ in _SIGNS},
-        "correlation over classes": {"correlation of loss and norm": "all"},
     }
+    correlation = "correlation of loss and norm"
+    swept_names = [name for at in placed.values() for name in at.values()]
+    if any(measure_tables.by_seed(values, name, correlation) for name in swept_names):
+        columns["correlation over classes"] = {correlation: "all"}  # some run logged its classes
     styles = {sign: (color, marker) for _, sign, color, marker in _SIGNS} | {
         "all": ("#000000", ".")
     }
@@ -146,10 +149,8 @@ def swept(
             axis.set_xticks(range(len(at)), list(at), rotation=30, ha="right", fontsize=8)
             axis.set_title(f"{method}: {label}", fontsize=9)
             axis.grid(alpha=0.3)
-        if row[-1].lines[1:]:
-            row[-1].set_ylim(-1.05, 1.05)
-        else:
-            row[-1].set_visible(False)  # no run logged its classes
+            if label not in ("norm ratio", "loss change"):
+                axis.set_ylim(-1.05, 1.05)
         if row[0].lines[1:]:
             row[0].legend(fontsize=8)
     save(figure, path)
