@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import files
+from experiments import files, run_rows
 from experiments.assembly import traceable
 from experiments.domain_program import Program, needs_counts
 from experiments.domain_selection import holdout_accuracy
@@ -249,7 +249,7 @@ class Trainings:
             ):
                 step = record.step
                 row = _row(record)
-                log.write(step, row)
+                log.write(step, row | run_rows.adapted_radii(state))
                 score(state, holdout_accuracy(_record(row), held_out))
                 progress.epoch(record)
         if step < settings.train_steps:

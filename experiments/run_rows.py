@@ -14,10 +14,8 @@ from lpa_jax.step import TrainState
 
 def effects(program, state: TrainState, probe: Mapping[str, Any]) -> dict[str, float]:
     """What the perturbations do by sign group, on one batch, and how their radii have adapted."""
-    if program.effect is None:
-        return {}
-    effect = metrics.compute(program.effect(state, probe)) | adapted_radii(state)
-    return {f"effect/{name}": value for name, value in effect.items()}
+    effect = {} if program.effect is None else metrics.compute(program.effect(state, probe))
+    return {f"effect/{name}": value for name, value in effect.items()} | adapted_radii(state)
 
 
 def adapted_radii(state: TrainState) -> dict[str, float]:
@@ -25,7 +23,7 @@ def adapted_radii(state: TrainState) -> dict[str, float]:
     kept = jax.tree_util.tree_leaves_with_path(dict(state.perturbation_state))
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in kept}
     return {
-        f"{name}/{group}": float(factor)
+        f"effect/{name}/{group}": float(factor)
         for name, factors in named.items()
         if name.endswith("/radius_scale")
         for group, factor in zip(("positive", "negative"), jax.device_get(factors), strict=True)

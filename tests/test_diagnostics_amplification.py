@@ -165,12 +165,23 @@ def test_a_jacobian_that_is_not_finite_is_refused(linear):
         local_bound(network, broken, np.ones((2, 5), np.float32), "input", "w1", rng=KEY)
 
 
-def test_gains_where_an_activation_is_not_finite_are_refused_where_it_can_be_seen(linear):
+def test_gains_that_are_not_finite_are_refused_where_that_can_be_seen(linear):
     network, variables, _ = linear
     broken = jax.tree.map(lambda w: w * np.nan, variables)
     ones = np.ones((2, 5), np.float32)
-    with pytest.raises(ValueError, match="activation at 'w1' is not finite"):
-        gains(network, broken, ones, "input", ones)
+    for weights, inputs, delta, message in (
+        (broken, ones, ones, "the activation at 'w1' is not finite"),
+        (variables, ones * -np.inf, ones, "the activation at 'input' is not finite"),
+        (variables, ones, ones * np.nan, "delta is not finite"),
+        (
+            variables,
+            ones,
+            ones * np.float32(3e38),
+            "the perturbed activation at '.*' is not finite",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gains(network, weights, inputs, "input", delta)
     compiled = jax.jit(lambda variables: gains(network, variables, ones, "input", ones))(broken)
     assert np.isnan(compiled["w1"]).all()
 

@@ -229,7 +229,7 @@ def source(data_dir):
 
 
 QUIET = RunProgress(1, 1, quiet=True)
-FIXED = {"lpa.assignment": "confidence", "lpa.steps": 1}
+FIXED = {"lpa.assignment": "confidence", "lpa.steps": 1, "lpa.radius_target": 0.2}
 WEAK = FIXED | {"learning_rate": 1e-3, "lpa.radius": 0.1}
 STRONG = FIXED | {"learning_rate": 1e-2, "lpa.radius": 0.7}
 
@@ -245,8 +245,10 @@ def test_numbers_are_arguments_of_one_compiled_program(source, tmp_path):
     shared.run(weak, QUIET)
     assert shared.run(strong, QUIET)["records"] == alone.run(strong, QUIET)["records"]
     logs = tmp_path.glob("*/lpa/**/metrics.jsonl")
-    losses = [json.loads(log.read_text().splitlines()[-1])["train/loss"] for log in logs]
+    rows = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+    losses = [row["train/loss"] for row in rows]
     assert len(losses) == 3 and len(set(losses)) == 2, "options must reach the step"
+    assert all(row["effect/hidden1/radius_scale/positive"] != 1 for row in rows)
 
 
 def test_steps_take_the_states_memory_but_not_that_of_loaded_weights_or_of_numbers(

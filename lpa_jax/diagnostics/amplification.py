@@ -79,7 +79,7 @@ def gains(
 
     Raises:
       ValueError: unknown `layer`, no example, a delta of another shape than the activation there,
-        or (outside jit) an activation of a later layer that is not finite.
+        or (outside jit) a delta or an activation that is not finite, with or without delta.
 
     >>> from lpa_jax.injection import CutFunctions
     >>> network = CutFunctions(lambda p, x: 3 * x, lambda p, h: 2 * h)
@@ -91,6 +91,7 @@ def gains(
     if not len(inputs):
         raise ValueError("inputs must hold at least one example, got none")
     delta = jnp.asarray(delta)
+    _check_finite("delta", delta)
     lengths = tables.row_norms(delta.astype(pgd.perturbation_dtype(delta)))
 
     def displaced(activation):
@@ -102,19 +103,22 @@ def gains(
         wide = activation.astype(pgd.perturbation_dtype(activation)) + delta
         return wide.astype(activation.dtype)
 
-    before = _recorded(network, variables, inputs, {}, above)
+    before = _recorded(network, variables, inputs, {}, (layer, *above))
     after = _recorded(network, variables, inputs, {layer: displaced}, above)
+    _check_finite(f"the activation at {layer!r}", before[layer])
     found = {}
     for m in above:
-        _check_finite(m, before[m])
+        _check_finite(f"the activation at {m!r}", before[m])
+        _check_finite(f"the perturbed activation at {m!r}", after[m])
         moved = tables.row_norms(after[m] - before[m])
         found[m] = jnp.where(lengths > 0, moved / jnp.where(lengths > 0, lengths, 1.0), jnp.nan)
     return found
 
 
-def _check_finite(layer: str, activation: Array) -> None:
-    if is_known(activation) and not bool(jnp.isfinite(activation).all()):
-        raise ValueError(f"the activation at {layer!r} is not finite")
+def _check_finite(name: str, values: Array) -> None:
+    # NumPy's view of them, since jnp would stage the test where jit traces other arguments.
+    if is_known(values) and not np.isfinite(np.asarray(values)).all():
+        raise ValueError(f"{name} is not finite")
 
 
 class LocalBound(NamedTuple):
@@ -187,7 +191,7 @@ def local_bound(
             f"only a floating activation has a Jacobian, {layer!r} is {activation.dtype}"
         )
     # The Jacobian of a network at nan is 0 after a rectifier.
-    _check_finite(layer, activation)
+    _check_finite(f"the activation at {layer!r}", activation)
     v = tables.unit_rows(jax.random.normal(rng, activation.shape, activation.dtype))
     sigma, change, done = np.zeros(len(inputs)), np.full(len(inputs), np.inf), 0
     while done < iterations and np.any(change > tolerance):
