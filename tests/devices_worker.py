@@ -22,18 +22,18 @@ from lpa_jax.checkpoint import Checkpoints
 from lpa_jax.models import MLP
 from lpa_jax.perturbations import stateless
 
-STEPS = 3
+STEPS = 20
 COMPILED = []  # every compilation since it was cleared
 MANY = 40
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 # On 8 devices two examples each: class 0 is everywhere, 1 on one device only, 2 on the borders of
-# several, 3 absent. The second batch has one class, the third a class on its own.
+# several, 3 absent. The second batch has one class, the third a class on its own; then again.
 LABELS = (
     [0, 2, 2, 0, 1, 1, 0, 2, 0, 2, 2, 0, 0, 2, 0, 0],
     [3] * 16,
     [0, 1, 0, 0, 3, 0, 0, 3, 3, 0, 0, 0, 0, 3, 3, 0],
 )
-MANY_LABELS = tuple(np.arange(16) % 11 * 3 + step for step in range(STEPS))
+MANY_LABELS = tuple(np.arange(16) % 11 * 3 + step for step in range(3))
 
 CONFIDENCE = lpa_jax.by_confidence(kappa=1.0, ema=0.5)
 
@@ -91,7 +91,7 @@ SETUPS = {
         augment=augment,
     ),
     "more classes than examples": Setup(
-        MLP(MANY, hidden=(8, 6)),
+        toy.NormalizedMLP(MANY, axis_name=parallel.AXIS_NAME),
         {
             "hidden1": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
             "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=frequency(MANY)),
@@ -103,13 +103,13 @@ SETUPS = {
 
 
 def batch(setup, step):
-    labels = np.asarray(setup.labels[step], np.int32)
+    labels = np.asarray(setup.labels[step % len(setup.labels)], np.int32)
     images = np.random.default_rng(step).normal(size=(labels.size, *toy.IMAGE))
     return {"image": images.astype(np.float32), "label": labels}
 
 
 def trained(setup, step):
-    """What three steps leave behind, every array by its path, and how often they compiled."""
+    """What all steps leave behind, every array by its path, and how often they compiled."""
     state, seen, compilations = setup.state, {}, []
     for number in range(STEPS):
         COMPILED.clear()

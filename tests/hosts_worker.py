@@ -48,8 +48,8 @@ CONFIDENCE = lpa_jax.by_confidence(kappa=1.0, ema=0.5)
 def setups():
     """Model and perturbations by name."""
 
-    def normalized():
-        return toy.NormalizedMLP(toy.CLASSES, axis_name=parallel.batch_axis())
+    def normalized(num_classes=toy.CLASSES):
+        return toy.NormalizedMLP(num_classes, axis_name=parallel.batch_axis())
 
     def lpa(**options):
         return lpa_jax.lpa(0.3, assignment=CONFIDENCE, **options)
@@ -65,7 +65,7 @@ def setups():
         ),
         # More classes than examples: tables are compact, all hosts agree on their slots.
         "carried and free lpa": (
-            MLP(MANY, hidden=(8, 6)),
+            normalized(MANY),
             {"hidden1": lpa(mode="carry"), "hidden2": lpa(mode="free")},
         ),
     }
@@ -149,6 +149,7 @@ def main(task, coordinator, processes, process, *rest):
     if task == "loop":
         heartbeat, *fail_at = map(int, rest)
         hosts |= {"initialization_timeout": heartbeat, "heartbeat_timeout": heartbeat}
+        print("joins", flush=True)
         with distributed.session(distributed.Hosts(**hosts)):
             loop(*fail_at or [-1])
         return

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import devices_worker
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,7 @@ def test_contract_07_is_tested_on_every_spread_and_on_perturbations_that_matter(
 def test_steps_after_the_first_compile_nothing(worker, name, count):
     first, *others = worker["runs"][name][count]["compilations"]
     assert first > 0
-    assert others == [0, 0]
+    assert not any(others)
 
 
 def test_class_that_never_came_is_left_alone_on_every_device(worker):
@@ -101,7 +102,7 @@ def test_class_that_never_came_is_left_alone_on_every_device(worker):
 def test_metrics_count_every_example_of_the_global_batch(worker):
     for name, count in SPREADS:
         run = worker["runs"][name][count]
-        for step in range(3):
+        for step in range(devices_worker.STEPS):
             assert run[f"['metrics {step}']['loss'][1]"] == 16.0
             assert run[f"['metrics {step}']['accuracy'][1]"] == 16.0
             assert run[f"['metrics {step}']['gradient_norm'][1]"] == 1.0
@@ -112,7 +113,7 @@ def test_whole_numbers_in_the_model_state_stay_whole(worker):
     for layer in ("hidden1", "hidden2"):
         passes = run[f"['model_state']['counters']['{layer}']['passes']"]
         assert isinstance(passes, int)
-        assert passes == 3
+        assert passes == devices_worker.STEPS
 
 
 def test_local_running_statistics_are_averaged_over_devices(worker):

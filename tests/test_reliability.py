@@ -106,10 +106,13 @@ def reference_of_two_devices(zygote, tmp_path_factory):
 
 
 def test_two_devices_resume_bit_for_bit_too(zygote, reference_of_two_devices, tmp_path):
-    run = zygote.start(tmp_path / "run", "--every=never", devices=2)
-    assert run.wait_for("begin step 9")
-    run.send(SIGTERM)
-    assert run.wait() == 143
+    """In the middle of an epoch, at its end, in an evaluation."""
+    last = 2 * worker.STEPS_PER_EPOCH
+    for phase in ("begin step 9", f"begin step {last}", "begin evaluation"):
+        run = zygote.start(tmp_path / "run", "--every=never", devices=2)
+        assert run.wait_for(phase), run.lines()
+        run.send(SIGTERM)
+        assert run.wait() == 143
     zygote.finish(tmp_path / "run", devices=2)
     assert_same_outcome(tmp_path / "run", reference_of_two_devices)
 
@@ -157,6 +160,10 @@ def test_a_second_run_is_refused_at_once_and_a_killed_ones_lock_is_free(zygote, 
     started = time.monotonic()
     with pytest.raises(workdir_lock.LockedError, match=f"is in use by process {first.pid} on "):
         workdir_lock.refuse_if_held(folder)
+    assert time.monotonic() - started < 5
+    second = zygote.start(folder)
+    assert second.wait() == 1
+    assert second.lines()[-1].startswith("error: ") and f"process {first.pid}" in second.lines()[-1]
     assert time.monotonic() - started < 5
     (folder / "lock").unlink()  # as someone would who takes it for a stale one
     with pytest.raises(workdir_lock.LockedError, match="is in use by a process"):

@@ -6,6 +6,7 @@ STRESS_ROUNDS (5) is how often each case is tried: 20 processes killed or stoppe
 that fail or never come.
 """
 
+import collections
 import os
 import signal
 import time
@@ -19,22 +20,40 @@ pytestmark = [
 ]
 
 
+SURVIVED = collections.Counter()
+
+
+@pytest.fixture
+def survived(report):
+    """(fault): counts one more, and prints how many of it ended the other process as they must."""
+
+    def count(fault):
+        SURVIVED[fault] += 1
+        report(f"{fault}: {SURVIVED[fault]} ended in time, non-zero, in one line")
+
+    return count
+
+
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_lost_process_ends_the_other(number, fault, round_number):
+def test_lost_process_ends_the_other(number, fault, round_number, survived):
     hosts.check_fault(number, fault)
+    survived(fault.name)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_exception_in_one_process_ends_both(number, round_number):
+def test_exception_in_one_process_ends_both(number, round_number, survived):
     hosts.check_fault(number, None, fail_at=20)
+    survived("exception")
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_peer_that_never_comes_is_not_waited_for_longer_than_asked(number, round_number):
-    started = time.monotonic()
+def test_peer_that_never_comes_is_not_waited_for_longer_than_asked(number, round_number, survived):
     (process,) = hosts.launch("loop", 2, lambda process: [str(hosts.HEARTBEAT)], only=[number])
+    assert process.stdout.readline() == "joins\n"
+    started = time.monotonic()
     status, _, errors = hosts.outcome(process, timeout=60)
     assert time.monotonic() - started < hosts.HEARTBEAT + 5
     assert status != 0
     assert errors == "error: not all processes came within --initialization_timeout=6 s\n"
+    survived("never came")

@@ -67,15 +67,6 @@ def zygote():
         yield zygote
 
 
-@pytest.fixture
-def report(capsys):
-    def print_line(line):
-        with capsys.disabled():
-            print(f"\n{line}", end="", flush=True)
-
-    return print_line
-
-
 def newest_or_none(folder):
     return newest_step(folder) if list(folder.glob("checkpoints/step_*[0-9]")) else 0
 

@@ -17,9 +17,9 @@ import pytest
 import reliability_worker as worker
 from reliability_runs import EXIT_STATUS, PATIENCE, TESTS, finish_hosts, strike_hosts
 from test_interrupted_hosts import FLAGS, flags, zygote
-from test_reliability_counts import newest_or_none, report
+from test_reliability_counts import newest_or_none
 
-__all__ = ["flags", "report", "zygote"]
+__all__ = ["flags", "zygote"]
 pytestmark = pytest.mark.stress
 
 SIGTERM, SIGINT, SIGKILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
