@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from module_call import run_main
 
@@ -11,6 +12,7 @@ import lpa_jax
 from experiments import many_classes, step_cost
 from lpa_jax.models import MLP
 from lpa_jax.perturbations import Site
+from lpa_jax.perturbations.lpa import MODES
 
 ACTIVATION = jax.ShapeDtypeStruct((4, 8, 8, 64), jnp.bfloat16)
 TINY = ("--model=small_cnn", "--layer=stage1", "--image_size=8", "--batch_size=4", "--rounds=1")
@@ -117,18 +119,26 @@ def test_cold_refuses_a_table_of_gradients_that_outgrows_the_limit_once_the_batc
         assert apply(limit, shape=shape).shape == ACTIVATION.shape
 
 
-@pytest.mark.parametrize("mode", ["cold", "carry"])
-def test_a_step_pays_for_absent_classes_with_the_memory_of_their_rows_alone(mode):
-    def memory_above_erm(num_classes):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_pays_for_absent_classes_with_their_rows_and_their_logits_alone(mode):
+    examples, features = 8, 8
+
+    def above_erm(num_classes):
+        """Bytes and FLOPs."""
         rule = lpa_jax.by_frequency([1] * num_classes)
         plan = {"hidden1": lpa_jax.lpa(0.1, 1, mode=mode, assignment=rule)}
-        state, batch = step_cost.make_state(MLP(num_classes, hidden=(512, 8)), 8, 4, 1)
+        network = MLP(num_classes, hidden=(512, features))
+        state, batch = step_cost.make_state(network, examples, 4, 1)
         erm, _ = step_cost.compile_step(state, batch, {})
         own_state = step_cost.with_perturbations(state, batch, plan)
         step, _ = step_cost.compile_step(own_state, batch, plan)
-        return 1e6 * (step_cost.memory_mb(step) - step_cost.memory_mb(erm))
+        memory = 1e6 * (step_cost.memory_mb(step) - step_cost.memory_mb(erm))
+        return np.array([memory, step_cost.flops(step) - step_cost.flops(erm)])
 
-    few, many = memory_above_erm(100), memory_above_erm(2100)
-    rows = 2000 * 512 * 4 if mode == "carry" else 0
+    memory, flops = above_erm(2100) - above_erm(100)
+    rows = 2000 * 512 * 4 if mode != "cold" else 0
     # Beyond the rows: some vectors of C numbers (signs, radii, counts, logits of 8 examples).
-    assert abs(many - few - rows) < 2000 * 4 * 64
+    assert abs(memory - rows) < 2000 * 4 * 64
+    # A pass of PGD multiplies by the head twice, forward and backward; the rest is loss and vectors.
+    head = 2 * 2 * examples * features if mode != "free" else 0
+    assert flops < 2000 * (head + 20 * examples)
