@@ -139,6 +139,6 @@ def test_a_step_pays_for_absent_classes_with_their_rows_and_their_logits_alone(m
     rows = 2000 * 512 * 4 if mode != "cold" else 0
     # Beyond the rows: some vectors of C numbers (signs, radii, counts, logits of 8 examples).
     assert abs(memory - rows) < 2000 * 4 * 64
-    # A pass of PGD multiplies by the head twice, forward and backward; the rest is loss and vectors.
+    # A pass of PGD multiplies by the head forward and backward; the rest is loss and vectors.
     head = 2 * 2 * examples * features if mode != "free" else 0
     assert flops < 2000 * (head + 20 * examples)
