@@ -8,7 +8,7 @@ Each job is one run of the experiment module, with its own log. Flags after `--`
 `--description=sweep.json` with {"experiment": "long_tail", "methods": ["erm"], "seeds": [0, 1],
 "set": {"milestones": ["0.3,0.6", "0.5"]}, "flags": ["--epochs=60"]}.
 
-Given again, the same command skips what is done, starts over what was interrupted or failed, and
+Given again, the same command skips what is done, goes on with what was interrupted or failed, and
 leaves alone what another process is running; several sweeps may share a --workdir. The report of
 all results stands in WORKDIR/report. Slurm: `--cluster=slurm --slurm=slurm_partition=gpu
 --slurm=gpus_per_node=1 --slurm=timeout_min=240` (parameters of submitit, extra `slurm`).
