@@ -203,10 +203,9 @@ def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def selections(setting: Setting) -> tuple[str, ...]:
-    """Model selections that every run reports; empty outside domain generalization."""
+    """Model selections that some run reports; empty outside domain generalization."""
     runs = [run for members in setting.runs.values() for run in members]
-    names = runs[0].result["selections"]
-    return tuple(name for name in names if all(name in run.result["selections"] for run in runs))
+    return tuple(dict.fromkeys(name for run in runs for name in run.result["selections"]))
 
 
 def results_of(setting: Setting) -> dict[str, list[Mapping[str, Any]]]:
@@ -218,7 +217,7 @@ def results_of(setting: Setting) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def domain_results(setting: Setting, selection: str | None) -> tuple[Results, list[str]]:
-    """One result a seed, the mean over test domains; and the seeds that lack a domain.
+    """One result a seed, the mean over test domains; and what lacks a domain or the selection.
 
     Args:
       setting: with test domains.
@@ -228,7 +227,10 @@ def domain_results(setting: Setting, selection: str | None) -> tuple[Results, li
     for method, runs in setting.runs.items():
         by_seed: dict[int, dict[str, Run]] = {}
         for run in runs:
-            by_seed.setdefault(run.config["seed"], {})[run.domain] = run
+            if selection is None or selection in run.result["selections"]:
+                by_seed.setdefault(run.config["seed"], {})[run.domain] = run
+        if not by_seed:
+            left_out.append(f"{method}: its models were not selected so")
         for seed, found in sorted(by_seed.items()):
             missing = [domain for domain in setting.domains if domain not in found]
             if missing:

@@ -194,6 +194,19 @@ def test_domains_are_averaged_within_seeds_and_selections_stand_side_by_side(tmp
     )
 
 
+def test_a_selection_is_shown_of_the_methods_that_made_it_and_the_others_are_named(tmp_path):
+    for method, left in (("erm", 0.7), ("coral", 0.8), ("rsc", None)):
+        made_up_runs.write_domain_run(
+            tmp_path / "runs" / method, method, 0, "d2",
+            training_domain_validation=0.9, leave_one_domain_out=left,
+        )  # fmt: skip
+    every, some = report.make([tmp_path / "runs"], tmp_path / "out")
+    assert [row.method for row in every.summary.rows] == ["erm", "coral", "rsc"]
+    assert some.title.endswith("leave one domain out")
+    assert [row.method for row in some.summary.rows] == ["erm", "coral"]
+    assert "rsc: its models were not selected so" in some.notes
+
+
 def test_without_the_baseline_there_are_no_differences_and_the_report_says_so(tmp_path, command):
     made_up_runs.write_many(tmp_path / "runs", {"lpa": [0.5, 0.6], "lpl": [0.6, 0.6]})
     _, out, _ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}")
