@@ -4,6 +4,7 @@ import csv
 import html
 import json
 
+import browser
 import numpy as np
 import pytest
 from module_call import call
@@ -64,15 +65,29 @@ def test_every_part_has_a_table_over_seeds_and_a_figure(job):
     assert (job / "plane.png").stat().st_size > 10_000
 
 
-def test_a_report_of_the_job_shows_what_was_measured(job, tmp_path):
-    message, _ = call(report, str(job), f"--output={tmp_path}", "--html")
-    assert message is None
-    page = (tmp_path / "report.html").read_text()
+@pytest.fixture(scope="module")
+def report_of_job(job, tmp_path_factory):
+    """The folder of a report with its page."""
+    output = tmp_path_factory.mktemp("report")
+    assert call(report, str(job), f"--output={output}", "--html")[0] is None
+    return output
+
+
+def test_a_report_of_the_job_shows_what_was_measured(report_of_job):
+    page = (report_of_job / "report.html").read_text()
     for name, (caption, *_) in report_measured.FIGURES.items():
         assert html.escape(caption) in page or caption in page, name
     for name in report_measured.FIGURES:
-        (figure,) = tmp_path.glob(f"figures/*_{name}.png")
+        (figure,) = report_of_job.glob(f"figures/*_{name}.png")
         assert figure.stat().st_size > 10_000
+
+
+@browser.needs_browser
+def test_a_phone_shows_all_that_was_measured_and_no_page_wider_than_itself(report_of_job, tmp_path):
+    found = browser.facts(report_of_job / "report.html", tmp_path, browser.PHONE)
+    assert found["width"] <= found["visible"] <= browser.PHONE
+    assert len(found["figures"]) > len(report_measured.FIGURES)
+    assert all(width > 100 for width in found["figures"])
 
 
 def test_the_spectrum_is_within_its_ends_and_reaches_as_far_as_the_largest_eigenvalue(job):
