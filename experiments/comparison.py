@@ -137,6 +137,7 @@ def train_all(
                         seed,
                         folder,
                         progress.epoch,
+                        on_step=progress.step,
                         saving=saving,
                         logging=logging,
                         should_stop=interrupts,

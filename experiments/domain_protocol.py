@@ -245,6 +245,9 @@ class Trainings:
                 save=save,
                 should_save=self._saving.schedule(settings.evaluate_every, settings.train_steps),
                 should_stop=self._should_stop,
+                watch=lambda done, totals: progress.step(
+                    done, done / settings.evaluate_every, totals
+                ),
                 block_every_step=parallel.must_block(),
             ):
                 step = record.step

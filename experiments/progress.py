@@ -3,6 +3,7 @@
 import datetime
 import sys
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import (
@@ -14,12 +15,15 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from lpa_jax.trainer import EpochRecord
+from lpa_jax import metrics
+from lpa_jax.trainer import EpochRecord, Totals
 
 # Everything has to fit into 80 columns, of which the status takes up to 40.
 _NAME_WIDTH, _BAR_WIDTH = 16, 5
 # Seconds between the plain lines of a run that lasts, where there is no terminal.
 _LINE_EVERY = 30.0
+# Seconds between looks at the metrics within an epoch, each of which waits for the devices.
+_LOOK_EVERY = 10.0
 
 
 class RunProgress:
@@ -69,33 +73,52 @@ class RunProgress:
 
     def start(self, name: str) -> None:
         """A run begins."""
-        self._name, self._started, self._first_epoch = name, time.perf_counter(), None
-        self._last_line = self._started
+        self._name, self._started, self._first = name, time.perf_counter(), None
+        self._last_line = self._last_look = self._started
+        self._seen = 0.0
         if self._live:
             self._bar.update(self._task, description=name, status="compiling")
 
+    def step(self, step: int, epochs: float, totals: Totals) -> None:
+        """A step within an epoch was handed to the devices; looks at the metrics now and then.
+
+        Args:
+          step: how many have been.
+          epochs: the same in epochs.
+          totals: sums of the training metrics since the epoch began.
+        """
+        if self._first is None:
+            self._first = epochs  # a run that goes on does not begin at 0
+        if self._quiet or time.perf_counter() - self._last_look < _LOOK_EVERY:
+            return
+        examples = float(totals["loss"][1])
+        now = time.perf_counter()
+        # Fewer than at the last look: another epoch has begun.
+        new = examples - self._seen if examples > self._seen else examples
+        rate = new / (now - self._last_look)
+        self._seen, self._last_look = examples, now
+        self._show(step, epochs, metrics.compute(totals), rate)
+
     def epoch(self, record: EpochRecord) -> None:
         """An epoch of the current run is over."""
+        if self._first is None:
+            self._first = record.epoch - 1
+        self._last_look, self._seen = time.perf_counter(), 0.0
+        self._show(record.step, record.epoch, record.train, record.examples_per_second)
+
+    def _show(self, step: int, epochs: float, train: Mapping[str, float], rate: float) -> None:
         status = (
-            f"step {record.step} loss {record.train['loss']:.3f} "
-            f"acc {100 * record.train['accuracy']:.0f}% "
-            f"{_rounded(record.examples_per_second)} img/s"
+            f"step {step} loss {train['loss']:.3f} acc {100 * train['accuracy']:.0f}% "
+            f"{_rounded(rate)} img/s"
         )
         if self._live:
-            done = self._done * self._epochs + record.epoch
+            done = self._done * self._epochs + epochs
             self._bar.update(self._task, completed=done, status=status)
-            return
-        now = time.perf_counter()
-        if self._first_epoch is None:  # a run that goes on does not begin at 1
-            self._first_epoch = record.epoch
-        if now - self._last_line >= _LINE_EVERY:
-            epochs = record.epoch - self._first_epoch + 1
-            left = (now - self._started) / epochs * (self._epochs - record.epoch)
-            self.say(
-                f"{self._name}: epoch {record.epoch}/{self._epochs} {status}, "
-                f"{datetime.timedelta(seconds=round(left))} left"
-            )
-            self._last_line = now
+        elif epochs > self._first and self._last_look - self._last_line >= _LINE_EVERY:
+            took = (self._last_look - self._started) / (epochs - self._first)
+            left = datetime.timedelta(seconds=round(took * (self._epochs - epochs)))
+            self.say(f"{self._name}: epoch {epochs:.4g}/{self._epochs} {status}, {left} left")
+            self._last_line = self._last_look
 
     def finish(self, outcome: str) -> None:
         """The current run is over."""

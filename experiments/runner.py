@@ -47,6 +47,7 @@ def run(
     folder: pathlib.Path | None,
     on_epoch: Callable[[trainer.EpochRecord], None] = lambda record: None,
     *,
+    on_step: Callable[[int, float, trainer.Totals], None] = lambda step, epochs, totals: None,
     saving: Saving = DEFAULT_SAVING,
     logging: Logging = DEFAULT_LOGGING,
     should_stop: Callable[[], bool] = lambda: False,
@@ -63,6 +64,8 @@ def run(
       seed: decides the initial parameters and the order of the data.
       folder: of this run alone.
       on_epoch: called after every epoch.
+      on_step: called after the steps between, with their number, the same in epochs and the sums of
+        the epoch's metrics, which may still be computed.
       saving: when to save checkpoints, and which remain.
       logging: what is logged beyond scalars; it changes no number of the run.
       should_stop: asked after every step and before every evaluation batch; True saves and raises.
@@ -120,6 +123,7 @@ def run(
             save=lambda state, totals: run_folder.save(state, totals, notes()),
             should_save=saving.schedule(steps_per_epoch, settings.epochs * steps_per_epoch),
             should_stop=should_stop,
+            watch=lambda done, totals: on_step(done, done / steps_per_epoch, totals),
             block_every_step=parallel.must_block(),
         ):
             scalars = run_rows.scalars(record)

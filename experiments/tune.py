@@ -94,7 +94,15 @@ def run_trial(
             if key not in programs:
                 programs[key] = make_program(method, options, settings, task)
             program = _scoring(programs[key].with_options(options))
-            result = runner.run(program, task, seed, None, progress.epoch, should_stop=interrupts)
+            result = runner.run(
+                program,
+                task,
+                seed,
+                None,
+                progress.epoch,
+                on_step=progress.step,
+                should_stop=interrupts,
+            )
             accuracies.append(result["accuracy"])
             progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
     except trainer.NonFiniteLossError as error:

@@ -61,6 +61,7 @@ def train(
     save: Callable[[TrainState, Totals], None] = lambda state, totals: None,
     should_save: Callable[[int], bool] = lambda step: False,
     should_stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[int, Totals], None] = lambda done, totals: None,
     block_every_step: bool = False,
 ) -> Iterator[tuple[TrainState, EpochRecord]]:
     """Trains epoch by epoch, yielding the state and a record after each.
@@ -85,6 +86,8 @@ def train(
       save: called with a state whose steps were all finite, and the totals that belong to it.
       should_save: asked after every step, with the number of steps completed.
       should_stop: asked after every step; True saves and ends the iteration there.
+      watch: called after every step but an epoch's last, with the number of steps handed to the
+        devices and the totals of the epoch, which may still be computed: reading them waits.
       block_every_step: wait for each step, which several CPU devices of one process need.
 
     Raises:
@@ -118,6 +121,8 @@ def train(
                 save(state, totals)
             if stop:
                 return
+            if done < (epoch + 1) * steps_per_epoch:
+                watch(done, totals)
         check_finite(unchecked, done - len(unchecked), _lasting(state))
         seconds = time.perf_counter() - started
         evaluation = None

@@ -61,3 +61,27 @@ def test_a_run_that_lasts_says_where_it_is_without_a_terminal(capsys, monkeypatc
     line, last = capsys.readouterr().err.splitlines()
     expected = f"{NAME}: epoch 8/60 step 19200 loss 0.123 acc 99% 12k img/s, 0:17:20 left"
     assert line == expected and last.endswith("done (60.0 s)")
+
+
+def test_an_epoch_that_lasts_says_where_it_is(capsys, monkeypatch):
+    clock = iter([100.0, 104.0, 111.0, 111.0, 134.0, 134.0, 140.0, 170.0, 170.0, 180.0])
+    monkeypatch.setattr(progress.time, "perf_counter", clock.__next__)
+    with RunProgress(4, 2) as run:
+        run.start(NAME)
+        for step, examples in ((1, 10.0), (2, 20.0), (25, 250.0)):
+            # Looked at after 11 and 34 seconds, a line is due after 30.
+            run.step(step, step / 100, {"loss": (2 * examples, examples), "accuracy": (0.0, 1.0)})
+        run.epoch(RECORD._replace(epoch=1))
+        run.step(125, 1.25, {"loss": (30.0, 300.0), "accuracy": (300.0, 300.0)})
+        run.finish("done")
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first == (f"{NAME}: epoch 0.25/2 step 25 loss 2.000 acc 0% 10 img/s, 0:04:08 left")
+    assert second == (f"{NAME}: epoch 1.25/2 step 125 loss 0.100 acc 100% 10 img/s, 0:00:42 left")
+    assert last.endswith("done (80.0 s)")
+
+
+def test_quiet_looks_at_nothing(capsys):
+    with RunProgress(1, 1, quiet=True) as run:
+        run.start(NAME)
+        run.step(1, 0.5, {"loss": None})
+    assert capsys.readouterr() == ("", "")

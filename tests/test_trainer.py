@@ -61,6 +61,14 @@ def test_the_last_epoch_is_always_evaluated(toy):
     assert records[-1].evaluation["per_class_accuracy"].shape == (3,)
 
 
+def test_steps_within_an_epoch_can_be_watched(toy):
+    seen = []
+    fit(fresh_state(toy), toy, 2, watch=lambda done, totals: seen.append((done, totals["loss"])))
+    # Three steps an epoch, of 4 of 10 examples each; the last is the epoch's record.
+    assert [done for done, _ in seen] == [1, 2, 4, 5]
+    assert [float(count) for _, (_, count) in seen] == [4.0, 8.0, 4.0, 8.0]
+
+
 def test_padded_evaluation_counts_each_example_once(toy):
     state = fresh_state(toy)
     results = [
