@@ -66,7 +66,7 @@ def test_a_share_of_tuning_and_a_training_are_run_by_one_process(run, tmp_path, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_tuning_that_is_asked_to_stop_exits_as_documented(run, tmp_path, monkeypatch, number):
-    def interrupted(*_, should_stop):
+    def interrupted(*_, should_stop, **__):
         signal.raise_signal(number)
         assert should_stop()
         raise InterruptedRunError("stopped, and what was done is saved")
