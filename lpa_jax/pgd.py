@@ -44,7 +44,8 @@ class PGDOptions(NamedTuple):
       norm: `"l2"` (normalised gradient, ball) or `"linf"` (gradient sign, box).
       shape: `"full"` (one value an activation entry) or `"channel"` (one value a channel).
       min_cosine: smallest s_c cos(delta_c, hbar_c) (of -hbar_c for `"flipped"`), in [0, 1]: above
-        0 the half-space becomes a cone, whose perturbations change the norm to first order.
+        0 the half-space becomes a cone, whose perturbations change the norm to first order. Where
+        the loss pulls almost straight against it, the cone's nearest point is its apex: delta is 0.
     """
 
     steps: int = 3
