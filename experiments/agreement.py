@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -59,8 +60,14 @@ def check(
       rejected: lines about newer checkpoints that this process takes for damaged.
 
     Raises:
+      ValueError: there are other processes, and this one has not joined them.
       DifferingHostsError: they differ.
     """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"--multihost is missing: this is one of {jax.process_count()} processes that share "
+            "an accelerator, and each would write what one of them must"
+        )
     found = Found(step, _digest(json.dumps(run, sort_keys=True)), _digest(checkpoint))
     differing = difference(_from_all(found))
     if differing is not None:

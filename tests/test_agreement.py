@@ -133,3 +133,12 @@ def test_trainings_of_domain_generalization_do_not_begin_differently(tmp_path, s
         with pytest.raises(DifferingHostsError):
             trainings.run(Network("erm", {}, ("0",), 0), RunProgress(1, 1, quiet=True))
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_process_that_has_not_joined_the_others_of_its_slice_trains_nothing(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(agreement.jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="--multihost is missing: this is one of 4 processes"):
+        RunFolder(tmp_path / "run", CONFIG, Saving()).begin(STATE, print)
+    assert not (tmp_path / "run").exists()
