@@ -5,12 +5,12 @@ perturbation
 
     delta_c  <-  Proj_{K_c}( delta_c + s_c * eta_c * grad J_c / ||grad J_c|| ),
     J_c(delta) = (1/n_c) sum_{i : y_i = c} loss(h_i + delta),
-    K_c        = { delta : ||delta|| <= eps_c  and  s_c cos(delta, hbar_c) >= kappa },
+    K_c        = { delta : ||delta|| <= eps_c  and  s_c cos(delta, hbar_c) >= min_cosine },
 
-where hbar_c is the class-mean activation, s_c in {-1, 0, +1} the sign, eps_c the radius and kappa
-the smallest cosine; at 0, the default, K_c is a half ball. That the perturbation belongs to a
-class, is found by PGD and is expansive or contractive comes from the LPA abstract (arXiv
-2605.29525); the cone in K_c, the normalised step and its length are choices made here.
+where hbar_c is the class-mean activation, s_c in {-1, 0, +1} the sign and eps_c the radius; with
+min_cosine = 0, the default, K_c is a half ball. That the perturbation belongs to a class, is found
+by PGD and is expansive or contractive comes from the LPA abstract (arXiv 2605.29525); the cone in
+K_c, the normalised step and its length are choices made here.
 
 The steps are unrolled: inside a loop primitive, XLA's CPU backend runs convolutions an order of
 magnitude slower.
