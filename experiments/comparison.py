@@ -72,13 +72,16 @@ def define_flags(experiment: str, profile: str) -> None:
 
 
 def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Options of every chosen method: defaults, then tuned, then flags."""
+    """Options of every chosen method: defaults, then tuned or else the recipe's, then flags."""
     if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
         raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
     explicit = run_flags.explicit_options()
     run_options = run_flags.explicit_run_options()
     return {
-        method: methods.options_for(method, pooled.get(method, {}), explicit) | run_options
+        method: methods.options_for(
+            method, pooled.get(method) or run_flags.recipe_options(method), explicit
+        )
+        | run_options
         for method in FLAGS.methods
     }
 

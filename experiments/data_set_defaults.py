@@ -32,6 +32,8 @@ LPL = MappingProxyType(
         "decay_factor": 0.2,
     }
 )
+# Its logits are perturbed by 40 steps of 0.01.
+LPL_OPTIONS = MappingProxyType({"lpl.steps": 40, "lpl.step_size": 1.0, "lpl.radius": 0.4})
 # Cao et al., arXiv 1906.07413, which LPL and logit adjustment follow: epochs 160 and 180 of 200.
 LDAM = MappingProxyType(
     {
@@ -69,3 +71,16 @@ def defaults(dataset: str, profile: str, model: str | None = None) -> Mapping[st
         return LDAM
     wide = (model or LPL["model"]).startswith("wrn")
     return LPL | (_WIDE_RESNET_DROPOUT if wide else {})
+
+
+def method_options(dataset: str, profile: str) -> Mapping[str, Any]:
+    """Options of methods that were not tuned, by `part.option`; empty without a recipe.
+
+    Args:
+      dataset: `--dataset`.
+      profile: `--profile`; on long tails LPL's steps depend on the set, see `experiments/recipes`.
+
+    >>> method_options("cifar10", "none")["lpl.steps"], dict(method_options("cifar10", "step"))
+    (40, {})
+    """
+    return LPL_OPTIONS if dataset in CIFAR and profile == "none" else {}

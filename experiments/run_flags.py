@@ -299,6 +299,15 @@ def follow_recipe() -> Mapping[str, Any]:
     return recipe
 
 
+def recipe_options(method: str) -> dict[str, Any]:
+    """Options that `--recipe` gives a method that was not tuned."""
+    if FLAGS.recipe == "none":
+        return {}
+    parts = {part.name for part in methods.parse(method)}
+    known = data_set_defaults.method_options(FLAGS.dataset, FLAGS.profile)
+    return {name: value for name, value in known.items() if name.partition(".")[0] in parts}
+
+
 def _dataset_name() -> str:
     """`--dataset`; the name of `--train_list` where only that is given."""
     if FLAGS.train_list is None or FLAGS["dataset"].present:

@@ -3,7 +3,7 @@
 import pytest
 from absl import flags
 
-from experiments import balanced, data_set_defaults, long_tail, run_flags
+from experiments import balanced, comparison, data_set_defaults, long_tail, run_flags
 from tests.module_call import forget_flags
 
 FLAGS = flags.FLAGS
@@ -50,6 +50,29 @@ def test_flags_override_single_values_of_a_recipe_and_none_overrides_it_whole():
     plain, _ = parsed(long_tail, "--dataset=cifar10", "--recipe=none")
     embedded, _ = parsed(long_tail)
     assert plain.as_dict() | {"dataset": "mnist5k"} == embedded.as_dict()
+
+
+def options(*arguments, pooled):
+    """Options of `lpl`, without its rule, that a command line means."""
+    try:
+        balanced.define_flags()
+        FLAGS(["balanced", "--methods=erm,lpl", *arguments])
+        run_flags.settings()
+        found = comparison.resolve_options(pooled)
+        return {name: value for name, value in found["lpl"].items() if name != "lpl.assignment"}
+    finally:
+        forget_flags()
+
+
+def test_lpl_takes_the_steps_of_its_recipe_on_cifar_unless_it_was_tuned_or_told_otherwise():
+    published = {"lpl.steps": 40, "lpl.step_size": 1.0, "lpl.radius": 0.4}
+    cifar = "--dataset=cifar10"
+    assert options(cifar, pooled={}) == published
+    assert options(cifar, "--steps=7", pooled={}) == published | {"lpl.steps": 7}
+    tuned = {"lpl": {"lpl.radius": 2.0}}
+    assert options(cifar, pooled=tuned) == {"lpl.radius": 2.0}
+    assert options(cifar, "--recipe=none", pooled={}) == {}
+    assert options(pooled={}) == {}
 
 
 @pytest.mark.parametrize("recipe", [data_set_defaults.LPL, data_set_defaults.LDAM])
