@@ -92,14 +92,6 @@ def test_when_one_process_goes_at_once_the_other_ends_and_both_go_on(
     report(f"{number.name} at {phase} to process {struck}: the other ended, bit-equal when resumed")
 
 
-@pytest.fixture(autouse=True)
-def _ctrl_c_is_not_ignored():
-    """A shell that starts the tests in the background has children ignore it."""
-    before = signal.signal(SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(SIGINT, before)
-
-
 def commands(experiment, workdir, *arguments):
     """The two processes of an experiment as a user starts them."""
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
