@@ -149,7 +149,7 @@ def swept(
             axis.set_xticks(range(len(at)), list(at), rotation=30, ha="right", fontsize=8)
             axis.set_title(f"{method}: {label}", fontsize=9)
             axis.grid(alpha=0.3)
-            if label not in ("norm ratio", "loss change"):
+            if correlation in series:
                 axis.set_ylim(-1.05, 1.05)
         if row[0].lines[1:]:
             row[0].legend(fontsize=8)
