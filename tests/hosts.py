@@ -24,22 +24,25 @@ def xla_flags(devices=1):
     return f"{_COMPILED} --xla_force_host_platform_device_count={devices}"
 
 
-def launch(task, count, arguments, only=None, devices=1):
-    """Starts processes 0..count-1 of a run (or `only` some of them), `devices` CPU devices each."""
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {
+def environment(devices=1):
+    """That of a worker with so many CPU devices."""
+    return {
         **os.environ,
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "XLA_FLAGS": xla_flags(devices),
     }
+
+
+def launch(task, count, arguments, only=None, devices=1):
+    """Starts processes 0..count-1 of a run (or `only` some of them), `devices` CPU devices each."""
     coordinator = f"127.0.0.1:{free_port()}"
     return [
         subprocess.Popen(
             [sys.executable, "-W", "error", str(TESTS / "hosts_worker.py"), task, coordinator,
              str(count), str(process), *arguments(process)],
-            env=environment,
+            env=environment(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -50,7 +50,6 @@ def test_a_model_that_is_not_ours_is_perturbed_at_a_block_and_stays_theirs(run):
 
 def test_eight_devices_train_the_network_of_one():
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    environment.pop("XLA_FLAGS", None)
     done = subprocess.run(
         [sys.executable, EXAMPLES / "pmap_many_devices.py"],
         capture_output=True,

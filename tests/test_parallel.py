@@ -2,12 +2,11 @@
 
 import functools
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
 import devices_worker
+import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,6 @@ import lpa_jax
 from lpa_jax import parallel
 from lpa_jax.models import MLP
 
-TESTS = pathlib.Path(__file__).parent
 SPREADS = [
     ("erm", "8"),
     ("cold lpa and lpl", "2"),
@@ -35,17 +33,9 @@ SPREADS = [
 @pytest.fixture(scope="module")
 def worker():
     """What `devices_worker.py` prints: every run on 8 CPU devices, in a process of its own."""
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    command = [sys.executable, "-W", "error", str(TESTS / "devices_worker.py")]
+    command = [sys.executable, "-W", "error", str(hosts.TESTS / "devices_worker.py")]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+        command, env=hosts.environment(8), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout)
