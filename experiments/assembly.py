@@ -28,6 +28,8 @@ LDAM_SCALES = {"linear": 1.0, "normalized": 30.0}
 # Share of the epochs after which LDAM-DRW re-weights: 160 of 200 in the paper.
 DRW_SWITCH = 0.8
 SAM_RHO = 0.05
+# Of Mixup at the input; Manifold Mixup's own default is that of its paper.
+MIXUP_ALPHA = 1.0
 # Numbers that decide no shape and no control flow: arguments of a compiled step.
 _TRACEABLE = (
     "radius",
@@ -195,7 +197,7 @@ def assignment(
 
 def _perturbation(part, own, layers, layer, counts) -> tuple[str | tuple[str, ...], Perturbation]:
     if part.name == MIXUP:
-        return INPUT, perturbations.create("manifold_mixup", **own)
+        return INPUT, perturbations.create("manifold_mixup", **{"alpha": MIXUP_ALPHA} | own)
     usual = {"lpl": LOGITS, "rsc": layers[-2]}.get(part.name, layer or layers[1])
     at = part.layer or own.get("layer") or usual
     own.pop("layer", None)

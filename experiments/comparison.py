@@ -73,8 +73,7 @@ def define_flags(experiment: str, profile: str) -> None:
 
 def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Options of every chosen method: defaults, then tuned or else the recipe's, then flags."""
-    if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
-        raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
+    methods.check_different(FLAGS.methods)
     explicit = run_flags.explicit_options()
     run_options = run_flags.explicit_run_options()
     return {

@@ -115,8 +115,7 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: tuned_file.Tuned
         raise ValueError(f"--draws must be >= 1, got {FLAGS.draws}")
     if FLAGS.draws > 1 and FLAGS.hparams not in ("auto", "none"):
         raise ValueError(f"--draws={FLAGS.draws} draws hyperparameters: --hparams must be none")
-    if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
-        raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
+    methods.check_different(FLAGS.methods)
     hidden = run_flags.searched_layers(settings.model)
     ranges = domain_flags.search_ranges()
 

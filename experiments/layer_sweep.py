@@ -138,13 +138,12 @@ def layer_radii(layers: tuple[str, ...]) -> dict[str, float]:
 def resolve_options(
     layers: tuple[str, ...], tuned: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Options of ERM and of every method at every layer.
+    """Options of ERM and of every method at every layer: tuned or else the recipe's, then flags.
 
     Raises:
       ValueError: naming the flag that does not fit.
     """
-    if len(set(FLAGS.methods)) < len(FLAGS.methods) or not FLAGS.methods:
-        raise ValueError(f"--methods must name different methods, got {','.join(FLAGS.methods)!r}")
+    methods.check_different(FLAGS.methods)
     if FLAGS.cka_images < 4:
         raise ValueError(f"--cka_images must be >= 4, got {FLAGS.cka_images}")
     explicit, radii = run_flags.explicit_options(), layer_radii(layers)
@@ -154,7 +153,8 @@ def resolve_options(
         for layer in layers:
             placed = place(method, layer)
             given = explicit | ({"radius": radii[layer]} if layer in radii else {})
-            found = dict(tuned.get(placed, tuned.get(method, {})))
+            chosen = tuned.get(placed) or tuned.get(method) or run_flags.recipe_options(method)
+            found = dict(chosen)
             for name in _movable():
                 found.pop(f"{name}.layer", None)  # where it was tuned, not where it stands
             options[placed] = methods.options_for(placed, found, given) | run_options

@@ -13,7 +13,7 @@ together in `assembly`.
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lpa_jax import losses, penalties
@@ -94,6 +94,16 @@ def parse(method: str) -> tuple[Part, ...]:
     if len(chosen) > 1:
         raise ValueError(f"--methods: {method!r} names several losses, {' and '.join(chosen)}")
     return tuple(parts)
+
+
+def check_different(names: Sequence[str]) -> None:
+    """Refuses `--methods` of which two are the same, or none.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"--methods must name different methods, got {','.join(names)!r}")
 
 
 def part_options(name: str) -> tuple[str, ...]:

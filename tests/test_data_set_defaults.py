@@ -3,7 +3,14 @@
 import pytest
 from absl import flags
 
-from experiments import balanced, comparison, data_set_defaults, long_tail, run_flags
+from experiments import (
+    balanced,
+    comparison,
+    data_set_defaults,
+    layer_sweep,
+    long_tail,
+    run_flags,
+)
 from tests.module_call import forget_flags
 
 FLAGS = flags.FLAGS
@@ -73,6 +80,20 @@ def test_lpl_takes_the_steps_of_its_recipe_on_cifar_unless_it_was_tuned_or_told_
     assert options(cifar, pooled=tuned) == {"lpl.radius": 2.0}
     assert options(cifar, "--recipe=none", pooled={}) == {}
     assert options(pooled={}) == {}
+
+
+def test_a_layer_sweep_gives_lpl_the_steps_of_its_recipe_too():
+    def steps_of(tuned):
+        try:
+            layer_sweep.define_flags()
+            FLAGS(["layer_sweep", "--methods=lpa+lpl", "--dataset=cifar10", "--profile=none"])
+            found = layer_sweep.resolve_options(("stage2",), tuned)
+            return found["lpa@stage2+lpl"].get("lpl.steps")
+        finally:
+            forget_flags()
+
+    assert steps_of({}) == 40
+    assert steps_of({"lpa+lpl": {"lpl.radius": 2.0}}) is None
 
 
 @pytest.mark.parametrize("recipe", [data_set_defaults.LPL, data_set_defaults.LDAM])

@@ -12,6 +12,7 @@ from experiments import methods, search
 from experiments.assembly import assemble, traceable
 from lpa_jax import losses, optimizers
 from lpa_jax.models import MLP
+from lpa_jax.perturbations import Site
 from tests import toy
 
 LAYERS = ("input", "hidden1", "hidden2", "logits")
@@ -49,6 +50,15 @@ def test_ldam_is_re_weighted_after_its_share_of_the_epochs():
     weights = losses.effective_number_weights(COUNTS)
     mean = np.average(weights, weights=COUNTS)
     assert weighted == pytest.approx(plain * weights[2] / mean, rel=1e-5)
+
+
+def test_mixup_at_the_input_has_the_share_of_its_own_paper_unless_told_otherwise():
+    def targets(options):
+        site = Site(jnp.zeros((3, 2)), jnp.eye(3), jnp.arange(3), None, None, jax.random.key(4))
+        return np.asarray(built("mixup", options).perturbations["input"].apply((), site).targets)
+
+    np.testing.assert_array_equal(targets({}), targets({"mixup.alpha": 1.0}))
+    assert (targets({}) != targets({"mixup.alpha": 2.0})).any()
 
 
 @pytest.mark.parametrize("name", ["ldam", "ldam_drw"])

@@ -5,6 +5,7 @@ A new method needs an entry in METHODS: arguments to test it with, and arguments
 
 import dataclasses
 import functools
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lpa_jax
 from lpa_jax import losses, perturbations
 from lpa_jax.perturbations import Applied, Feedback, Site
 
@@ -184,6 +186,22 @@ def test_every_entry_of_this_suite_is_registered():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_created_by_its_name_alone(name):
     assert perturbations.create(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("factory", "defaults"),
+    [
+        (lpa_jax.dropout, {"rate": 0.5}),
+        (lpa_jax.manifold_mixup, {"alpha": 2.0}),
+        (lpa_jax.mixstyle, {"alpha": 0.1, "probability": 0.5}),
+        (lpa_jax.rsc, {"drop_f": 1 / 3, "drop_b": 1 / 3}),
+        (lpa_jax.spatial_dropout, {"rate": 0.1, "block_size": None}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_defaults_are_the_published_ones(factory, defaults):
+    parameters = inspect.signature(factory).parameters
+    assert {name: parameter.default for name, parameter in parameters.items()} == defaults
 
 
 @every_variant

@@ -1,10 +1,11 @@
-"""XLA's options for the suite, whose time is mostly that of compiling small programs that run once."""
+"""XLA's options for the suite, most of whose time is the compilation of small programs."""
 
 import importlib.util
 import mmap
 import pathlib
 
-# Without the emitters that go through MLIR, and as one LLVM module each, they compile in half the time.
+# Without the emitters that go through MLIR, and as one LLVM module each, programs compile in half
+# the time.
 QUICK = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": "true",

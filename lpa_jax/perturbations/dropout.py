@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 @register("dropout")
-def dropout(rate: float = 0.1) -> Perturbation:
+def dropout(rate: float = 0.5) -> Perturbation:
     r"""Inverted dropout, unbiased: E[h~_i] = h_i.
 
         h~_i = h_i * m_i / (1 - rate),    m_i ~ Bernoulli(1 - rate), one for every unit
@@ -23,8 +23,7 @@ def dropout(rate: float = 0.1) -> Perturbation:
       ValueError: `rate` out of range.
 
     Source: Srivastava et al., JMLR 15 (2014), in the inverted form that leaves evaluation alone.
-    The publication takes 0.5 in every hidden layer and 0.2 at the input; the default here is for
-    one injection point.
+    The default is that of the publication for hidden layers; it takes 0.2 at the input.
 
     >>> dropout(0.5).name
     'dropout'

@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 @register("manifold_mixup")
-def manifold_mixup(alpha: float = 1.0) -> Perturbation:
+def manifold_mixup(alpha: float = 2.0) -> Perturbation:
     r"""Interpolates every example's activation and target with those of another one.
 
         h~_i = h_i + (1 - lambda) (h_pi(i) - h_i),
@@ -28,10 +28,10 @@ def manifold_mixup(alpha: float = 1.0) -> Perturbation:
     Raises:
       ValueError: `alpha` out of range.
 
-    Source: Verma et al., ICML 2019 (arXiv 1806.05236), with alpha = 2 for CIFAR. The published
-    method also draws the layer at random in every step; here that belongs to the training step, not
-    to the perturbation. At the input: Zhang et al., ICLR 2018 (arXiv 1710.09412), with alpha = 1
-    for CIFAR, the default here, and 0.2 in DomainBed.
+    Source: Verma et al., ICML 2019 (arXiv 1806.05236), with alpha = 2 for CIFAR, the default. The
+    published method also draws the layer at random in every step; here that belongs to the training
+    step, not to the perturbation. At the input: Zhang et al., ICLR 2018 (arXiv 1710.09412), with
+    alpha = 1 for CIFAR and 0.2 in DomainBed.
 
     >>> manifold_mixup(alpha=2.0).name
     'manifold_mixup'

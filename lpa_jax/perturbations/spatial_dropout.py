@@ -40,6 +40,7 @@ def spatial_dropout(rate: float = 0.1, *, block_size: int | None = None) -> Pert
     Source: Tompson et al., CVPR 2015 (arXiv 1411.4280), whole channels; Ghiasi et al., NeurIPS 2018
     (arXiv 1810.12890), blocks and gamma. DropBlock rescales by the share that survived in the
     batch; dividing by its expectation instead is this library's choice and needs no communication.
+    The default rate is that of DropBlock's ResNet-50 on ImageNet, whose `keep_prob` is 0.9.
 
     >>> spatial_dropout(0.1, block_size=7).name
     'spatial_dropout'
