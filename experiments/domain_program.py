@@ -53,9 +53,10 @@ class Program:
         model = settings.network(source.num_classes)
         self._transform = settings.transform(source.image_shape)
         self._loaded = settings.initial_variables(model, source.image_shape)
-        self._network = as_network(model)
+        examples = num_domains * settings.batch_size
+        self._network = as_network(settings.over_devices(model, examples))
         self._normalize = source.normalization.apply
-        shape = (num_domains * settings.batch_size, *source.image_shape)
+        shape = (examples, *source.image_shape)
         self._example = {"image": np.zeros(shape, np.float32)}
         known = self._mix(options)
         self._stages = tuple(
@@ -161,12 +162,6 @@ def _check_domains(
         )
     if num_domains < 1:
         raise ValueError(f"--leave_two_out: {settings.dataset} has no third domain to train on")
-    examples, devices = num_domains * settings.batch_size, jax.device_count()
-    if examples % devices:
-        raise ValueError(
-            f"--batch_size={settings.batch_size}: {num_domains} domains make {examples} examples "
-            f"a step, which do not split evenly over {devices} devices"
-        )
 
 
 def _rate(settings: DomainSettings, options: Mapping[str, Any]) -> optax.Schedule:

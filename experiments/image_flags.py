@@ -1,4 +1,4 @@
-"""Flags of augmentation, head and pretrained weights, which all training experiments have."""
+"""Flags of augmentation, the network and its passes, which all training experiments have."""
 
 from typing import Any
 
@@ -63,6 +63,12 @@ def define_flags(defaults: type[ImageSettings]) -> None:
         "Normalise by the pretrained running statistics in training, too, and keep them as they "
         "are; scales and biases are trained. As in DomainBed.",
     )
+    flags.DEFINE_integer(
+        "accumulate", 1, "Parts of a device's share of a batch, one in memory at a time."
+    )
+    flags.DEFINE_bool(
+        "sync_batch_norm", False, "Normalise by the statistics of the batch of all devices."
+    )
 
 
 def values() -> dict[str, Any]:
@@ -81,6 +87,8 @@ def values() -> dict[str, Any]:
         "model_dropout": FLAGS.model_dropout,
         "pretrained": _weights(FLAGS.pretrained),
         "freeze_batch_norm": FLAGS.freeze_batch_norm,
+        "accumulate": FLAGS.accumulate,
+        "sync_batch_norm": FLAGS.sync_batch_norm,
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lpa_jax import data, models
+from lpa_jax import data, models, parallel
+from lpa_jax.accumulation import accumulate
 from lpa_jax.data import augment
 from lpa_jax.models.base import HEADS
 from lpa_jax.models.pretrained import Weights, convert
@@ -23,6 +24,8 @@ _LATER = (
     "grayscale_probability",
     "pretrained",
     "freeze_batch_norm",
+    "accumulate",
+    "sync_batch_norm",
 )
 
 
@@ -36,6 +39,8 @@ class ImageSettings:
     model_dropout: float = 0.0
     pretrained: Weights | None = None
     freeze_batch_norm: bool = False
+    accumulate: int = 1
+    sync_batch_norm: bool = False
     augmentation: str = "none"
     crop_padding: int = 2
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -61,6 +66,10 @@ class ImageSettings:
             )
         if self.freeze_batch_norm:
             _named("freeze_batch_norm", lambda: self.network(2))
+        if self.freeze_batch_norm and self.sync_batch_norm:
+            raise ValueError("--sync_batch_norm: --freeze_batch_norm leaves nothing to synchronise")
+        if self.accumulate < 1:
+            raise ValueError(f"--accumulate must be >= 1, got {self.accumulate}")
         if len(self.jitter) != 4:
             raise ValueError(f"--jitter must be four numbers, got {self.jitter!r}")
         for name, build in (
@@ -89,6 +98,33 @@ class ImageSettings:
             options["dropout"] = self.model_dropout
         options |= {"dtype": self.dtype, "head": self.head}
         return models.create(self.model, num_classes, **options)
+
+    def over_devices(self, model: models.StagedModel, examples: int) -> Any:
+        """The model as it is trained: its batch norms synchronised, its passes in parts.
+
+        Args:
+          model: as `network` makes it.
+          examples: of a step, on all devices.
+
+        Raises:
+          ValueError: --sync_batch_norm does not fit the model, or --batch_size or --accumulate the
+            devices.
+        """
+        share, rest = divmod(examples, jax.device_count())
+        if rest:
+            raise ValueError(
+                f"--batch_size: the {examples} examples of a step do not split evenly over "
+                f"{jax.device_count()} devices"
+            )
+        if share % self.accumulate:
+            raise ValueError(
+                f"--accumulate={self.accumulate} must divide the {share} examples that a device "
+                "takes in a step"
+            )
+        if self.sync_batch_norm:
+            options = {"axis_name": parallel.batch_axis()}
+            model = _named("sync_batch_norm", lambda: self.network(model.num_classes, **options))
+        return accumulate(model, self.accumulate)
 
     def initial_variables(
         self, model: models.StagedModel, image_shape: tuple[int, ...]

@@ -13,8 +13,7 @@ import optax
 from experiments import files, traced_step
 from experiments.assembly import Mixed, assemble, mixed, traceable
 from experiments.settings import Settings, Task
-from lpa_jax import losses, models, optimizers, parallel, trainer
-from lpa_jax.accumulation import accumulate
+from lpa_jax import losses, optimizers, parallel, trainer
 from lpa_jax.diagnostics import class_geometry, observe, perturbation_effect
 from lpa_jax.injection import Network, as_network
 from lpa_jax.step import TrainState, eval_step
@@ -76,7 +75,7 @@ def make_program(
       ValueError: naming the flag that does not fit.
     """
     model = settings.network(task.train.num_classes)
-    trained_model = over_devices(settings, model)
+    trained_model = settings.over_devices(model, settings.batch_size)
     network = as_network(model)
     recipe = _Recipe(method, settings, task, network.layers, layer)
     known = recipe.mix(options)  # refuses bad values before anything is compiled
@@ -193,16 +192,6 @@ class _Steps:
         return {
             layer: class_geometry(one, batch["label"], num_classes) for layer, one in seen.items()
         }
-
-
-def over_devices(settings: Settings, model: models.StagedModel) -> Any:
-    """The model as it is trained: its batch norms synchronised, its passes in parts."""
-    if settings.sync_batch_norm:
-        try:
-            model = settings.network(model.num_classes, axis_name=parallel.batch_axis())
-        except ValueError as error:
-            raise ValueError(f"--sync_batch_norm: {error}") from None
-    return accumulate(model, settings.accumulate)
 
 
 @dataclasses.dataclass(frozen=True)

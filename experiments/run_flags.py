@@ -112,12 +112,6 @@ def define_training_flags() -> None:
     flags.DEFINE_float("decay_factor", 0.2, "What each milestone multiplies the rate by.")
     image_flags.define_flags(Settings)
     flags.adopt_module_key_flags(image_flags)
-    flags.DEFINE_integer(
-        "accumulate", 1, "Parts of a device's share of a batch, one in memory at a time."
-    )
-    flags.DEFINE_bool(
-        "sync_batch_norm", False, "Normalise by the statistics of the batch of all devices."
-    )
     flags.DEFINE_enum("loss", "cross_entropy", losses.names(), "Training loss.")
     flags.DEFINE_integer(
         "drw_epoch", None, "With --loss=ldam: epoch from which classes are re-weighted (DRW)."
@@ -276,8 +270,6 @@ def settings() -> Settings:
         warmup_epochs=FLAGS.warmup_epochs,
         milestones=milestones,
         decay_factor=FLAGS.decay_factor,
-        accumulate=FLAGS.accumulate,
-        sync_batch_norm=FLAGS.sync_batch_norm,
         loss=FLAGS.loss,
         drw_epoch=FLAGS.drw_epoch,
         evaluate_every=FLAGS.evaluate_every,

@@ -12,7 +12,7 @@ from experiments.program import Program
 from experiments.recording import Logging, RunLog
 from experiments.run_folder import RunFolder
 from experiments.saving import Saving
-from experiments.settings import Settings, Task
+from experiments.settings import Task
 from lpa_jax import data, multihost, parallel, trainer
 from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.prefetch import Prefetched
@@ -26,9 +26,6 @@ def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
     settings = program.settings.as_dict()
     for folder in ("data_dir", "image_root"):
         settings.pop(folder)
-    for name in ("accumulate", "sync_batch_norm"):  # not there when earlier runs were made
-        if settings[name] == getattr(Settings, name):
-            settings.pop(name)
     return files.plain(
         {
             "method": program.method,

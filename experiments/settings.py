@@ -40,8 +40,6 @@ class Settings(ImageSettings):
     warmup_epochs: float = 0.0
     milestones: tuple[float, ...] = ()
     decay_factor: float = 0.2
-    accumulate: int = 1
-    sync_batch_norm: bool = False
     loss: str = "cross_entropy"
     drw_epoch: int | None = None
     evaluate_every: int = 5
@@ -69,7 +67,6 @@ class Settings(ImageSettings):
             ("epochs", 1),
             ("batch_size", 1),
             ("evaluate_every", 1),
-            ("accumulate", 1),
             ("imbalance", 1),
             ("learning_rate", 0),
             ("weight_decay", 0),
@@ -95,8 +92,6 @@ class Settings(ImageSettings):
         if self.drw_epoch is not None and self.loss != "ldam":
             raise ValueError(f"--drw_epoch needs --loss=ldam, got --loss={self.loss}")
         task_data.check_flags(self)
-        if self.freeze_batch_norm and self.sync_batch_norm:
-            raise ValueError("--sync_batch_norm: --freeze_batch_norm leaves nothing to synchronise")
         return self.check_images(of_files=task_data.are_listed(self))
 
 

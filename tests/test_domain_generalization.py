@@ -6,22 +6,17 @@ import io
 import json
 import pathlib
 import shutil
-import types
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from absl import flags
 from module_call import forget_flags, own_flags
 from test_experiments import BY_NAME, call
-from toy import assert_trees_equal
 
 from experiments import (
     distributed,
     domain_flags,
     domain_generalization,
-    domain_protocol,
     domain_selection,
     domain_tune,
     image_flags,
@@ -29,12 +24,8 @@ from experiments import (
     search,
     search_loop,
 )
-from experiments.domain_program import Program
-from experiments.domain_protocol import Network, Trainings
-from experiments.domain_settings import DomainSettings, DomainSource
-from experiments.progress import RunProgress
-from lpa_jax import parallel, trainer
-from lpa_jax.interrupts import InterruptedRunError
+from experiments.domain_settings import DomainSettings
+from lpa_jax import trainer
 
 FLAGS = flags.FLAGS
 DOMAINS = ("+90%", "+80%", "-90%")
@@ -211,127 +202,6 @@ def test_pairs_can_be_added_to_a_finished_job(run, job, tmp_path):
     assert 0 <= result["selections"]["leave_one_domain_out"] <= 1
 
 
-def test_methods_that_compare_domains_are_trained_on_the_one_that_a_pair_of_three_leaves(source):
-    settings, domains = source
-    for method in ("coral", "group_dro", "irm", "vrex"):
-        Program(method, {}, settings, domains, num_domains=1, counts=[4] * 10)
-    two = types.SimpleNamespace(names=("a", "b"))
-    with pytest.raises(ValueError, match="coral in 'coral' compares training domains, but only 1 "):
-        Program("coral", {}, settings, two, num_domains=1, counts=[4] * 10)
-
-
-@pytest.fixture(scope="module")
-def source(data_dir):
-    settings = DomainSettings(dataset="ColoredMNIST", data_dir=str(data_dir), image_size=14,
-                              images_per_domain=40, model="mlp", train_steps=4, evaluate_every=2,
-                              batch_size=4).check()  # fmt: skip
-    return settings, DomainSource(settings)
-
-
-QUIET = RunProgress(1, 1, quiet=True)
-FIXED = {"lpa.assignment": "confidence", "lpa.steps": 1, "lpa.radius_target": 0.2}
-WEAK = FIXED | {"learning_rate": 1e-3, "lpa.radius": 0.1}
-STRONG = FIXED | {"learning_rate": 1e-2, "lpa.radius": 0.7}
-
-
-def test_numbers_are_arguments_of_one_compiled_program(source, tmp_path):
-    settings, domains = source
-    shared, alone = (Trainings(settings, domains, tmp_path / name) for name in "ab")
-    weak, strong = (Network("lpa", options, ("+90%",), 0) for options in (WEAK, STRONG))
-    program = shared.program(weak)
-    assert shared.program(strong._replace(held_out=("-90%",), seed=1)) is program
-    assert shared.program(weak._replace(options=WEAK | {"lpa.steps": 2})) is not program
-    assert shared.program(weak._replace(held_out=("+90%", "-90%"))) is not program
-    shared.run(weak, QUIET)
-    assert shared.run(strong, QUIET)["records"] == alone.run(strong, QUIET)["records"]
-    logs = tmp_path.glob("*/lpa/**/metrics.jsonl")
-    rows = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
-    losses = [row["train/loss"] for row in rows]
-    assert len(losses) == 3 and len(set(losses)) == 2, "options must reach the step"
-    assert all(row["effect/hidden1/radius_scale/positive"] != 1 for row in rows)
-
-
-def test_steps_take_the_states_memory_but_not_that_of_loaded_weights_or_of_numbers(
-    source, tmp_path, monkeypatch
-):
-    settings, domains = source
-    network = Network("lpa", WEAK, ("+90%",), 0)
-
-    def drawn(settings, model, image_shape):
-        return model.init(jax.random.key(9), jnp.zeros((1, *image_shape)))
-
-    monkeypatch.setattr(DomainSettings, "initial_variables", drawn)
-    trainings = Trainings(settings, domains, tmp_path)
-    program, steps, train = trainings.program(network), [], trainer.train
-    # Not compiled, so that what jit may pass through, the loaded weights, certainly is.
-    monkeypatch.setattr(program, "_create", program._create.__wrapped__)
-
-    def noticed_train(state, stages, batches, *args, **kwargs):
-        assert isinstance(batches[0], parallel.PlacedBatch)
-        first = jax.tree.map(np.array, state.params)
-        for after, record in train(state, stages, batches, *args, **kwargs):
-            steps.append(record.step)
-            yield after, record
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
-        assert_trees_equal(program.init(0).params, first)
-
-    monkeypatch.setattr(trainer, "train", noticed_train)
-    trainings.run(network, QUIET)
-    trainings.run(network._replace(seed=1), QUIET)
-    assert steps == [2, 4] * 2
-
-
-def test_a_network_that_is_stopped_goes_on_to_the_same_records(source, tmp_path):
-    settings, domains = source
-    network = Network("coral", {}, ("+80%",), 3)
-    whole = Trainings(settings, domains, tmp_path / "whole").run(network, QUIET)
-    for asked in (2, 6):  # within the first stretch, and in its evaluation or the next
-        left = [asked]
-
-        def should_stop(left=left):
-            left[0] -= 1
-            return left[0] < 0
-
-        stopped = Trainings(
-            settings, domains, tmp_path / f"stopped_{asked}", should_stop=should_stop
-        )
-        with pytest.raises(InterruptedRunError):
-            stopped.run(network, QUIET)
-        left[0] = 10**6
-        assert stopped.run(network, QUIET)["records"] == whole["records"]
-
-
-def test_a_final_evaluation_that_is_missing_is_made_once(source, tmp_path, monkeypatch):
-    settings, domains = source
-    network = Network("erm", {}, ("+80%",), 3)
-    evaluated, evaluate = [], domain_protocol._accuracies
-    stop_after = settings.train_steps
-
-    def noticed(program, state, *args):
-        evaluated.append(int(state.step))
-        return evaluate(program, state, *args)
-
-    monkeypatch.setattr(domain_protocol, "_accuracies", noticed)
-    whole = Trainings(settings, domains, tmp_path / "whole").run(network, QUIET)
-    assert evaluated == [2, 4]
-    stopped = Trainings(
-        settings,
-        domains,
-        tmp_path / "stopped",
-        should_stop=lambda: bool(evaluated) and evaluated[-1] == stop_after,
-    )
-    evaluated.clear()
-    with pytest.raises(InterruptedRunError):
-        stopped.run(network, QUIET)
-    assert evaluated == [2, 4] and stopped.finished(network) is None
-    evaluated.clear()
-    stop_after = None
-    assert stopped.run(network, QUIET)["records"] == whole["records"]
-    assert evaluated == [4]
-    stopped.run(network, QUIET)
-    assert evaluated == [4]
-
-
 def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_domain(run, tmp_path):
     output = tmp_path / "hparams.json"
     common = (*TINY, "--methods=erm", "--test_domains=+90%,-90%", "--trials=3",
@@ -392,6 +262,8 @@ def test_a_trial_that_diverged_is_not_chosen():
         (["--methods=lpa@stage9"], "unknown layer 'stage9'"),
         (["--option=coral.layer=input", "--methods=coral"], "coral"),
         (["--evaluate_every=3"], "--evaluate_every must divide --train_steps=4"),
+        (["--accumulate=3"], "--accumulate=3 must divide the 8 examples that a device takes"),
+        (["--sync_batch_norm"], "--sync_batch_norm: option 'axis_name' is unknown to"),
         (["--train_steps=0"], "--train_steps must be finite and >= 1"),
         (["--holdout_fraction=1"], "--holdout_fraction must lie in (0, 1)"),
         (["--images_per_domain=4"], "--holdout_fraction=0.2 leaves no held-out image"),
@@ -422,7 +294,7 @@ def test_tuning_refuses_bad_input_before_anything_is_written(run, tmp_path, argu
 def test_a_batch_that_does_not_split_over_the_devices_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 3)
     message, *_ = run("domain_generalization", *TINY, f"--workdir={tmp_path / 'job'}")
-    assert "--batch_size=4: 2 domains make 8 examples" in message and "3 devices" in message
+    assert "--batch_size: the 8 examples of a step do not split evenly over 3 devices" in message
     assert not (tmp_path / "job").exists()
 
 

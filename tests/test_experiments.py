@@ -27,8 +27,9 @@ from experiments import (
     search_loop,
     tune,
 )
+from experiments.domain_settings import DomainSettings
 from experiments.methods import RUN_OPTIONS
-from experiments.program import make_program, over_devices
+from experiments.program import make_program
 from experiments.settings import Settings, TaskSource
 from lpa_jax import models
 
@@ -231,6 +232,8 @@ def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
         (["--seeds=1,1"], "--seeds must name different seeds"),
         (["--epochs=0"], "--epochs must be finite and >= 1"),
         (["--batch_size=0"], "--batch_size must be finite and >= 1"),
+        (["--accumulate=0"], "--accumulate must be >= 1, got 0"),
+        (["--accumulate=7"], "--accumulate=7 must divide the 64 examples that a device takes"),
         (["--imbalance=0.5"], "--imbalance must be finite and >= 1"),
         (["--imbalance=9999"], "imbalance=9999"),
         (["--dataset=nonsense"], "nonsense"),
@@ -395,17 +398,16 @@ def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path,
     assert not list((tmp_path / "job").glob("**/result.json"))
 
 
-def test_accumulation_and_synchronised_batch_norm_reach_the_model():
-    settings = Settings(model="small_cnn", accumulate=3, sync_batch_norm=True)
+@pytest.mark.parametrize("kind", [Settings, DomainSettings])
+def test_accumulation_and_synchronised_batch_norm_reach_the_model(kind):
+    settings = kind(model="small_cnn", accumulate=3, sync_batch_norm=True)
     plain = models.create("small_cnn", 5, dtype="float32")
-    network = over_devices(settings, plain)
+    network = settings.over_devices(plain, 6)
     # On one device there is no axis to synchronise over.
     assert (network.micro_batches, network.network.model) == (3, plain)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner.parallel, "batch_axis", lambda: "devices")
-        network = over_devices(settings, plain)
+        network = settings.over_devices(plain, 6)
     assert network.network.model.axis_name == "devices"
     with pytest.raises(ValueError, match="--sync_batch_norm: option 'axis_name' is unknown to"):
-        over_devices(Settings(sync_batch_norm=True), models.create("mlp", 5))
-    with pytest.raises(ValueError, match="--accumulate must be finite and >= 1, got 0"):
-        Settings(accumulate=0).check()
+        kind(model="mlp", sync_batch_norm=True).over_devices(models.create("mlp", 5), 6)
