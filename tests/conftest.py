@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("XLA_FLAGS", xla_options.known())
 
 import jax
+import module_call
 import numpy as np
 import pytest
 
@@ -49,3 +50,21 @@ def planned(tmp_path):
     made = jobs.plan(tmp_path, "long_tail", ["erm", "lpa"], [1], {"imbalance": ["10", "100"]})
     jobs.prepare(made)
     return made
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where embedded sets are prepared, once for all test files of a process."""
+    return tmp_path_factory.getbasetemp() / "tfds"
+
+
+@pytest.fixture
+def run(data_dir, capsys):
+    """(module, *flags) -> (exit message or None, standard output, standard error)."""
+
+    def run_and_capture(name, *arguments):
+        message = module_call.call_by_name(data_dir, name, *arguments)
+        captured = capsys.readouterr()
+        return message, captured.out, captured.err
+
+    return run_and_capture

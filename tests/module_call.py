@@ -1,6 +1,7 @@
 """Runs an experiment's module in this process as its command line would."""
 
 import contextlib
+import importlib
 import io
 
 from absl import flags
@@ -39,3 +40,9 @@ def call(module, *arguments):
     with contextlib.redirect_stdout(out):
         message = run_main(module, *arguments)
     return message, out.getvalue()
+
+
+def call_by_name(data_dir, name, *arguments):
+    """Runs a module as its command line would; the exit message, None if it ends well."""
+    module = importlib.import_module(f"experiments.{name}")
+    return run_main(module, f"--data_dir={data_dir}", "--compilation_cache=", *arguments)

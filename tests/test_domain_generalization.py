@@ -10,8 +10,8 @@ import shutil
 import jax
 import pytest
 from absl import flags
-from module_call import forget_flags, own_flags
-from test_experiments import BY_NAME, call
+from module_call import call_by_name, forget_flags, own_flags
+from test_experiments import BY_NAME
 
 from experiments import (
     distributed,
@@ -35,29 +35,14 @@ JOB = ("--methods=erm,lpa", "--steps=1", "--seeds=2")
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "tfds"
-
-
-@pytest.fixture
-def run(data_dir, capsys):
-    """(module, *flags) -> (exit message or None, standard output, standard error)."""
-
-    def run_and_capture(name, *arguments):
-        message = call(data_dir, name, *arguments)
-        captured = capsys.readouterr()
-        return message, captured.out, captured.err
-
-    return run_and_capture
-
-
-@pytest.fixture(scope="module")
 def job(data_dir, tmp_path_factory):
     """A small finished job and what it printed; tests that change it take a copy."""
     workdir = tmp_path_factory.mktemp("domains") / "job"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        message = call(data_dir, "domain_generalization", *TINY, *JOB, f"--workdir={workdir}")
+        message = call_by_name(
+            data_dir, "domain_generalization", *TINY, *JOB, f"--workdir={workdir}"
+        )
     assert message is None
     return workdir, out.getvalue(), err.getvalue()
 

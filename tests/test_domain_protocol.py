@@ -25,8 +25,7 @@ STRONG = FIXED | {"learning_rate": 1e-2, "lpa.radius": 0.7}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    data_dir = tmp_path_factory.getbasetemp() / "tfds"
+def source(data_dir):
     settings = DomainSettings(dataset="ColoredMNIST", data_dir=str(data_dir), image_size=14,
                               images_per_domain=40, model="mlp", train_steps=4, evaluate_every=2,
                               batch_size=4).check()  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from absl import flags
-from test_experiments import forget_flags
+from module_call import forget_flags
 
 from experiments import long_tail, run_flags, runner, task_data
 from experiments.program import make_program

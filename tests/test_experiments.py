@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import importlib
 import io
 import json
 import pathlib
@@ -13,7 +12,7 @@ import shutil
 import numpy as np
 import pytest
 from absl import flags
-from module_call import forget_flags, own_flags, run_main
+from module_call import call_by_name, forget_flags, own_flags
 
 from experiments import (
     assembly,
@@ -38,30 +37,6 @@ HOST_FLAGS = tuple(field.name for field in dataclasses.fields(distributed.Hosts)
 # Flags that are read by name, in a loop over them.
 BY_NAME = (*run_flags.OPTION_FLAGS, *RUN_OPTIONS, *HOST_FLAGS)
 
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "tfds"
-
-
-def call(data_dir, name, *arguments):
-    """Runs a module as its command line would; the exit message, None if it ends well."""
-    module = importlib.import_module(f"experiments.{name}")
-    return run_main(module, f"--data_dir={data_dir}", "--compilation_cache=", *arguments)
-
-
-@pytest.fixture
-def run(data_dir, capsys):
-    """(module, *flags) -> (exit message or None, standard output, standard error)."""
-
-    def run_and_capture(name, *arguments):
-        message = call(data_dir, name, *arguments)
-        captured = capsys.readouterr()
-        return message, captured.out, captured.err
-
-    return run_and_capture
-
-
 TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
 JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2", "--class_geometry_batches=2",
        "--tensorboard=full", "--option=lpa.radius_target=0.2")  # fmt: skip
@@ -73,7 +48,7 @@ def job(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "job"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        message = call(data_dir, "long_tail", *TINY, *JOB, f"--workdir={workdir}")
+        message = call_by_name(data_dir, "long_tail", *TINY, *JOB, f"--workdir={workdir}")
     assert message is None
     return workdir, out.getvalue(), err.getvalue()
 

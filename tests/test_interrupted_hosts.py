@@ -30,8 +30,7 @@ def zygote():
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
-    data_dir = tmp_path_factory.getbasetemp() / "tfds"
+def flags(data_dir):
     data.prepare("digits", data_dir)
     return (*FLAGS, f"--data_dir={data_dir}")
 

@@ -143,10 +143,7 @@ def test_bad_flags_get_one_line_and_nothing_is_written(
     assert not (tmp_path / "job").exists()
 
 
-def test_colours_that_images_do_not_have_are_refused_before_anything_is_written(
-    tmp_path, tmp_path_factory
-):
-    data_dir = tmp_path_factory.getbasetemp() / "tfds"  # prepared once, for all test files
+def test_colours_that_images_do_not_have_are_refused_before_anything_is_written(tmp_path, data_dir):
     flags = ("--dataset=ColoredMNIST", "--model=mlp", f"--data_dir={data_dir}", "--quiet",
              "--compilation_cache=", f"--workdir={tmp_path / 'job'}")  # fmt: skip
     message, _ = call(domain_generalization, *flags, "--augmentation=grayscale")

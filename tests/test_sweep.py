@@ -68,9 +68,9 @@ def finish(job):
 
 
 def test_a_sweep_runs_its_jobs_reports_them_and_names_the_one_that_failed(
-    tmp_path, tmp_path_factory, capfd
+    tmp_path, data_dir, capfd
 ):
-    workdir, data_dir = tmp_path / "sweep", tmp_path_factory.getbasetemp() / "tfds"
+    workdir = tmp_path / "sweep"
     message = call(
         "--experiment=long_tail", "--methods=erm,lpa@hidden9", "--seeds=1", f"--workdir={workdir}",
         "--set=imbalance=10", "--num_workers=2", "--", "--dataset=digits", "--epochs=1",

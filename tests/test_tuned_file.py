@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from test_experiments import call
 
 from experiments import methods, tuned_file
 from experiments.domain_settings import DomainSettings
@@ -85,16 +84,15 @@ def test_nothing_is_said_of_a_search_with_the_settings_of_the_run(kind):
 
 
 def test_the_tables_own_notes_name_them_and_so_does_a_line_before_training(
-    tmp_path, tmp_path_factory, monkeypatch, capsys
+    run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tuned_file, "FOLDER", tmp_path)
     content = {"search": {"settings": {"epochs": 60}}, "methods": {"erm": {"chosen": {}}}}
     (tmp_path / "balanced_digits_mlp.json").write_text(json.dumps(content))
-    data_dir = tmp_path_factory.getbasetemp() / "tfds"
-    message = call(data_dir, "balanced", "--dataset=digits", "--epochs=1", "--per_class=5",
-                   "--methods=erm,focal", "--seeds=1", f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    message, out, err = run("balanced", "--dataset=digits", "--epochs=1", "--per_class=5",
+                            "--methods=erm,focal", "--seeds=1",
+                            f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None
-    out, err = capsys.readouterr()
     table = (tmp_path / "job/table.md").read_text()
     for text in (
         "Not tuned, for balanced_digits_mlp.json does not hold them: focal.",

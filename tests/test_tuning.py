@@ -6,25 +6,12 @@ import signal
 import pytest
 from test_domain_generalization import DOMAINS
 from test_domain_generalization import TINY as TINY_DOMAINS
-from test_experiments import HOST_FLAGS, TINY, call
+from test_experiments import HOST_FLAGS, TINY
 
 from experiments import runner
 from experiments.domain_protocol import Trainings
 from lpa_jax import workdir_lock
 from lpa_jax.interrupts import InterruptedRunError
-
-
-@pytest.fixture
-def run(tmp_path_factory, capsys):
-    """(module, *flags) -> (exit message or None, standard output, standard error)."""
-
-    def run_and_capture(name, *arguments):
-        message = call(tmp_path_factory.getbasetemp() / "tfds", name, *arguments)
-        captured = capsys.readouterr()
-        return message, captured.out, captured.err
-
-    return run_and_capture
-
 
 ONE_TRIAL = (*TINY, "--methods=erm", "--trials=1", "--seeds=100-100")
 

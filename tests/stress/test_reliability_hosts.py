@@ -67,6 +67,21 @@ def test_a_signal_in_each_phase_to_either_process(
     report(f"{names} to process {struck}: {tried}/{tried} stopped both, saved; bit-equal")
 
 
+def lose_one(zygote, workdir, *arguments, phase, struck, number):
+    """Sends a signal to one of two processes in a phase; the other ends in time, in one line."""
+    impatient = (*arguments, f"--heartbeat_timeout={hosts.HEARTBEAT}")
+    runs = zygote.start_hosts(workdir, *impatient, paces=("0.05", "0.05"))
+    lost, other = runs[struck], runs[1 - struck]
+    # Process 0 alone saves.
+    assert runs[0 if phase == "begin save" else struck].wait_for(phase), lost.lines()
+    lost.send(number)
+    started = time.monotonic()
+    assert other.wait() != 0
+    assert time.monotonic() - started < hosts.HEARTBEAT + 5
+    assert "lost the connection to another process" in other.lines()[-1], other.lines()
+    return lost
+
+
 @pytest.mark.parametrize("struck", [0, 1])
 @pytest.mark.parametrize(
     ("number", "phase"), [(SIGKILL, "begin step 9"), (SIGKILL, "begin save"), (SIGINT, "end data")]
@@ -76,20 +91,27 @@ def test_when_one_process_goes_at_once_the_other_ends_and_both_go_on(
 ):
     """Killed, or interrupted before the experiment can stop by itself."""
     workdir = tmp_path / "killed"
-    impatient = (*flags, *LPA, f"--heartbeat_timeout={hosts.HEARTBEAT}")
-    runs = zygote.start_hosts(workdir, *impatient, paces=("0.05", "0"))
-    # Process 0 alone saves.
-    assert runs[0 if phase == "begin save" else struck].wait_for(phase), runs[struck].lines()
-    runs[struck].send(number)
-    started = time.monotonic()
-    assert runs[struck].wait() == EXIT_STATUS[number]
-    assert runs[1 - struck].wait() != 0
-    assert time.monotonic() - started < hosts.HEARTBEAT + 5
-    last_line = runs[1 - struck].lines()[-1]
-    assert "lost the connection to another process" in last_line, runs[1 - struck].lines()
+    lost = lose_one(zygote, workdir, *flags, *LPA, phase=phase, struck=struck, number=number)
+    assert lost.wait() == EXIT_STATUS[number]
     finish_hosts(zygote, workdir, *flags, *LPA)
     assert worker.outcome(workdir / RUN, STEPS) == reference
     report(f"{number.name} at {phase} to process {struck}: the other ended, bit-equal when resumed")
+
+
+@pytest.mark.parametrize("struck", [0, 1])
+@pytest.mark.parametrize("phase", ["begin step 9", "begin save", "begin evaluation"])
+def test_when_one_process_stands_still_the_other_ends_and_both_go_on(
+    zygote, flags, reference, tmp_path, report, phase, struck
+):
+    workdir = tmp_path / "stopped"
+    lost = lose_one(
+        zygote, workdir, *flags, *LPA, phase=phase, struck=struck, number=signal.SIGSTOP
+    )
+    lost.send(signal.SIGCONT)
+    assert lost.wait() != 0, "what wakes up alone does not go on alone"
+    finish_hosts(zygote, workdir, *flags, *LPA)
+    assert worker.outcome(workdir / RUN, STEPS) == reference
+    report(f"SIGSTOP at {phase} to process {struck}: the other ended, bit-equal when resumed")
 
 
 def commands(experiment, workdir, *arguments):
@@ -183,6 +205,27 @@ def test_plain_commands_at_random_moments(flags, tmp_path, report, experiment):
     found = left_behind(workdir, result)
     assert found and found == left_behind(tmp_path / "whole", result)
     report(f"{experiment}, plain commands: {stops} stops, resumed to the same results")
+
+
+@pytest.mark.parametrize("experiment", COMMANDS)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_never_comes_is_not_waited_for_longer_than_asked(
+    tmp_path, report, experiment, number
+):
+    both = commands(
+        experiment, tmp_path / "work", *COMMANDS[experiment][1], "--initialization_timeout=6"
+    )
+    both[1 - number].kill()
+    both[1 - number].communicate()
+    started = time.monotonic()
+    _, errors = both[number].communicate(timeout=60)
+    waited = time.monotonic() - started
+    assert both[number].returncode not in (0, None)
+    expected = "error: not all processes came within --initialization_timeout=6 s"
+    assert errors.splitlines()[-1] == expected
+    # Importing takes its time before the wait begins.
+    assert waited < 6 + 5 + 10 and not (tmp_path / "work").exists()
+    report(f"{experiment}, process {number} alone: ended after {waited:.1f} s in one line")
 
 
 def test_ctrl_c_ends_a_wait_for_processes_that_do_not_come(tmp_path):
