@@ -31,6 +31,10 @@ FLAGS = flags.FLAGS
 CLUSTERS = ("none", "slurm", "local", "debug")
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends a sweep as cleanly as Ctrl-C."""
+
+
 class Sweep(NamedTuple):
     """What is to be run."""
 
@@ -242,10 +246,13 @@ def summarize(outcomes: Sequence[jobs.Outcome]) -> str:
     return "\n".join([*lines, f"{len(outcomes)} jobs: {', '.join(texts)}"])
 
 
+def _terminate(number, frame):
+    raise _TerminatedError
+
+
 def main(argv: list[str]) -> None:
-    """Entry point; exits with status 1 if a job failed or was interrupted."""
-    # A scheduler that stops the sweep gets the same clean end as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry point; exits with 1 if a job failed or was interrupted, with 130 or 143 if this was."""
+    signal.signal(signal.SIGTERM, _terminate)
     workdir = pathlib.Path(FLAGS.workdir)
     try:
         sweep = described(argv[1:])
@@ -260,8 +267,13 @@ def main(argv: list[str]) -> None:
             print(f"no report: {error}", file=sys.stderr)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what is done is kept, the same command goes on from there")
+    except KeyboardInterrupt as stop:
+        print(
+            "interrupted: what is done is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
+        number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
+        sys.exit(128 + number)
     print(summarize(outcomes))
     if any(outcome.status in (jobs.FAILED, jobs.STOPPED) for outcome in outcomes):
         sys.exit(1)

@@ -177,6 +177,16 @@ def test_flags_of_jobs_are_refused_before_any_starts(experiment, arguments, expe
 # Done, interrupted, running
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_sweep_that_is_told_to_stop_says_so_and_exits_as_documented(
+    tmp_path, monkeypatch, capsys, number, status
+):
+    monkeypatch.setattr(jobs, "run_here", lambda *arguments: signal.raise_signal(number))
+    assert call("--methods=erm", "--seeds=1", f"--workdir={tmp_path / 'sweep'}") == status
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line == "interrupted: what is done is kept, the same command goes on from there"
+
+
 def test_a_job_is_done_only_while_its_result_is_whole(planned):
     job, folder = planned[0], pathlib.Path(planned[0].folder)
     assert not jobs.is_done(folder)
