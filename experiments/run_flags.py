@@ -211,7 +211,7 @@ def define_search_flags() -> None:
 
 
 def searched_space() -> dict[str, search.Space]:
-    """Ranges that replace those of the search, or add to them.
+    """Ranges that replace those of the search, or add to them: those of `--head`, then `--space`.
 
     Raises:
       ValueError: no such option or no such range, or an option twice.
@@ -220,7 +220,7 @@ def searched_space() -> dict[str, search.Space]:
     names = [name for name, _ in spaces]
     if len(set(names)) < len(names):
         raise ValueError(f"--space must name different options, got {', '.join(names)}")
-    return dict(spaces)
+    return (search.COSINE_SCALE if FLAGS.head == "normalized" else {}) | dict(spaces)
 
 
 def searched_layers(model: str) -> search.HiddenLayers:

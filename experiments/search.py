@@ -90,6 +90,11 @@ ADAM_LARGE: dict[str, Space] = {
     "learning_rate": LogUniform(1e-5, 10**-3.5),
     "weight_decay": LogUniform(1e-6, 1e-2),
 }
+# LDAM's scale in front of cosines, around the published 30.
+COSINE_SCALE: dict[str, Space] = {
+    "ldam.scale": LogUniform(10.0, 60.0),
+    "ldam_drw.scale": LogUniform(10.0, 60.0),
+}
 # Relative radii that are harmless in dense layers destroy training in convolutional ones.
 SPATIAL_RADIUS = LogUniform(0.001, 0.1)
 _RELATIVE_RADII = ("lpa", "adversarial")

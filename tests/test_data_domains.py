@@ -9,6 +9,7 @@ import pytest
 
 from lpa_jax import data
 from lpa_jax.data import domains
+from lpa_jax.data.domain_folders import FOLDER_SETS
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,33 @@ def test_folders_become_domains_with_classes_in_alphabetical_order(folders):
         expected = 60 * d + 5 * toy.labels + np.array([0, 1, 0, 0, 0, 0, 0, 0])
         # JPEG is not exact
         assert np.abs(toy.images.astype(int) - expected[:, None, None, None]).max() <= 2
+
+
+# As DomainBed's download script leaves them: folder, domains in its order, number of classes.
+DOMAINBED = {
+    "VLCS": ("VLCS", "Caltech101 LabelMe SUN09 VOC2007", 5),
+    "PACS": ("PACS", "art_painting cartoon photo sketch", 7),
+    "OfficeHome": ("office_home", "Art Clipart Product Real_World", 65),
+    "TerraIncognita": ("terra_incognita", "location_100 location_38 location_43 location_46", 10),
+    "DomainNet": ("domain_net", "clipart infograph painting quickdraw real sketch", 345),
+    "SVIRO": ("sviro", "aclass escape hilux i3 lexus tesla tiguan tucson x5 zoe", 7),
+}
+
+
+@pytest.mark.parametrize("name", DOMAINBED)
+def test_every_set_of_domainbed_is_read_from_the_folders_that_it_leaves(tmp_path, name):
+    folder, listed, classes = DOMAINBED[name]
+    domains = [domain.replace("_World", " World") for domain in listed.split()]
+    PIL.Image.new("RGB", (2, 2)).save(tmp_path / "image.png")
+    for domain in domains:
+        for label in range(classes):
+            place = tmp_path / folder / domain / f"class {label:03d}"
+            place.mkdir(parents=True)
+            (place / "a.png").hardlink_to(tmp_path / "image.png")
+    found = data.load_domains(name, tmp_path, image_size=4)
+    assert list(found.domain_names) == domains and found.num_classes == classes
+    assert all(list(domain.labels) == list(range(classes)) for domain in found.datasets)
+    assert set(DOMAINBED) == set(FOLDER_SETS)
 
 
 def test_domain_batches_of_folders_equal_those_in_memory_ahead_or_not(folders):

@@ -4,11 +4,13 @@ import json
 import signal
 
 import pytest
+from absl import flags
+from module_call import forget_flags
 from test_domain_generalization import DOMAINS
 from test_domain_generalization import TINY as TINY_DOMAINS
 from test_experiments import HOST_FLAGS, TINY
 
-from experiments import runner
+from experiments import run_flags, runner, search, tune
 from experiments.domain_protocol import Trainings
 from lpa_jax import workdir_lock
 from lpa_jax.interrupts import InterruptedRunError
@@ -81,3 +83,24 @@ def test_a_learning_rate_that_is_given_holds_in_every_trial(run, tmp_path, monke
 def test_tuning_knows_no_flag_of_checkpoints_or_hosts(run, tmp_path, name):
     message, *_ = run("tune", *ONE_TRIAL, f"--workdir={tmp_path / 'tune'}", f"--{name}=1")
     assert f"Unknown command line flag '{name}'" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "low", "high"),
+    [
+        ((), 0.5, 10),
+        (("--head=normalized",), 10, 60),
+        (("--head=normalized", "--space=ldam_drw.scale=29:31"), 29, 31),
+    ],
+)
+def test_ldams_scale_is_searched_around_what_suits_the_head(arguments, low, high):
+    try:
+        tune.define_flags()
+        flags.FLAGS(["tune", *arguments])
+        ranges = run_flags.searched_space()
+    finally:
+        forget_flags()
+    hidden = search.HiddenLayers(("hidden1",))
+    drawn = [search.draw("ldam_drw", t, hidden, ranges=ranges)["ldam_drw.scale"] for t in range(20)]
+    assert low <= min(drawn) < max(drawn) <= high
+    assert "ldam.scale" not in search.draw("erm", 0, hidden, ranges=ranges)
