@@ -97,3 +97,16 @@ def check_fault(number, fault, fail_at=None):
             process.wait()
             process.stdout.close()
             process.stderr.close()
+
+
+def check_absent_peer(number):
+    """Starts process `number` of two alone; it waits as long as asked and ends with one line."""
+    (process,) = launch("loop", 2, lambda process: [str(HEARTBEAT)], only=[number])
+    assert process.stdout.readline() == "joins\n"
+    started = time.monotonic()
+    status, _, errors = outcome(process, timeout=60)
+    assert time.monotonic() - started < HEARTBEAT + 5
+    assert status != 0
+    assert (
+        errors == f"error: not all processes came within --initialization_timeout={HEARTBEAT} s\n"
+    )

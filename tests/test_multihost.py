@@ -102,8 +102,17 @@ def test_every_example_is_evaluated_once(together):
     assert together[0]["evaluation/['loss'][1]"] == hosts_worker.EVALUATED
 
 
-def test_when_the_first_process_is_killed_the_other_ends_with_one_plain_line():
-    hosts.check_fault(number=0, fault=signal.SIGKILL)
+@pytest.mark.parametrize(
+    ("number", "fault", "fail_at"),
+    [(0, signal.SIGKILL, None), (1, signal.SIGSTOP, None), (1, None, 9)],
+    ids=["killed", "stopped", "failing"],
+)
+def test_when_one_process_is_lost_the_other_ends_with_one_plain_line(number, fault, fail_at):
+    hosts.check_fault(number, fault, fail_at)
+
+
+def test_a_process_that_never_comes_is_not_waited_for_longer_than_asked():
+    hosts.check_absent_peer(0)
 
 
 def test_runtime_log_passes_everything_but_the_end_of_the_run():
