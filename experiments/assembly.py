@@ -114,7 +114,7 @@ def assemble(
     counts: Sequence[int],
     epochs: int = 1,
     total_steps: int = 1,
-    num_domains: int = 1,
+    num_domains: int | None = None,
     head: str = "linear",
 ) -> Assembled:
     """Builds every part of a method.
@@ -128,7 +128,7 @@ def assemble(
       counts: training examples of each class, for the frequency rule and long-tail losses.
       epochs: length of the run, of which LDAM-DRW re-weights the last part.
       total_steps: length of the run, for penalties that grow during it.
-      num_domains: training domains, for penalties over domains.
+      num_domains: training domains; None where the task has none.
       head: the model's classifier, which decides the default scale of LDAM.
 
     Raises:
@@ -136,11 +136,13 @@ def assemble(
     """
     perturbing: dict[str | tuple[str, ...], list[Perturbation]] = {}
     penalizing, stages, sam_rho, adjust = {}, None, None, None
-    given = {"num_domains": num_domains, "total_steps": total_steps}
+    given = {"num_domains": num_domains or 1, "total_steps": total_steps}
     for part in parse(method):
         own = own_options(part.name, options)
         if part.name == SAM:
             sam_rho = own.get("rho", SAM_RHO)
+        elif part.name == MIXUP:
+            perturbing.setdefault(INPUT, []).append(_mixup(own, num_domains))
         elif part.name == POSTHOC:
             adjust = _posthoc(counts, **own)
         elif part.name in loss_names():
@@ -195,9 +197,13 @@ def assignment(
     return rules[assignment]()
 
 
+def _mixup(own, num_domains) -> Perturbation:
+    if num_domains is None:
+        return perturbations.create("manifold_mixup", **{"alpha": MIXUP_ALPHA} | own)
+    return perturbations.domain_mixup(**own, num_domains=num_domains)
+
+
 def _perturbation(part, own, layers, layer, counts) -> tuple[str | tuple[str, ...], Perturbation]:
-    if part.name == MIXUP:
-        return INPUT, perturbations.create("manifold_mixup", **{"alpha": MIXUP_ALPHA} | own)
     usual = {"lpl": LOGITS, "rsc": layers[-2]}.get(part.name, layer or layers[1])
     at = part.layer or own.get("layer") or usual
     own.pop("layer", None)

@@ -11,7 +11,7 @@ import optax
 from experiments import traced_step
 from experiments.assembly import Mixed, assemble, mixed, traceable
 from experiments.domain_settings import DomainSettings, DomainSource
-from experiments.methods import POSTHOC, loss_names, parse, part_options
+from experiments.methods import MIXUP, POSTHOC, loss_names, parse, part_options
 from lpa_jax import losses, metrics, optimizers, parallel, penalties, trainer
 from lpa_jax.injection import as_network
 from lpa_jax.step import TrainState, eval_step
@@ -159,6 +159,11 @@ def _check_domains(
         raise ValueError(
             f"--methods: {compared[0]} in {method!r} compares training domains, but only "
             f"{num_domains} of {settings.dataset} would be trained on"
+        )
+    if settings.batch_size % jax.device_count() and MIXUP in {part.name for part in parse(method)}:
+        raise ValueError(
+            f"--methods: mixup mixes domains, so that --batch_size={settings.batch_size} must be a "
+            f"multiple of {jax.device_count()} devices"
         )
     if num_domains < 1:
         raise ValueError(f"--leave_two_out: {settings.dataset} has no third domain to train on")

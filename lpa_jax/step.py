@@ -106,7 +106,9 @@ def lpa_step(
         record["seen"],
         probe_gradients,
         feedback_of=lambda g: Feedback(g * labels.shape[0], jax.lax.stop_gradient(logits)),
-        site_of=lambda s: Site(s.activation, s.targets, labels, None, loss, s.rng, axis_name),
+        site_of=lambda s: Site(
+            s.activation, s.targets, labels, None, loss, s.rng, axis_name, batch.get("domain")
+        ),
     )
     updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
         gradient, state.opt_state, state.params, grad_fn=lambda *at: gradient_at(*at)[0]
@@ -133,7 +135,7 @@ def _objective(state, batch, plan, penalties, loss, keys, axis_name):
     feature_layers = sorted({layer for p in penalties.values() for layer in p.layers})
 
     def objective(params, probes):
-        walk = TrainingPass(plan, state, labels, loss, keys, axis_name, probes, feature_layers)
+        walk = TrainingPass(plan, state, batch, loss, keys, axis_name, probes, feature_layers)
         variables = {"params": params, **state.model_state}
         logits, model_state = injection.forward(
             state.network, variables, images, walk.taps(), train=True, rng=keys.dropout

@@ -72,13 +72,14 @@ class TrainingPass:
       features: the activations that penalties ask for.
     """
 
-    def __init__(self, plan, state, labels, loss, keys, axis_name, probes, feature_layers):
-        self.targets = jax.nn.one_hot(labels, state.num_classes)
+    def __init__(self, plan, state, batch, loss, keys, axis_name, probes, feature_layers):
+        self._labels, self._domain = batch["label"], batch.get("domain")
+        self.targets = jax.nn.one_hot(self._labels, state.num_classes)
         self.states = dict(state.perturbation_state)
         self.seen: dict[str, Seen] = {}
         self.features: dict[str, Array] = {}
         self._feature_layers = feature_layers
-        self._plan, self._labels, self._loss = plan, labels, loss
+        self._plan, self._loss = plan, loss
         self._keys, self._axis_name, self._probes = keys, axis_name, probes
         self._depth = {layer: i for i, layer in enumerate(state.network.layers)}
 
@@ -115,7 +116,14 @@ class TrainingPass:
                 )
             rng = jax.random.fold_in(self._keys.sites, self._depth[layer])
             site = Site(
-                activation, self.targets, self._labels, decode, self._loss, rng, self._axis_name
+                activation,
+                self.targets,
+                self._labels,
+                decode,
+                self._loss,
+                rng,
+                self._axis_name,
+                self._domain,
             )
             before = (activation, self.targets, self.states[layer])
             applied = perturbation.apply(self.states[layer], site)

@@ -45,7 +45,7 @@ def test_drawn_annealing_ends_within_the_run_and_is_as_ever_for_the_default_leng
             ]
 
 
-def test_mixup_mixes_as_domainbed_does_unless_tuned_or_given():
+def test_mixup_has_domainbeds_alpha_unless_tuned_or_given():
     assert options("mixup") == {"mixup.alpha": 0.2}
     assert options("mixup", found={"mixup.alpha": 0.5}) == {"mixup.alpha": 0.5}
     assert options("mixup", "--option=mixup.alpha=0.7") == {"mixup.alpha": 0.7}

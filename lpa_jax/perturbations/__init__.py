@@ -15,6 +15,7 @@ from lpa_jax.perturbations.base import (
     register,
     stateless,
 )
+from lpa_jax.perturbations.domain_mixup import domain_mixup
 from lpa_jax.perturbations.dropout import dropout
 from lpa_jax.perturbations.lpa import lpa
 from lpa_jax.perturbations.lpl import lpl
@@ -32,6 +33,7 @@ __all__ = [
     "adversarial",
     "chain",
     "create",
+    "domain_mixup",
     "dropout",
     "gaussian_noise",
     "identity",

@@ -35,6 +35,7 @@ class Site:
       loss: (logits, targets) -> [B], the training loss.
       rng: a key for this site, step and device.
       axis_name: mapped axis over which the global batch is spread, or None.
+      domain: each example's domain, [B] integers in 0..D-1, or None if the batch names none.
     """
 
     activation: Array
@@ -44,6 +45,7 @@ class Site:
     loss: Callable[[Array, Array], Array]
     rng: Array
     axis_name: str | None = None
+    domain: Array | None = None
 
     @property
     def num_classes(self) -> int:

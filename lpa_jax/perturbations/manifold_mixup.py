@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from lpa_jax import pgd
-from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
+from lpa_jax.perturbations.base import (
+    Perturbation,
+    check_range,
+    identity,
+    per_example,
+    register,
+    stateless,
+)
 from lpa_jax.tracing import vanishes
 
 Array = jax.Array
@@ -44,15 +51,26 @@ def manifold_mixup(alpha: float = 2.0) -> Perturbation:
         order_rng, share_rng = jax.random.split(site.rng)
         order = jax.random.permutation(order_rng, site.activation.shape[0])
         share = partner_share(share_rng, alpha)
-
-        def mix(values):
-            wide = values.astype(pgd.perturbation_dtype(values))
-            mixed = wide + share.astype(wide.dtype) * (wide[order] - wide)
-            return mixed.astype(values.dtype)
-
-        return mix(site.activation), mix(site.targets)
+        return (
+            interpolate(site.activation, order, share),
+            interpolate(site.targets, order, share),
+        )
 
     return stateless("manifold_mixup", perturb)
+
+
+def interpolate(values: Array, partners: Array, shares: Array) -> Array:
+    """Every example moved towards its partner by a share of the way.
+
+    Args:
+      values: [B, ...].
+      partners: [B] integers, places in the batch.
+      shares: of the partner, [] or [B].
+    """
+    wide = values.astype(pgd.perturbation_dtype(values))
+    shares = shares.astype(wide.dtype)
+    shares = per_example(shares, wide) if shares.ndim else shares
+    return (wide + shares * (wide[partners] - wide)).astype(values.dtype)
 
 
 def partner_share(rng: Array, alpha: float, shape: tuple[int, ...] = ()) -> Array:
