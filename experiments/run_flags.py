@@ -43,7 +43,7 @@ def define_data_flags(dataset: str, profile: str) -> None:
         "dataset",
         dataset,
         f"Data set: {', '.join(data.EMBEDDED)} (embedded), or any TFDS image classification set "
-        "that is prepared in --data_dir, such as cifar10, cifar100, svhn_cropped; "
+        "of up to 8 GiB that is prepared in --data_dir, such as cifar10, cifar100, svhn_cropped; "
         f"{', '.join(data.PUBLISHED)} from the published list files in --data_dir; with "
         "--train_list any name.",
     )
@@ -59,7 +59,9 @@ def define_data_flags(dataset: str, profile: str) -> None:
     flags.DEFINE_string(
         "image_root", None, "Folder of the images that lists name; for published lists --data_dir."
     )
-    flags.DEFINE_integer("image_size", 224, "Pixels a side of images from lists.")
+    flags.DEFINE_integer(
+        "image_size", 224, "Pixels a side of images from lists, and of TFDS sets where they differ."
+    )
     flags.DEFINE_bool(
         "prepare",
         False,

@@ -60,10 +60,14 @@ def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
         return _listed(settings)
     if settings.dataset in data.PUBLISHED:
         return _published(settings)
-    train = data.load(settings.dataset, "train", settings.data_dir)
+    name, size = settings.dataset, settings.image_size
+    train = data.load(name, "train", settings.data_dir, size)
     if settings.evaluate_on != "test":
         return train, None
-    return train, data.load(settings.dataset, "test", settings.data_dir)
+    # ImageNet's published accuracies are those of its validation split: the other has no labels.
+    known = data.split_names(name, settings.data_dir)
+    split = "validation" if "test" not in known and "validation" in known else "test"
+    return train, data.load(name, split, settings.data_dir, size)
 
 
 def normalization(train: Images, settings: "Settings") -> data.Normalization:

@@ -1,5 +1,6 @@
 """Data sets: what a Dataset refuses, the packaged builders, and reading TFDS without TensorFlow."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -13,8 +14,10 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
+from experiments import task_data
+from experiments.settings import Settings
 from lpa_jax import data
-from lpa_jax.data import builders, sources
+from lpa_jax.data import builders, image_files, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -78,8 +81,11 @@ class LpaTestRagged(LpaTestPng):
         first, *others = super()._images()
         return [first.transpose(PIL.Image.Transpose.ROTATE_90), *others]
 
-    def _generate_examples(self):
-        for i, image in enumerate(self._images()):
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "validation": self._generate_examples(start=1)}
+
+    def _generate_examples(self, start=0):
+        for i, image in enumerate(self._images()[start:]):
             yield i, {"image": image, "label": i % 2}
 
 
@@ -187,12 +193,27 @@ def test_png_sets_read_back_without_tensorflow(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_images_of_several_shapes_are_refused_in_memory_but_open(tmp_path):
+def test_images_that_differ_in_size_are_fitted_to_the_one_given_and_refused_without(tmp_path):
     _prepare_without_tensorflow(LpaTestRagged, tmp_path)
-    with pytest.raises(ValueError, match=r"shapes \(\d, \d, 3\) and \(\d, \d, 3\), use"):
+    with pytest.raises(ValueError, match=r"shapes \(\d, \d, 3\) and \(\d, \d, 3\), give image_"):
         data.load("lpa_test_ragged", "train", tmp_path)
     source = data.open_source("lpa_test_ragged", "train", tmp_path)
     assert {source[i]["image"].shape for i in range(7)} == {(6, 5, 3), (5, 6, 3)}
+    loaded = data.load("lpa_test_ragged", "train", tmp_path, image_size=4)
+    assert loaded.images.shape == (7, 4, 4, 3) and loaded.images.dtype == np.uint8
+    for i in range(7):
+        path = tmp_path / f"{i}.png"
+        PIL.Image.fromarray(source[i]["image"]).save(path)
+        np.testing.assert_array_equal(loaded.images[i], image_files.decode(str(path), 4))
+
+
+def test_a_set_without_a_test_split_is_evaluated_on_its_validation_split(tmp_path):
+    _prepare_without_tensorflow(LpaTestRagged, tmp_path)
+    assert data.split_names("lpa_test_ragged", tmp_path) == ("train", "validation")
+    settings = Settings(dataset="lpa_test_ragged", data_dir=str(tmp_path), image_size=4)
+    train, evaluation = task_data.open_splits(settings)
+    assert train.images.shape == (7, 4, 4, 3) and evaluation.images.shape == (6, 4, 4, 3)
+    assert task_data.open_splits(dataclasses.replace(settings, evaluate_on="validation"))[1] is None
 
 
 def test_tfrecord_data_gets_a_readable_error(tmp_path):

@@ -23,7 +23,15 @@ from lpa_jax.data.long_tail import (
 )
 from lpa_jax.data.normalize import IMAGENET_NORMALIZATION, Normalization
 from lpa_jax.data.reading_ahead import ReadAhead, read_ahead
-from lpa_jax.data.sources import EMBEDDED, ImageSource, in_memory, load, open_source, prepare
+from lpa_jax.data.sources import (
+    EMBEDDED,
+    ImageSource,
+    in_memory,
+    load,
+    open_source,
+    prepare,
+    split_names,
+)
 from lpa_jax.data.splits import reduced_indices, validation_split
 
 __all__ = [
@@ -62,5 +70,6 @@ __all__ = [
     "read_list",
     "reduced_indices",
     "save_indices",
+    "split_names",
     "validation_split",
 ]

@@ -185,6 +185,23 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
         ) from None
 
 
+def fitted(pixels: np.ndarray, image_size: int) -> np.ndarray:
+    """Decoded pixels as `decode` makes them of a file: RGB of one size, the central square.
+
+    Args:
+      pixels: uint8 [H, W, 1 or 3].
+      image_size: S, pixels.
+
+    Returns:
+      uint8 [S, S, 3].
+
+    >>> fitted(np.full((10, 20, 1), 7, np.uint8), image_size=2).tolist()
+    [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
+    """
+    image = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return np.asarray(_fitted(_rgb(image), image_size, "crop"))
+
+
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     width, height = image.size
     if width * height > _MAX_PIXELS:

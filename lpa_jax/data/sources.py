@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpa_jax.data.dataset import Dataset
-from lpa_jax.data.image_files import ImageFiles
+from lpa_jax.data.image_files import ImageFiles, fitted
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -73,7 +73,9 @@ class ImageSource(Sequence):
         return [{"image": r[image_key], "label": np.int32(r[label_key])} for r in records]
 
 
-def load(name: str, split: str, data_dir: PathLike | None = None) -> Dataset:
+def load(
+    name: str, split: str, data_dir: PathLike | None = None, image_size: int | None = None
+) -> Dataset:
     """Reads one split of a data set into memory.
 
     Args:
@@ -82,6 +84,8 @@ def load(name: str, split: str, data_dir: PathLike | None = None) -> Dataset:
       split: "train", "test", or another split that the set has.
       data_dir: where TFDS keeps its data; None for its own default (the environment variable
         TFDS_DATA_DIR, or ~/tensorflow_datasets).
+      image_size: S, pixels a side of what images that differ in size are made, their central
+        square; sets of one size are left as they are.
 
     Returns:
       A `Dataset`, images as stored (uint8 for nearly every set), examples in the order of the
@@ -89,26 +93,34 @@ def load(name: str, split: str, data_dir: PathLike | None = None) -> Dataset:
 
     Raises:
       ValueError: an unknown name or split, a set that is not image classification or is not
-        prepared (the message has the command), images of several shapes, or more than 8 GiB of them
-        (`open_source` and `grain_batches` serve both).
+        prepared (the message has the command), images of several shapes and no `image_size`, or
+        more than 8 GiB of them (`open_source` and `grain_batches` serve both).
 
     Example:
       >>> load("digit", "train")  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ValueError: dataset='digit': must be digits, mnist5k or a TFDS image-classification set ...
     """
-    return in_memory(open_source(name, split, data_dir))
+    return in_memory(open_source(name, split, data_dir), image_size)
 
 
-def in_memory(source: ImageSource | ImageFiles) -> Dataset:
+def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -> Dataset:
     """Reads every image of a source into memory, in its order.
 
+    Args:
+      source: what to read.
+      image_size: as in `load`.
+
     Raises:
-      ValueError: images of several shapes or that cannot be decoded, or more than 8 GiB of them
-        (batches can be read from the source itself).
+      ValueError: images of several shapes and no `image_size`, images that cannot be decoded, or
+        more than 8 GiB of them (batches can be read from the source itself).
     """
     size = len(source)
-    shape = source.image_shape if None not in source.image_shape else source[0]["image"].shape
+    differ = None in source.image_shape
+    if differ and image_size is not None:
+        shape = (image_size, image_size, 3)
+    else:
+        shape = source[0]["image"].shape if differ else source.image_shape
     if size * np.prod(shape) > _IN_MEMORY_LIMIT:
         raise ValueError(
             f"dataset={source.name!r}: {size} images of shape {shape} exceed "
@@ -120,10 +132,12 @@ def in_memory(source: ImageSource | ImageFiles) -> Dataset:
             examples = source.__getitems__(range(start, min(size, start + _READ_AT_A_TIME)))
         for i, example in enumerate(examples, start):
             image = example["image"]
+            if differ and image_size is not None:
+                image = fitted(image, image_size)
             if image.shape != shape:
                 raise ValueError(
                     f"dataset={source.name!r}: has images of shapes {shape} and {image.shape}, "
-                    "use open_source and grain_batches with a transform to one shape"
+                    "give image_size, or use open_source and grain_batches"
                 )
             if images is None:
                 images = np.empty((size, *shape), image.dtype)
@@ -173,6 +187,19 @@ def open_source(name: str, split: str, data_dir: PathLike | None = None) -> Imag
         _records=records,
         _keys=(image_key, label_key),
     )
+
+
+def split_names(name: str, data_dir: PathLike | None = None) -> tuple[str, ...]:
+    """Splits of a data set; none where it is not prepared and TFDS does not know them beforehand.
+
+    Args:
+      name: as in `load`.
+      data_dir: as in `load`.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    return tuple(sorted(_builder(name, data_dir).info.splits))
 
 
 def prepare(name: str, data_dir: PathLike | None = None) -> str:
