@@ -1,13 +1,13 @@
 """Methods by name: `erm`, a part such as `lpa` or `focal`, and sums such as `logit_adjusted+lpa`.
 
 A part is a registered perturbation, a loss (at most one), a penalty, or one of four of another
-kind: `mixup` (Manifold Mixup at the input), `ldam_drw` (LDAM, re-weighted late), `sam` (an
-optimiser around the optimiser), `posthoc_logit_adjustment` (of the trained network's logits). A
-perturbation may name its layer, `dropout@hidden2`, or several of which each step draws one,
-`manifold_mixup@input|hidden1`; otherwise it stands at `--layer` (or the tuned one), RSC at the last
-hidden layer and LPL always at the logits. Options come from three places, later ones win: the
-method's own defaults, the tuned hyperparameters, explicit flags. What a name stands for is put
-together in `assembly`.
+kind: `mixup` (Manifold Mixup at the input; in domain generalization of pairs of domains),
+`ldam_drw` (LDAM, re-weighted late), `sam` (an optimiser around the optimiser),
+`posthoc_logit_adjustment` (of the trained network's logits). A perturbation may name its layer,
+`dropout@hidden2`, or several of which each step draws one, `manifold_mixup@input|hidden1`;
+otherwise it stands at `--layer` (or the tuned one), RSC at the last hidden layer and LPL always at
+the logits. Options come from three places, later ones win: the method's own defaults, the tuned
+hyperparameters, explicit flags. What a name stands for is put together in `assembly`.
 """
 
 import json

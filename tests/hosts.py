@@ -10,6 +10,7 @@ import time
 
 HEARTBEAT = 6
 TESTS = pathlib.Path(__file__).parent
+PYTHON_PATH = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
 _COMPILED = os.environ.get("XLA_FLAGS", "")
 
 
@@ -28,7 +29,7 @@ def environment(devices=1):
     """That of a worker with so many CPU devices."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": PYTHON_PATH,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "XLA_FLAGS": xla_flags(devices),

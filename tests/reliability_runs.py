@@ -25,10 +25,9 @@ class Zygote:
         self._module = module
 
     def __enter__(self):
-        path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, str(TESTS / "reliability_zygote.py"), self._module],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": hosts.PYTHON_PATH},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

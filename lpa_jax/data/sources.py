@@ -116,11 +116,10 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
         more than 8 GiB of them (batches can be read from the source itself).
     """
     size = len(source)
-    differ = None in source.image_shape
-    if differ and image_size is not None:
-        shape = (image_size, image_size, 3)
-    else:
-        shape = source[0]["image"].shape if differ else source.image_shape
+    shape, fit = source.image_shape, False
+    if None in shape:
+        fit = image_size is not None
+        shape = (image_size, image_size, 3) if fit else source[0]["image"].shape
     if size * np.prod(shape) > _IN_MEMORY_LIMIT:
         raise ValueError(
             f"dataset={source.name!r}: {size} images of shape {shape} exceed "
@@ -131,9 +130,7 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
         with _quiet_log():
             examples = source.__getitems__(range(start, min(size, start + _READ_AT_A_TIME)))
         for i, example in enumerate(examples, start):
-            image = example["image"]
-            if differ and image_size is not None:
-                image = fitted(image, image_size)
+            image = fitted(example["image"], image_size) if fit else example["image"]
             if image.shape != shape:
                 raise ValueError(
                     f"dataset={source.name!r}: has images of shapes {shape} and {image.shape}, "

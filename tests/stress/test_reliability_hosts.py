@@ -15,7 +15,7 @@ import hosts
 import numpy as np
 import pytest
 import reliability_worker as worker
-from reliability_runs import EXIT_STATUS, PATIENCE, TESTS, finish_hosts, strike_hosts
+from reliability_runs import EXIT_STATUS, PATIENCE, finish_hosts, strike_hosts
 from test_interrupted_hosts import FLAGS, flags, zygote
 from test_reliability_counts import newest_or_none
 
@@ -116,13 +116,12 @@ def test_when_one_process_stands_still_the_other_ends_and_both_go_on(
 
 def commands(experiment, workdir, *arguments):
     """The two processes of an experiment as a user starts them."""
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     coordinator = f"--coordinator_address=127.0.0.1:{hosts.free_port()}"
     return [
         subprocess.Popen(
             [sys.executable, "-m", f"experiments.{experiment}", f"--workdir={workdir}",
              coordinator, "--num_processes=2", f"--process_id={process}", *arguments],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": hosts.PYTHON_PATH},
             cwd=workdir.parent,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
