@@ -15,7 +15,8 @@ override single values of it, --recipe=none all of them.
 
 from absl import app, flags
 
-from experiments import comparison, run_flags
+from experiments.images import compare as comparison
+from experiments.training import flags as run_flags
 
 
 def define_flags() -> None:

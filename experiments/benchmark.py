@@ -34,7 +34,10 @@ import jax
 from absl import app, flags
 
 import lpa_jax
-from experiments import assembly, files, methods, step_cost
+from experiments.compiled import step_cost
+from experiments.methods import build as assembly
+from experiments.methods import names as methods
+from experiments.runtime import files
 from lpa_jax import injection, models, perturbations
 from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.lpa import MODES

@@ -36,9 +36,11 @@ from typing import NamedTuple
 import jax
 from absl import app, flags
 
-from experiments import files, hlo, methods, tpu
-from experiments.program_store import Programs
-from experiments.promises import Check, Method, Result, checks
+from experiments.compiled import hlo, tpu
+from experiments.compiled.promises import Check, Method, Result, checks
+from experiments.compiled.store import Programs
+from experiments.methods import names as methods
+from experiments.runtime import files
 from lpa_jax import models, pgd
 from lpa_jax.perturbations.lpa import MODES
 

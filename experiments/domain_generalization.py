@@ -31,25 +31,23 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments import (
-    agreement,
-    domain_flags,
-    domain_report,
-    domain_selection,
-    entry_point,
-    files,
-    methods,
-    run_flags,
-    run_folder,
-    search,
-    tuned_file,
-)
-from experiments.domain_protocol import Network, Trainings
-from experiments.domain_selection import Selected, Training
-from experiments.domain_settings import DomainSettings, DomainSource
-from experiments.progress import RunProgress
-from lpa_jax import multihost, trainer, workdir_lock
+from experiments.domains import flags as domain_flags
+from experiments.domains import selection as domain_selection
+from experiments.domains.networks import Network, Trainings
+from experiments.domains.selection import Selected, Training
+from experiments.domains.settings import DomainSettings, DomainSource
+from experiments.methods import names as methods
+from experiments.methods import search
+from experiments.methods import tuned as tuned_file
+from experiments.reporting import domain_report
+from experiments.runtime import agreement, files
+from experiments.runtime import main as entry_point
+from experiments.runtime.progress import RunProgress
+from experiments.training import flags as run_flags
+from experiments.training import folder as run_folder
+from lpa_jax import multihost, workdir_lock
 from lpa_jax.interrupts import Interrupts
+from lpa_jax.training import loop as trainer
 
 FLAGS = flags.FLAGS
 

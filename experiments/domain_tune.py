@@ -1,7 +1,7 @@
 r"""Tunes hyperparameters for domain generalization by training-domain validation.
 
     python -m experiments.domain_tune --schedule=cosine --learning_rate_range=1e-3,2e-2 \
-        --output=experiments/hparams/domain_generalization_RotatedMNIST_small_cnn.json
+        --output=experiments/methods/hparams/domain_generalization_RotatedMNIST_small_cnn.json
 
 Random search (ranges: `experiments.search`), the same number of trials for every method: each trial
 trains without every test domain in turn, with every seed. What counts is the accuracy on the
@@ -19,19 +19,16 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments import (
-    agreement,
-    domain_flags,
-    domain_selection,
-    entry_point,
-    files,
-    run_flags,
-    search,
-    search_loop,
-)
-from experiments.domain_protocol import Network, Trainings
-from experiments.domain_settings import DomainSettings, DomainSource
-from experiments.progress import RunProgress
+from experiments.domains import flags as domain_flags
+from experiments.domains import selection as domain_selection
+from experiments.domains.networks import Network, Trainings
+from experiments.domains.settings import DomainSettings, DomainSource
+from experiments.methods import search
+from experiments.runtime import agreement, files
+from experiments.runtime import main as entry_point
+from experiments.runtime.progress import RunProgress
+from experiments.training import flags as run_flags
+from experiments.training import search_loop
 from lpa_jax import multihost
 from lpa_jax.interrupts import Interrupts
 

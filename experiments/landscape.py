@@ -31,21 +31,21 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import (
-    comparison,
-    entry_point,
-    files,
+from experiments.images import compare as comparison
+from experiments.measuring import models as trained
+from experiments.measuring.measurements import MEASUREMENTS
+from experiments.measuring.settings import Measuring
+from experiments.methods import names as methods
+from experiments.reporting import (
     geometry_plots,
     measure_plots,
     measure_tables,
-    methods,
-    run_flags,
     spectrum_plots,
     summary,
-    trained,
 )
-from experiments.measurements import MEASUREMENTS
-from experiments.measuring import Measuring
+from experiments.runtime import files
+from experiments.runtime import main as entry_point
+from experiments.training import flags as run_flags
 from lpa_jax import pgd, workdir_lock
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.interrupts import Interrupts

@@ -30,19 +30,14 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import (
-    comparison,
-    entry_point,
-    files,
-    geometry_plots,
-    measure_plots,
-    measure_tables,
-    methods,
-    run_flags,
-    summary,
-    trained,
-)
-from experiments.settings import Settings
+from experiments.images import compare as comparison
+from experiments.images.settings import Settings
+from experiments.measuring import models as trained
+from experiments.methods import names as methods
+from experiments.reporting import geometry_plots, measure_plots, measure_tables, summary
+from experiments.runtime import files
+from experiments.runtime import main as entry_point
+from experiments.training import flags as run_flags
 from lpa_jax import models, perturbations, workdir_lock
 from lpa_jax.diagnostics import agreement as class_agreement
 from lpa_jax.diagnostics import error_consistency, linear_cka, prediction_agreement

@@ -22,7 +22,7 @@ import jax
 from absl import app, flags
 
 import lpa_jax
-from experiments import step_cost
+from experiments.compiled import step_cost
 from lpa_jax import injection, models, pgd
 from lpa_jax.perturbations.lpa import MODES
 

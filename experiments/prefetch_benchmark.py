@@ -4,8 +4,8 @@ r"""Times training with and without the next batch being read and placed while a
 
 A benchmark on random images, nothing is learned. Three sources: arrays in memory, JPEG files that
 are decoded when they are asked for, and the same files read ahead in threads, as the experiments
-do it. In every round the same steps run once with `lpa_jax.prefetch.Prefetched` and once without,
-in alternating order, and the last one is waited for; the ratio is the median of the rounds'
+do it. In every round the same steps run once with `lpa_jax.data.prefetch.Prefetched` and once
+without, in alternating order, and the last one is waited for; the ratio is the median of the rounds'
 ratios, so that a machine whose speed drifts slows both.
 
 Where the devices are the processor's own cores, reading ahead takes its time from the step; what
@@ -30,7 +30,7 @@ from absl import app, flags
 
 import lpa_jax
 from lpa_jax import data, models, parallel
-from lpa_jax.prefetch import Prefetched
+from lpa_jax.data.prefetch import Prefetched
 
 FLAGS = flags.FLAGS
 CLASSES = 10

@@ -20,8 +20,21 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments import contrasts, files, report_data, report_html, report_tables, summary
-from experiments.methods import ERM
+from experiments.methods.names import ERM
+from experiments.reporting import (
+    contrasts,
+    summary,
+)
+from experiments.reporting import (
+    html as report_html,
+)
+from experiments.reporting import (
+    runs as report_data,
+)
+from experiments.reporting import (
+    sections as report_tables,
+)
+from experiments.runtime import files
 
 FLAGS = flags.FLAGS
 

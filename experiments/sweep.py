@@ -25,7 +25,11 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments import cluster, files, jobs, report, run_flags
+from experiments import report
+from experiments.jobs import jobs
+from experiments.jobs import slurm as cluster
+from experiments.runtime import files
+from experiments.training import flags as run_flags
 
 FLAGS = flags.FLAGS
 CLUSTERS = ("none", "slurm", "local", "debug")
@@ -159,7 +163,7 @@ def check_flags(planned: Sequence[jobs.Job]) -> None:
     arguments = sorted({job.arguments for job in planned})
     asked = json.dumps({"experiment": planned[0].experiment, "arguments": arguments})
     checked = subprocess.run(
-        [sys.executable, "-m", "experiments.job_run", "--check"],
+        [sys.executable, "-m", "experiments.jobs.run_job", "--check"],
         input=asked,
         capture_output=True,
         text=True,

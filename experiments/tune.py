@@ -1,6 +1,6 @@
 r"""Tunes hyperparameters on validation images, with the same number of trials for every method.
 
-    python -m experiments.tune --output=experiments/hparams/long_tail_mnist5k_mlp.json
+    python -m experiments.tune --output=experiments/methods/hparams/long_tail_mnist5k_mlp.json
 
 Random search (ranges: `experiments.search`): in each trial a method draws its options and trains on
 `--seeds` long-tailed subsets; the trial with the highest mean validation accuracy is chosen. The
@@ -16,21 +16,27 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import (
-    entry_point,
-    files,
-    methods,
-    radius_center,
-    run_flags,
-    runner,
-    search,
+from experiments.images.settings import Settings, TaskSource
+from experiments.methods import names as methods
+from experiments.methods import search
+from experiments.runtime import files
+from experiments.runtime import main as entry_point
+from experiments.runtime.progress import RunProgress
+from experiments.training import (
+    flags as run_flags,
+)
+from experiments.training import (
+    run as runner,
+)
+from experiments.training import (
     search_loop,
 )
-from experiments.program import Program, make_program, structure
-from experiments.progress import RunProgress
-from experiments.settings import Settings, TaskSource
-from lpa_jax import trainer
+from experiments.training import (
+    suggested_radii as radius_center,
+)
+from experiments.training.program import Program, make_program, structure
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
+from lpa_jax.training import loop as trainer
 
 FLAGS = flags.FLAGS
 

@@ -26,6 +26,7 @@ from lpa_jax.assignment import (
     by_frequency,
     custom,
 )
+from lpa_jax.diagnostics.suggest_radius import suggest_radius
 from lpa_jax.injection import CutFunctions, Network, decode, encode, inject
 from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Penalty
@@ -44,8 +45,7 @@ from lpa_jax.perturbations import (
     spatial_dropout,
 )
 from lpa_jax.pgd import class_perturbation
-from lpa_jax.step import TrainState, eval_step, lpa_step
-from lpa_jax.suggest_radius import suggest_radius
+from lpa_jax.training.step import TrainState, eval_step, lpa_step
 
 __version__ = "0.1.0"
 __all__ = [

@@ -4,7 +4,7 @@ import os
 import pathlib
 import signal
 
-import xla_options
+from tests.helpers import xla_options
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -14,9 +14,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("XLA_FLAGS", xla_options.known())
 
 import jax
-import module_call
 import numpy as np
 import pytest
+
+from tests.helpers import module_call
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
@@ -45,7 +46,7 @@ def images():
 @pytest.fixture
 def planned(tmp_path):
     """Four jobs of two settings, written down."""
-    from experiments import jobs  # for those tests alone
+    from experiments.jobs import jobs  # for those tests alone
 
     made = jobs.plan(tmp_path, "long_tail", ["erm", "lpa"], [1], {"imbalance": ["10", "100"]})
     jobs.prepare(made)

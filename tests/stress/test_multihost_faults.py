@@ -10,8 +10,9 @@ import collections
 import os
 import signal
 
-import hosts
 import pytest
+
+from tests.helpers import hosts
 
 pytestmark = [
     pytest.mark.stress,

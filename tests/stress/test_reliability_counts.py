@@ -14,11 +14,14 @@ import time
 
 import numpy as np
 import pytest
-import reliability_worker as worker
-import test_checkpoint
-from reliability_runs import EXIT_STATUS, Zygote, first_and_last_step
-from test_checkpoint import template, two_steps  # noqa: F401  (fixtures)
-from test_reliability import (
+
+from lpa_jax.checkpoints import manifest
+from lpa_jax.checkpoints.checkpoints import CheckpointError, Checkpoints
+from tests.helpers import reliability_worker as worker
+from tests.helpers.reliability_runs import EXIT_STATUS, Zygote, first_and_last_step
+from tests.lpa_jax.checkpoints import test_checkpoint
+from tests.lpa_jax.checkpoints.test_checkpoint import template, two_steps  # noqa: F401  (fixtures)
+from tests.reliability.test_reliability import (
     SIGINT,
     SIGKILL,
     SIGTERM,
@@ -27,9 +30,6 @@ from test_reliability import (
     newest_step,
     reference,
 )
-
-from lpa_jax import manifest
-from lpa_jax.checkpoint import CheckpointError, Checkpoints
 
 __all__ = ["reference"]
 pytestmark = pytest.mark.stress

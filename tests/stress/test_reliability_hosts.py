@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 
-import hosts
 import numpy as np
 import pytest
-import reliability_worker as worker
-from reliability_runs import EXIT_STATUS, PATIENCE, finish_hosts, strike_hosts
-from test_interrupted_hosts import FLAGS, flags, zygote
-from test_reliability_counts import newest_or_none
+
+from tests.experiments.runtime.test_interrupted_hosts import FLAGS, flags, zygote
+from tests.helpers import hosts
+from tests.helpers import reliability_worker as worker
+from tests.helpers.reliability_runs import EXIT_STATUS, PATIENCE, finish_hosts, strike_hosts
+from tests.stress.test_reliability_counts import newest_or_none
 
 __all__ = ["flags", "zygote"]
 pytestmark = pytest.mark.stress

@@ -1,0 +1,1 @@
+"""The protocol of domain generalization: settings, data, networks, selection."""

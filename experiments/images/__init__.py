@@ -1,0 +1,1 @@
+"""The protocol of image classification: settings, data, comparison."""

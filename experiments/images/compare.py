@@ -1,0 +1,196 @@
+"""Comparing methods with paired seeds: what `long_tail` and `balanced` share.
+
+Trains every method with every seed, skipping what is finished, prints one table, and writes it with
+figures, logs and the configuration.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments.images.settings import Settings, TaskSource
+from experiments.methods import names as methods
+from experiments.methods import tuned as tuned_file
+from experiments.reporting import figures as plots
+from experiments.reporting import geometry_plots, summary
+from experiments.runtime import files
+from experiments.runtime import main as entry_point
+from experiments.runtime.progress import RunProgress
+from experiments.training import flags as run_flags
+from experiments.training import folder as run_folder
+from experiments.training import run as runner
+from experiments.training.log import TENSORBOARD, Logging
+from experiments.training.program import make_program
+from lpa_jax import data, multihost, workdir_lock
+from lpa_jax.interrupts import Interrupts
+
+FLAGS = flags.FLAGS
+
+
+def define_flags(experiment: str, profile: str) -> None:
+    """Flags of a comparison, with the defaults of the experiment of that name."""
+    flags.DEFINE_list(
+        "methods",
+        ["erm", "lpl", "lpa", "lpa+lpl"],
+        "Methods to compare: erm, any perturbation, or sums such as lpa+lpl; dropout@hidden2 names "
+        "the layer, manifold_mixup@input|hidden1 layers of which each step draws one.",
+    )
+    flags.DEFINE_list("seeds", ["3"], f"{run_flags.SEEDS}; paired over methods.")
+    flags.DEFINE_string("workdir", f"runs/{experiment}", "Folder for everything that is written.")
+    flags.DEFINE_string(
+        "hparams",
+        "auto",
+        "File of tuned hyperparameters from experiments.tune; auto takes the one that comes with "
+        "the project for this data set and model, none takes the methods' defaults.",
+    )
+    flags.DEFINE_integer(
+        "class_geometry_batches",
+        0,
+        "Training batches on which every evaluation measures what the perturbations do to each "
+        "class (norm ratio, cosine, loss change, sign, radius), for figures over epochs.",
+    )
+    flags.DEFINE_enum(
+        "tensorboard",
+        "scalars",
+        TENSORBOARD,
+        "full adds histograms of the weights and of what is logged by class, and a figure of the "
+        "classes' accuracy, at every evaluation.",
+    )
+    run_flags.define_data_flags(dataset="mnist5k", profile=profile)
+    run_flags.define_training_flags()
+    run_flags.define_runtime_flags()
+    run_flags.define_perturbation_flags()
+
+
+def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options of every chosen method: defaults, then tuned or else the recipe's, then flags."""
+    methods.check_different(FLAGS.methods)
+    explicit = run_flags.explicit_options()
+    run_options = run_flags.explicit_run_options()
+    return {
+        method: methods.options_for(
+            method, pooled.get(method) or run_flags.recipe_options(method), explicit
+        )
+        | run_options
+        for method in FLAGS.methods
+    }
+
+
+def train_all(
+    settings: Settings,
+    options: Mapping[str, Mapping[str, Any]],
+    workdir: pathlib.Path,
+    interrupts: Interrupts,
+) -> dict[str, list[dict[str, Any]]]:
+    """Trains every method with every seed, skipping runs whose results are there."""
+    first = multihost.is_first_host()
+    if first:
+        workdir_lock.refuse_if_held(workdir)  # before data are read
+    saving = run_flags.saving()
+    logging = Logging(FLAGS.class_geometry_batches, FLAGS.tensorboard)
+    seeds = run_flags.seeds(FLAGS.seeds)
+    source = TaskSource(settings)
+    tasks = {seed: source.task(seed) for seed in seeds}
+    # Every program is built before the first run, so that a bad option stops everything at once.
+    programs = {
+        (method, tasks[seed].counts): make_program(
+            method, options[method], settings, tasks[seed], FLAGS.layer
+        )
+        for method in options
+        for seed in seeds
+    }
+    with run_folder.held(workdir), interrupts:
+        for method in options:
+            for seed in seeds:
+                config = runner.configuration(
+                    programs[method, tasks[seed].counts], seed, tasks[seed]
+                )
+                folder = workdir / "runs" / method / f"seed_{seed}"
+                run_folder.check_inside(workdir, folder)
+                run_folder.finished_result(folder, config)
+        run_folder.check_inside(workdir, workdir / "splits")
+        files.write_json(workdir / "flags.json", run_flags.resolved())
+        for seed, task in tasks.items():
+            meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}
+            path = workdir / "splits" / f"seed_{seed}.json"
+            if first:
+                data.save_indices(path, task.train_indices, source.pool.labels, meta)
+        results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
+        with RunProgress(
+            len(options) * len(seeds), settings.epochs, FLAGS.quiet or not first
+        ) as progress:
+            # Seeds outermost: an interrupted job leaves complete pairs.
+            for seed in seeds:
+                for method in options:
+                    progress.start(f"{method} seed {seed}")
+                    folder = workdir / "runs" / method / f"seed_{seed}"
+                    result = runner.run(
+                        programs[method, tasks[seed].counts],
+                        tasks[seed],
+                        seed,
+                        folder,
+                        progress.epoch,
+                        on_step=progress.step,
+                        saving=saving,
+                        logging=logging,
+                        should_stop=interrupts,
+                        say=progress.say,
+                    )
+                    progress.finish(
+                        f"{settings.evaluate_on} accuracy {100 * result['accuracy']:.2f} %"
+                    )
+                    results[method].append(result)
+    return results
+
+
+def report(
+    results: summary.Results, settings: Settings, workdir: pathlib.Path, notes: Sequence[str]
+) -> None:
+    """Prints the table and writes it with the figures; the first host does."""
+    if not multihost.is_first_host():
+        return
+    title = summary.title_of(settings.as_dict())
+    files.write_text(workdir / "table.csv", summary.as_csv(results))
+    files.write_text(workdir / "table.md", summary.as_markdown(results, title, notes=notes))
+    plots.per_class_accuracy(results, workdir / "per_class_accuracy.png")
+    plots.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
+    geometry_plots.over_epochs(results, workdir / "class_geometry.png")
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(summary.COLUMNS):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in summary.rows(results):
+        table.add_row(*row)
+    # A pipe or a file gets the whole table, however narrow the terminal would be.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
+    for line in (summary.LEGEND, *notes):
+        console.print(line, highlight=False)
+    contrast = summary.paired_difference(results, "lpa", "lpl")
+    if contrast is not None:
+        console.print(f"lpa vs lpl, paired: {contrast.percent(signed=True)}", highlight=False)
+    console.print(f"Written to {workdir}{os.sep}", highlight=False)
+
+
+def run(experiment: str, argv: list[str]) -> None:
+    """Does what the flags say; exits with one line where they are wrong or the user interrupts."""
+
+    def compare(interrupts):
+        settings = run_flags.settings()
+        run_flags.apply_runtime_flags()
+        hparams = tuned_file.find(FLAGS.hparams, experiment, settings)
+        options = resolve_options(hparams.pooled)
+        notes = tuned_file.notes(hparams, FLAGS.methods, settings)
+        run_flags.say(f"Hyperparameters: {hparams.origin}")
+        if notes:
+            run_flags.say(" ".join(notes))
+        run_flags.prepare_data()
+        workdir = pathlib.Path(FLAGS.workdir)
+        report(train_all(settings, options, workdir, interrupts), settings, workdir, notes)
+
+    entry_point.run(argv, compare)

@@ -1,0 +1,247 @@
+"""Trained models of methods and seeds, to be measured: trained where they are missing, else loaded.
+
+Runs stand where `long_tail` and `balanced` put them, `WORKDIR/runs/METHOD/seed_SEED`, with their
+last checkpoint kept, so that a comparison made with --keep_finished_checkpoints is measured as it
+is. What is measured of a model is kept beside it and not measured again.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from experiments.images import compare as comparison
+from experiments.images import data as task_data
+from experiments.images.settings import Settings, Task, TaskSource
+from experiments.methods import build as assembly
+from experiments.methods import tuned as tuned_file
+from experiments.runtime import files
+from experiments.training import flags as run_flags
+from experiments.training import folder as run_folder
+from experiments.training import run as runner
+from experiments.training.program import make_program
+from lpa_jax.checkpoints.checkpoints import Checkpoints
+from lpa_jax.injection import LOGITS, Network
+from lpa_jax.interrupts import InterruptedRunError, Interrupts
+
+FLAGS = flags.FLAGS
+Array = jax.Array
+_BATCH_SIZE = 500  # of forward passes: activations of larger batches fall out of cache
+
+
+class Model(NamedTuple):
+    """A trained model and its data.
+
+    Attributes:
+      method: its name.
+      seed: of the run.
+      network: cut at its layers.
+      variables: trained parameters and model state.
+      task: what it was trained and is evaluated on.
+      adjust_logits: what the method does to logits in evaluation, or None.
+    """
+
+    method: str
+    seed: int
+    network: Network
+    variables: Mapping[str, Any]
+    task: Task
+    adjust_logits: Callable[[Array], Array] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The models of methods and seeds that stand in a working folder.
+
+    Attributes:
+      settings: of their runs.
+      options: of every method.
+      tasks: by seed.
+      workdir: where the runs stand.
+      results: of the runs, by method, one a seed.
+    """
+
+    settings: Settings
+    options: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[int, Task]
+    workdir: pathlib.Path
+    results: Mapping[str, list[dict[str, Any]]]
+
+    def folder(self, method: str, seed: int) -> pathlib.Path:
+        """A run's folder."""
+        return _folder(self.workdir, method, seed)
+
+    def load(self, method: str, seed: int) -> Model:
+        """A model as its last training step left it.
+
+        Raises:
+          ValueError: the folder holds no weights.
+          CheckpointError: its checkpoints are damaged.
+        """
+        task, options = self.tasks[seed], self.options[method]
+        program = make_program(method, options, self.settings, task, FLAGS.layer)
+        config = runner.configuration(program, seed, task)
+        folder = self.folder(method, seed)
+        checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config=config)
+        restored = checkpoints.restore(program.init(seed))
+        if restored is None:
+            raise ValueError(_without_weights(folder))
+        parts = assembly.assemble(
+            method,
+            options,
+            layers=restored.state.network.layers,
+            layer=FLAGS.layer,
+            counts=task.counts,
+            epochs=self.settings.epochs,
+        )
+        state = restored.state
+        return Model(method, seed, state.network, state.variables, task, parts.adjust_logits)
+
+    def measured(
+        self, method: str, seed: int, name: str, settings: Mapping[str, Any], measure: Callable
+    ) -> dict[str, Any]:
+        """What `measure()` returns, as plain values, or what it returned earlier.
+
+        Args:
+          method: of the model.
+          seed: of the model.
+          name: of the measurement.
+          settings: of the measurement; it is repeated if they have changed.
+          measure: called without arguments.
+
+        Raises:
+          ValueError: a symbolic link leads out of the working folder.
+        """
+        path = self.folder(method, seed) / run_folder.MEASURED / f"{name}.json"
+        run_folder.check_inside(self.workdir, path)
+        settings = files.plain(settings)
+        earlier = files.read_json(path)
+        if not isinstance(earlier, dict) or earlier.get("settings") != settings:
+            earlier = {"settings": settings, "measured": files.plain(measure())}
+            files.write_json(path, earlier)
+        return earlier["measured"]
+
+
+def define_flags(experiment: str) -> None:
+    """Flags of a comparison whose models are kept to be measured."""
+    comparison.define_flags(experiment, profile="exponential")
+    FLAGS.set_default("keep_finished_checkpoints", True)
+
+
+def tuned_hparams(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Hyperparameters by method, as the comparison on the same data takes them."""
+    experiment = "balanced" if settings.profile == "none" else "long_tail"
+    return tuned_file.find(FLAGS.hparams, experiment, settings).pooled
+
+
+def train_or_load(
+    settings: Settings,
+    options: Mapping[str, Mapping[str, Any]],
+    workdir: pathlib.Path,
+    interrupts: Interrupts,
+) -> Models:
+    """Trains what is missing; every model can then be loaded.
+
+    Raises:
+      ValueError: several processes, naming the flag that does not fit, or a finished run without
+        its weights.
+      InterruptedRunError: a signal came; the same call goes on from there.
+    """
+    if jax.process_count() > 1:
+        # Each would lock the folder and measure what one process can see of the models.
+        raise ValueError(
+            f"models are measured by one process, not {jax.process_count()}; it takes from "
+            "--workdir what several have trained with --keep_finished_checkpoints"
+        )
+    if not FLAGS.keep_finished_checkpoints:
+        raise ValueError("--keep_finished_checkpoints must be true: weights are what is measured")
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells of every checkpoint that it reads
+    seeds = run_flags.seeds(FLAGS.seeds)
+    for method in options:
+        for seed in seeds:
+            folder = _folder(workdir, method, seed)
+            result = files.read_json(folder / run_folder.RESULT)
+            if isinstance(result, dict) and not result.get("checkpoints_kept", True):
+                raise ValueError(_without_weights(folder))
+    results = comparison.train_all(settings, options, workdir, interrupts)
+    source = TaskSource(settings)
+    return Models(settings, options, {seed: source.task(seed) for seed in seeds}, workdir, results)
+
+
+def go_on(interrupts: Interrupts) -> None:
+    """Raises InterruptedRunError if a signal came: asked between measurements."""
+    if interrupts():
+        raise InterruptedRunError("stopped, and what was measured is kept")
+
+
+def batches(
+    task: Task, dataset: task_data.Images, size: int, count: int | None = None
+) -> list[dict[str, Array]]:
+    """Batches as networks take them: normalised, the last one padded and masked.
+
+    Args:
+      task: whose normalisation holds.
+      dataset: the images.
+      size: of a batch; a smaller data set makes one smaller batch.
+      count: how many batches, of images chosen at random, the same at every call; None is all
+        images in their order.
+    """
+    if count is not None:
+        shuffled = np.random.default_rng(0).permutation(len(dataset))
+        dataset = dataset.subset(shuffled[: count * size])
+    found = task_data.evaluation_batches(dataset, min(size, len(dataset)))
+    normalize = task.normalization.apply
+    return [{**batch, "image": jax.device_put(normalize(batch["image"]))} for batch in found]
+
+
+class Outputs(NamedTuple):
+    """What a model says of images.
+
+    Attributes:
+      logits: [n, C], as its method adjusts them.
+      features: activations of the last hidden layer, [n, ...].
+      labels: [n].
+    """
+
+    logits: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def outputs(model: Model, found: Iterable[Mapping[str, Array]] | None = None) -> Outputs:
+    """Outputs for batches (`batches`), padding left out; None is all evaluation images."""
+    if found is None:
+        found = batches(model.task, model.task.evaluation, _BATCH_SIZE)
+    parts = []
+    for batch in found:
+        logits, features = _forward(model.network, model.variables, batch["image"])
+        if model.adjust_logits is not None:
+            logits = model.adjust_logits(logits)
+        real = np.asarray(batch["mask"]) != 0
+        parts.append([np.asarray(part)[real] for part in (logits, features, batch["label"])])
+    return Outputs(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(network, variables, images):
+    last = network.layers[-2]
+    features, _ = network.advance(variables, images, {}, last, train=False, rng=None)
+    logits, _ = network.advance(variables, images, {last: features}, LOGITS, train=False, rng=None)
+    return logits, features
+
+
+def _folder(workdir: pathlib.Path, method: str, seed: int) -> pathlib.Path:
+    return workdir / "runs" / method / f"seed_{seed}"
+
+
+def _without_weights(folder: pathlib.Path) -> str:
+    return (
+        f"--workdir: {folder} holds a finished run without its weights; choose another --workdir, "
+        "or train with --keep_finished_checkpoints"
+    )

@@ -1,0 +1,1 @@
+"""From a method's name to its perturbations, penalties, loss and options."""

@@ -1,0 +1,255 @@
+"""Random search: what is drawn for each method, from which range.
+
+Every method draws its learning rate and weight decay from the same ranges, and in trial t the same
+values of them, so that methods differ in their own options alone.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.methods import names as methods
+from lpa_jax import models
+from lpa_jax.injection import activation_shapes, as_network, check_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """Uniform in the logarithm between `low` and `high`, to three significant digits."""
+
+    low: float
+    high: float
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """One value."""
+        value = np.exp(rng.uniform(np.log(self.low), np.log(self.high)))
+        return float(f"{value:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several values with equal chances."""
+
+    values: tuple[Any, ...]
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """One value."""
+        return self.values[rng.integers(len(self.values))]
+
+
+Space = LogUniform | Choice
+
+
+def parse_space(text: str) -> tuple[str, Space]:
+    """An option and the range that a text names: two bounds, or values to choose from.
+
+    Args:
+      text: `OPTION=LOW:HIGH`, uniform in the logarithm, or `OPTION=VALUE|VALUE`; OPTION is
+        `PART.OPTION`, `learning_rate`, `weight_decay` or, in domain generalization,
+        `batch_size` or `model_dropout`.
+
+    Raises:
+      ValueError: it names no such option, or no such range.
+
+    >>> parse_space("lpa.radius_target=0.03:2"), parse_space("lpa.steps=1|3")
+    (('lpa.radius_target', LogUniform(low=0.03, high=2.0)), ('lpa.steps', Choice(values=(1, 3))))
+    """
+    name, _, values = text.partition("=")
+    part, _, option = name.rpartition(".")
+    of_part = part in methods.part_names() and option in methods.part_options(part)
+    if not (of_part or name in methods.DOMAIN_RUN_OPTIONS) or not values:
+        raise ValueError(f"--space: {text!r} is not OPTION=RANGE, such as lpa.radius_target=0.03:2")
+    if ":" not in values:
+        return name, Choice(tuple(methods.parsed_value(value) for value in values.split("|")))
+    try:
+        low, high = (float(bound) for bound in values.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"--space: {text!r} must be OPTION=LOW:HIGH with 0 < LOW <= HIGH")
+    return name, LogUniform(low, high)
+
+
+RUN_SPACE: dict[str, Space] = {
+    "learning_rate": LogUniform(0.005, 0.1),
+    "weight_decay": LogUniform(1e-4, 5e-3),
+}
+# DomainBed's, for Adam: on its MNIST sets, and on photographs.
+ADAM_SMALL: dict[str, Space] = {
+    "learning_rate": LogUniform(10**-4.5, 10**-2.5),
+    "weight_decay": Choice((0.0,)),
+}
+ADAM_LARGE: dict[str, Space] = {
+    "learning_rate": LogUniform(1e-5, 10**-3.5),
+    "weight_decay": LogUniform(1e-6, 1e-2),
+}
+# LDAM's scale in front of cosines, around the published 30.
+COSINE_SCALE: dict[str, Space] = {
+    "ldam.scale": LogUniform(10.0, 60.0),
+    "ldam_drw.scale": LogUniform(10.0, 60.0),
+}
+# Relative radii that are harmless in dense layers destroy training in convolutional ones.
+SPATIAL_RADIUS = LogUniform(0.001, 0.1)
+_RELATIVE_RADII = ("lpa", "adversarial")
+
+
+class HiddenLayers(NamedTuple):
+    """Where perturbations may stand in a search.
+
+    Attributes:
+      names: layers, each with the same chance.
+      spatial: those whose activations have positions, `[B, H, W, F]` or `[B, T, F]`.
+    """
+
+    names: tuple[str, ...]
+    spatial: frozenset[str] = frozenset()
+
+
+@functools.cache
+def hidden_layers(model: str, chosen: tuple[str, ...] = ()) -> HiddenLayers:
+    """Hidden layers of a model, or the chosen ones among them.
+
+    Args:
+      model: its name.
+      chosen: layers to keep; all hidden ones if empty.
+
+    Raises:
+      ValueError: a chosen layer that the model does not have.
+
+    >>> hidden_layers("small_cnn", ("stage3", "pool"))
+    HiddenLayers(names=('stage3', 'pool'), spatial=frozenset({'stage3'}))
+    """
+    network = as_network(models.create(model, 2))
+    for layer in chosen:
+        check_layer(network.layers, layer)
+    names = chosen or network.layers[1:-1]
+    # How many axes an activation has does not depend on the size of the image.
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    shapes = activation_shapes(network, variables, image, names)
+    return HiddenLayers(names, frozenset(name for name in names if len(shapes[name].shape) > 2))
+
+
+def moved(value: float, source: LogUniform, target: LogUniform) -> float:
+    """The value that stands in `target` where `value` stands in `source`.
+
+    >>> moved(0.1, LogUniform(0.01, 1.0), LogUniform(2.0, 8.0))  # in the middle
+    4.0
+    """
+    place = math.log(value / source.low) / math.log(source.high / source.low)
+    return float(f"{target.low * (target.high / target.low) ** place:.3g}")
+
+
+def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
+    """Ranges of a perturbation's own options.
+
+    Args:
+      name: a registered perturbation.
+      hidden_layers: where it may stand.
+    """
+    layer = {"layer": Choice(tuple(hidden_layers))}
+    signed = {"negative_scale": Choice((0.1, 0.3, 0.5, 1.0))}
+    spaces = {
+        "lpa": {"radius": LogUniform(0.01, 0.8), **signed, **layer},
+        "lpl": {"radius": LogUniform(0.3, 30.0), **signed},
+        "adversarial": {"radius": LogUniform(0.005, 0.8), **layer},
+        "dropout": {"rate": Choice((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)), **layer},
+        "spatial_dropout": {"rate": Choice((0.05, 0.1, 0.2, 0.3, 0.4, 0.5)), **layer},
+        "gaussian_noise": {"sigma": LogUniform(0.03, 2.0), **layer},
+        "manifold_mixup": {"alpha": LogUniform(0.1, 4.0), **layer},
+        "mixstyle": {
+            "alpha": LogUniform(0.05, 1.0),
+            "probability": Choice((0.25, 0.5, 0.75, 1.0)),
+            **layer,
+        },
+        "mixup": {"alpha": LogUniform(0.05, 2.0)},
+        "rsc": {
+            "drop_f": Choice((0.1, 0.2, 0.33, 0.5)),
+            "drop_b": Choice((0.2, 0.33, 0.5, 1.0)),
+        },
+        "sam": {"rho": LogUniform(0.01, 0.5)},
+        "label_smoothing": {"smoothing": LogUniform(0.01, 0.4)},
+        "logit_adjusted": {"tau": LogUniform(0.3, 3.0)},
+        "posthoc_logit_adjustment": {"tau": LogUniform(0.3, 3.0)},
+        "balanced_softmax": {},
+        "focal": {"gamma": LogUniform(0.3, 5.0)},
+        "class_balanced": {"beta": Choice((0.9, 0.99, 0.999, 0.9999))},
+        "ldam": {"max_margin": LogUniform(0.1, 5.0), "scale": LogUniform(0.5, 10.0)},
+        "ldam_drw": {
+            "max_margin": LogUniform(0.1, 5.0),
+            "scale": LogUniform(0.5, 10.0),
+            "beta": Choice((0.9, 0.99, 0.999, 0.9999)),
+            "switch": Choice((0.6, 0.7, 0.8, 0.9)),
+        },
+        "isda": {"strength": LogUniform(0.05, 1.0)},
+        "group_dro": {"eta": LogUniform(1e-3, 1e-1)},
+        "coral": {"weight": LogUniform(0.03, 10.0)},
+        "irm": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
+        "vrex": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
+        "spectral_decoupling": {"weight": LogUniform(1e-3, 1.0)},
+    }
+    # A perturbation that a user registered has only its layer to search.
+    return spaces.get(name, layer)
+
+
+def radius_space(name: str, layer: str | None, hidden: HiddenLayers) -> LogUniform:
+    """Range of a part's radius at a layer: relative radii are smaller in spatial ones.
+
+    >>> radius_space("lpa", "stage3", hidden_layers("small_cnn")) == SPATIAL_RADIUS
+    True
+    """
+    if name in _RELATIVE_RADII and layer in hidden.spatial:
+        return SPATIAL_RADIUS
+    return part_space(name, hidden.names)["radius"]
+
+
+def draw(
+    method: str,
+    trial: int,
+    hidden: HiddenLayers,
+    seed: int = 0,
+    ranges: Mapping[str, Space] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The options of a trial, a pure function of (seed, method, trial), layers and ranges.
+
+    Args:
+      method: its name.
+      trial: number of the trial.
+      hidden: where perturbations may stand; in spatial layers radii come from `SPATIAL_RADIUS`.
+      seed: of the search.
+      ranges: by option (`learning_rate`, `lpa.radius`), where they are not the usual ones, or
+        where the option is not searched otherwise.
+
+    >>> draw("erm", 0, HiddenLayers(("hidden1",))) == draw("erm", 0, HiddenLayers(("hidden1",)))
+    True
+    """
+    shared = np.random.default_rng([seed, trial])
+    options = {name: ranges.get(name, space).draw(shared) for name, space in RUN_SPACE.items()}
+    for name in methods.DOMAIN_RUN_OPTIONS:
+        if name in ranges and name not in options:
+            options[name] = ranges[name].draw(shared)
+    if "batch_size" in options:
+        options["batch_size"] = int(options["batch_size"])
+    for part in methods.parse(method):
+        # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
+        rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])
+        spaces = part_space(part.name, hidden.names)
+        # Options that are not searched otherwise come last: they change no other draw.
+        own = methods.own_options(part.name, ranges)
+        spaces = {name: own.get(name, space) for name, space in spaces.items()} | own
+        drawn = {name: space.draw(rng) for name, space in spaces.items()}
+        if "radius" in drawn and f"{part.name}.radius" not in ranges:
+            range_there = radius_space(part.name, part.layer or drawn.get("layer"), hidden)
+            if range_there != spaces["radius"]:
+                drawn["radius"] = moved(drawn["radius"], spaces["radius"], range_there)
+        if part.layer:
+            drawn.pop("layer", None)
+        options |= {f"{part.name}.{name}": value for name, value in drawn.items()}
+    return options

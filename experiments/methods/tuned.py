@@ -1,0 +1,169 @@
+"""Hyperparameters found by tuning: the file that holds them, and what a table must say of them."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from experiments.methods import names as methods
+from experiments.runtime import files
+from lpa_jax.checkpoints.checkpoints import differences
+
+FOLDER = pathlib.Path(__file__).parent / "hparams"
+# What a search draws or decides itself, and where data lie or how often they are looked at: these
+# settings may differ from those of the run.
+_MAY_DIFFER = (
+    "learning_rate",
+    "weight_decay",
+    "evaluate_on",
+    "validation_fraction",
+    "split_seed",
+    "deal_seed",
+    "data_dir",
+    "image_root",
+    "train_list",
+    "eval_list",
+    "evaluate_every",
+    "accumulate",
+)
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Tuned(NamedTuple):
+    """Hyperparameters found by tuning.
+
+    Attributes:
+      origin: where they come from.
+      pooled: by method; in domain generalization the best on average over the test domains that
+        were tuned with.
+      by_domain: by method and test domain, from networks that never saw that domain.
+      file: name of the file, or None.
+      searched: settings that were searched under, where the file says so.
+      automatic: whether the file was not named but found.
+    """
+
+    origin: str
+    pooled: Mapping[str, Mapping[str, Any]] = _NONE
+    by_domain: Mapping[str, Mapping[str, Mapping[str, Any]]] = _NONE
+    file: str | None = None
+    searched: Mapping[str, Any] = _NONE
+    automatic: bool = False
+
+    def options(self, method: str, test: str) -> Mapping[str, Any]:
+        """Those of a method for a test domain."""
+        return self.by_domain.get(method, {}).get(test, self.pooled.get(method, {}))
+
+
+DEFAULTS = Tuned("the methods' defaults")
+
+
+def find(
+    hparams: str,
+    experiment: str,
+    settings: Any,
+    run_options: Sequence[str] = methods.RUN_OPTIONS,
+) -> Tuned:
+    """What a flag --hparams means.
+
+    Args:
+      hparams: its value: a file, auto for the project's own of this data set and model, or none.
+      experiment: which the project's own file was tuned for.
+      settings: of the run.
+      run_options: as `load`.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    if hparams == "none":
+        return DEFAULTS
+    if hparams != "auto":
+        return load(hparams, run_options)
+    path = FOLDER / f"{experiment}_{settings.dataset}_{settings.model}.json"
+    if not path.exists():
+        return Tuned(f"{DEFAULTS.origin} (nothing tuned for {path.stem})")
+    return load(path, run_options)._replace(automatic=True)
+
+
+def notes(tuned: Tuned, names: Sequence[str], settings: Any) -> list[str]:
+    """What a table has to say of methods that were not tuned, or not for this run.
+
+    Args:
+      tuned: from `find`.
+      names: of the methods in the table.
+      settings: of the run, a dataclass with `as_dict`.
+    """
+    if tuned.file is None:
+        return []
+    lines = []
+    untuned = [name for name in names if name not in tuned.pooled]
+    if untuned:
+        lines.append(f"Not tuned, for {tuned.file} does not hold them: {', '.join(untuned)}.")
+    if tuned.automatic and tuned.searched:
+        ran = files.plain(settings.as_dict())
+        defaults = {
+            field.name: files.plain(field.default)
+            for field in dataclasses.fields(settings)
+            if field.name not in _MAY_DIFFER
+        }
+        # Settings at their defaults need not be written.
+        there, here = (
+            {n: of.get(n, defaults[n]) for n in defaults} for of in (tuned.searched, ran)
+        )
+        differing = differences(there, here)
+        if differing:
+            lines.append(f"{tuned.file} was searched with other settings: {'; '.join(differing)}.")
+    return lines
+
+
+def load(path: str | pathlib.Path, run_options: Sequence[str] = methods.RUN_OPTIONS) -> Tuned:
+    """Hyperparameters from a file that `experiments.tune` or `domain_tune` wrote.
+
+    Args:
+      path: of the file.
+      run_options: what it may hold besides the options of parts.
+
+    Raises:
+      ValueError: the file is missing, is not such a file, or holds an option that its method does
+        not have or a value that the option does not take.
+    """
+    path = pathlib.Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = content["methods"]
+        searched = dict(content.get("search", {}).get("settings", {}))
+        pooled = {method: dict(entry["chosen"]) for method, entry in entries.items()}
+        by_domain = {
+            method: {
+                domain: dict(found["options"])
+                for domain, found in entry.get("by_test_domain", {}).items()
+            }
+            for method, entry in entries.items()
+        }
+    except OSError as error:
+        raise ValueError(f"--hparams: cannot read {str(path)!r} ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(
+            f"--hparams: {str(path)!r} is not a file written by experiments.tune"
+        ) from None
+    for method in pooled:
+        for options in (pooled[method], *by_domain[method].values()):
+            try:
+                _check(method, options, run_options)
+            except ValueError as error:
+                what = str(error).removeprefix("--methods: ")
+                raise ValueError(f"--hparams: {str(path)!r}: {what}") from None
+    return Tuned(f"tuned on validation, {path.name}", pooled, by_domain, path.name, searched)
+
+
+def _check(method: str, options: Mapping[str, Any], run_options: Sequence[str]) -> None:
+    parts = [part.name for part in methods.parse(method)]
+    known = [f"{part}.{option}" for part in parts for option in methods.part_options(part)]
+    for key, value in options.items():
+        if key not in (*known, *run_options):
+            raise ValueError(f"{method} has no option {key!r}")
+        try:
+            methods.check_value(key, value)
+        except ValueError as error:
+            raise ValueError(f"{method}: {error}") from None

@@ -1,0 +1,1 @@
+"""From result folders to tables and figures."""

@@ -1,0 +1,162 @@
+"""A report as one page that needs nothing else: no script, no network, figures inside."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.reporting import contrasts, summary
+from experiments.reporting import sections as report_tables
+from experiments.reporting.runs import Problem, Run, Setting
+from experiments.reporting.sections import Section
+from experiments.runtime.environment import environment
+
+# More different values than this are counted instead of listed.
+MOST_VALUES = 4
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1b1b1b; --paper: #fff; --line: #d5d5d5; --soft: #f3f4f6;
+  --link: #0b57a4; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --paper: #16181c; --line: #3a3f47;
+  --soft: #22262c; --link: #8ab8ee; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; color: var(--text);
+  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
+a { color: var(--link); }
+.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+.wide > table { min-width: 100%; }
+th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; }
+th { background: var(--soft); }
+th:first-child, td:first-child { text-align: left; }
+.numbers th:first-child, .numbers td:first-child { position: sticky; left: 0;
+  background: var(--soft); min-width: min(42vw, 13rem); max-width: 42vw; white-space: normal; }
+tr + tr td { border-top: 1px solid var(--line); }
+.pairs th, .pairs td { text-align: left; white-space: normal; vertical-align: top; }
+figure { margin: 1.25rem 0; }
+figure .wide { background: #fff; }
+img { display: block; width: 100%; max-width: 62rem; margin: 0 auto;
+  height: auto; }
+figcaption, .notes { font-size: .875rem; }
+details { margin: .75rem 0; } summary { cursor: pointer; }
+"""
+
+
+def page(
+    sections: Sequence[Section],
+    runs: Sequence[Run],
+    problems: Sequence[Problem],
+) -> str:
+    """The whole page.
+
+    Args:
+      sections: tables and their figures, which must still be where they were written.
+      runs: that count.
+      problems: folders that do not.
+    """
+    body = ["<h1>Report</h1>"]
+    body.append(f"<p>{len(runs)} runs, {len(sections)} tables, {len(problems)} not counted.</p>")
+    body.append("<ul>")
+    for i, section in enumerate(sections):
+        body.append(f'<li><a href="#t{i}">{html.escape(section.title)}</a></li>')
+    body.append("</ul>")
+    for i, section in enumerate(sections):
+        body += _section(section, f"t{i}")
+    body += ["<h2>How to read the tables</h2>", f"<p>{html.escape(summary.LEGEND)}</p>"]
+    body += ["<h2>Not counted</h2>", _problems(problems)]
+    body += ["<h2>Environment</h2>", *_environments(runs)]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _section(section: Section, anchor: str) -> list[str]:
+    parts = [f'<h2 id="{anchor}">{html.escape(section.title)}</h2>']
+    parts.append(f'<div class="wide">{_table(section.table, "numbers")}</div>')
+    if section.notes:
+        items = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
+        parts.append(f'<ul class="notes">{items}</ul>')
+    if section.contrasts:
+        contrast_table = _table(contrasts.text_table(section.contrasts), "numbers")
+        parts += ["<h3>Contrasts</h3>", f'<div class="wide">{contrast_table}</div>']
+    for caption, path in section.figures:
+        content = path.read_bytes()
+        image = base64.b64encode(content).decode()
+        text = html.escape(caption)
+        # Never below half its pixels, where text is still read: a phone scrolls sideways instead.
+        least = int.from_bytes(content[16:20]) // 2
+        parts.append(
+            f'<figure><div class="wide"><img alt="{html.escape(section.title)}: {text}" '
+            f'style="min-width: {least}px" src="data:image/png;base64,{image}"></div>'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+    parts.append(_details("Seeds", _table(report_tables.seeds_table(section), "pairs")))
+    parts.append(_details("Options of the methods", _table(_options(section.setting), "pairs")))
+    parts.append(_details("Configuration", _table(_configuration(section.setting), "pairs")))
+    return parts
+
+
+def _table(lines: Sequence[Sequence[str]], kind: str) -> str:
+    header, *body = [[html.escape(cell) for cell in line] for line in lines]
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body)
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _details(title: str, content: str) -> str:
+    return f'<details><summary>{title}</summary><div class="wide">{content}</div></details>'
+
+
+def _options(setting: Setting) -> list[list[str]]:
+    """Options by method; those that were drawn anew for seeds or domains with all their values."""
+    lines = [["method", "options"]]
+    for method, runs in setting.runs.items():
+        chosen = [run.config.get("options", {}) for run in runs]
+        texts = [f"{name}: {_values([o.get(name) for o in chosen])}" for name in _keys(chosen)]
+        lines.append([method, "; ".join(texts) or "none"])
+    return lines
+
+
+def _keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted(set().union(*mappings))
+
+
+def _values(values: Sequence[Any]) -> str:
+    texts = list(dict.fromkeys(_text(value) for value in values))
+    return ", ".join(texts) if len(texts) <= MOST_VALUES else f"{len(texts)} different values"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _configuration(setting: Setting) -> list[list[str]]:
+    config = setting.config.get("settings", setting.config)
+    return [["setting", "value"], *([name, _text(value)] for name, value in sorted(config.items()))]
+
+
+def _problems(problems: Sequence[Problem]) -> str:
+    items = [
+        f"<li><code>{html.escape(str(problem.folder))}</code>: {html.escape(problem.reason)}</li>"
+        for problem in problems
+    ]
+    return f'<ul class="notes">{"".join(items)}</ul>' if items else "<p>Nothing.</p>"
+
+
+def _environments(runs: Sequence[Run]) -> list[str]:
+    """Where the runs ran, as far as they say, and where this page was made."""
+    recorded = {_text(run.result["environment"]): run.result["environment"]
+                for run in runs if isinstance(run.result.get("environment"), dict)}  # fmt: skip
+    parts = [_environment("Runs", found) for found in recorded.values()]
+    return [*parts, _environment("This page", environment())]
+
+
+def _environment(title: str, values: Mapping[str, Any]) -> str:
+    lines = [["", title], *([name, _text(value)] for name, value in values.items())]
+    return f'<div class="wide">{_table(lines, "pairs")}</div><p></p>'

@@ -1,0 +1,1 @@
+"""One process: files, hosts, signals and the screen."""

@@ -1,0 +1,1 @@
+"""One network from options to result, for any protocol."""

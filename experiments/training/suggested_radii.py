@@ -1,0 +1,132 @@
+"""Where a search for a radius looks: around the one that changes the loss by a chosen amount.
+
+A radius means different things at different layers and models, so one range for all of them is
+either wide or wrong. `--radius_center=suggest` moves the range of LPA's and LPL's radius to within
+a factor of 10 around `lpa_jax.suggest_radius`.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+
+from experiments.images import data as task_data
+from experiments.images.settings import Settings, Task
+from experiments.methods import names as methods
+from experiments.methods import search
+from experiments.methods.build import assemble
+from experiments.training.program import make_program
+from lpa_jax import models, parallel
+from lpa_jax.diagnostics.suggest_radius import suggest_radius
+from lpa_jax.injection import LOGITS
+
+CENTERS = ("range", "suggest")
+SPREAD = 10.0
+# Before training all classes have the same loss: the network is trained for this share of the
+# epochs by plain ERM first.
+WARMUP = 0.1
+_PARTS = ("lpa", "lpl")
+_BATCH_SIZE = 256
+
+
+def check_ranges(ranges: Collection[str]) -> None:
+    """Refuses ranges that would not count, as these radii are moved elsewhere.
+
+    Args:
+      ranges: options whose range was given, such as `lpa.radius`.
+
+    Raises:
+      ValueError: LPA's or LPL's radius is among them.
+    """
+    for part in _PARTS:
+        if f"{part}.radius" in ranges:
+            raise ValueError(
+                f"--space: {part}.radius is drawn around the suggestion with "
+                "--radius_center=suggest; give one of the two"
+            )
+
+
+class Suggestions:
+    """Suggested radii by part and layer, each measured once: a pure function of task and seed."""
+
+    def __init__(
+        self, settings: Settings, task: Task, seed: int, explicit: Mapping[str, Any]
+    ) -> None:
+        """Measures nothing yet.
+
+        Args:
+          settings: of the search.
+          task: whose training images the networks see.
+          seed: of the warm-up.
+          explicit: options from flags, which hold in every trial.
+        """
+        self._settings, self._task, self._seed, self._explicit = settings, task, seed, explicit
+        self._layers = models.create(settings.model, task.train.num_classes).layers
+        self._hidden = search.hidden_layers(settings.model)
+        self._warm = None
+        self._centers: dict[tuple[str, str], float] = {}
+
+    def recentred(self, method: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's draw with every radius of LPA and LPL moved around its suggestion.
+
+        Raises:
+          ValueError: there is no radius to suggest.
+        """
+        drawn = dict(drawn)
+        for part in methods.parse(method):
+            if part.name not in _PARTS:
+                continue
+            options = methods.options_for(method, drawn, self._explicit)
+            layer = part.layer or options.get(f"{part.name}.layer", LOGITS)
+            key = f"{part.name}.radius"
+            center = self._center(part.name, layer, options)
+            around = search.LogUniform(center / SPREAD, center * SPREAD)
+            at = part.layer or drawn.get(f"{part.name}.layer", LOGITS)
+            drawn[key] = search.moved(
+                drawn[key], search.radius_space(part.name, at, self._hidden), around
+            )
+        return drawn
+
+    def _center(self, name: str, layer: str, options: Mapping[str, Any]) -> float:
+        if (name, layer) not in self._centers:
+            self._centers[name, layer] = self._suggest(name, layer, options)
+        return self._centers[name, layer]
+
+    def _suggest(self, name, layer, options) -> float:
+        cold = {key: value for key, value in options.items() if key != f"{name}.mode"}
+
+        def method(radius):
+            traced = cold | {f"{name}.radius": radius}
+            assembled = assemble(
+                f"{name}@{layer}",
+                traced,
+                layers=self._layers,
+                layer=None,
+                counts=self._task.counts,
+            )
+            return assembled.perturbations[layer]
+
+        state = self._warm_state()
+        examples = min(_BATCH_SIZE, len(self._task.train))
+        batch = task_data.train_batches(self._task.train, self._seed, examples)[0]
+        image = self._task.normalization.apply(batch["image"])
+        try:
+            return suggest_radius(
+                state.network, state.variables, {**batch, "image": image}, layer, method=method
+            )
+        except ValueError as error:
+            raise ValueError(f"--radius_center=suggest: {name} at {layer}: {error}") from None
+
+    def _warm_state(self):
+        if self._warm is None:
+            settings, train = self._settings, self._task.train
+            program = make_program(methods.ERM, {}, settings, self._task)
+            batches = task_data.train_batches(train, self._seed, settings.batch_size)
+            state = program.init(self._seed)
+            epochs = max(1, round(WARMUP * settings.epochs))
+            for step in range(epochs * batches.steps_per_epoch):
+                state, _ = program.stages[0][1](state, batches[step])
+                if parallel.must_block():
+                    jax.block_until_ready(state)
+            self._warm = jax.device_get(state)
+        return self._warm

@@ -1,0 +1,1 @@
+"""One training step, the state that it updates, and the loop around it."""

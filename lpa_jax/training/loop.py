@@ -1,0 +1,211 @@
+"""The training loop: step, watch, evaluate, report, stop. It neither prints nor writes files."""
+
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax import metrics
+from lpa_jax.training.step import TrainState
+
+Batch = Mapping[str, np.ndarray]
+Totals = Mapping[str, metrics.Pair]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, metrics.Pair]]]
+
+
+class TrainBatches(Protocol):
+    """Batches as a pure function of the step."""
+
+    steps_per_epoch: int
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+
+class EpochRecord(NamedTuple):
+    """What is known after an epoch.
+
+    Attributes:
+      epoch: epochs completed, from 1.
+      step: steps completed.
+      train: training metrics averaged over the epoch, under perturbation.
+      evaluation: results of `evaluate`, or None in epochs without one.
+      seconds: wall time of the epoch's steps, compilation included.
+      examples_per_second: training throughput of the epoch.
+    """
+
+    epoch: int
+    step: int
+    train: Mapping[str, float]
+    evaluation: Mapping[str, Any] | None
+    seconds: float
+    examples_per_second: float
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss, its gradient or the parameters became NaN or infinite; names the step."""
+
+
+def train(
+    state: TrainState,
+    stages: Sequence[tuple[int, Step]],
+    batches: TrainBatches,
+    epochs: int,
+    *,
+    evaluate: Callable[[TrainState], Mapping[str, Any] | None] | None = None,
+    evaluate_every: int = 1,
+    totals: Totals | None = None,
+    save: Callable[[TrainState, Totals], None] = lambda state, totals: None,
+    should_save: Callable[[int], bool] = lambda step: False,
+    should_stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[int, Totals], None] = lambda done, totals: None,
+    block_every_step: bool = False,
+) -> Iterator[tuple[TrainState, EpochRecord]]:
+    """Trains epoch by epoch, yielding the state and a record after each.
+
+    The host never waits for a step within an epoch, unless it saves: metrics stay on the device
+    until then, and only then is the loss of every step checked.
+
+    Formal guarantee: with the (state, totals) of any call of `save`, `train` yields what it would
+    have yielded from there, bit for bit (times aside). What is saved after the last step of an
+    epoch comes before that epoch's evaluation and record, which then come first.
+
+    Args:
+      state: where to start; `state.step` says which batch comes next.
+      stages: (first epoch, step) pairs in ascending order, the first at 0: with two, the loss or
+        the perturbations change during training (deferred re-weighting).
+      batches: training batches by step.
+      epochs: total number of epochs, those before `state.step` included.
+      evaluate: state -> metrics, called every `evaluate_every` epochs and after the last; None
+        instead of metrics says that it was asked to stop.
+      evaluate_every: epochs between evaluations, >= 1.
+      totals: sums of the training metrics since the epoch began, as given to `save`.
+      save: called with a state whose steps were all finite, and the totals that belong to it.
+      should_save: asked after every step, with the number of steps completed.
+      should_stop: asked after every step; True saves and ends the iteration there.
+      watch: called after every step but an epoch's last, with the number of steps handed to the
+        devices and the totals of the epoch, which may still be computed: reading them waits.
+      block_every_step: wait for each step, which several CPU devices of one process need.
+
+    Raises:
+      ValueError: stages that do not start at epoch 0 or do not ascend.
+      NonFiniteLossError: naming the first step whose loss or gradient is NaN or infinite, or the
+        last one before parameters, running statistics, perturbations or an evaluation loss are.
+    """
+    firsts = [first for first, _ in stages]
+    if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
+        raise ValueError(f"stages must start at epoch 0 and ascend, got {firsts}")
+    steps_per_epoch = batches.steps_per_epoch
+    done = int(state.step)
+    first_epoch = (done if totals is None else done - 1) // steps_per_epoch
+    for epoch in range(first_epoch, epochs):
+        step_fn = next(fn for first, fn in reversed(stages) if first <= epoch)
+        started = time.perf_counter()
+        unchecked, examples = [], 0
+        while done < (epoch + 1) * steps_per_epoch:
+            batch = batches[done]
+            state, pairs = step_fn(state, batch)
+            done += 1
+            if block_every_step:
+                jax.block_until_ready(pairs)
+            unchecked.append({name: pairs[name] for name in _WATCHED if name in pairs})
+            totals = pairs if totals is None else metrics.add(totals, pairs)
+            examples += len(batch["label"]) * jax.process_count()
+            stop = should_stop()
+            if stop or should_save(done):
+                check_finite(unchecked, done - len(unchecked), _lasting(state))
+                unchecked = []
+                save(state, totals)
+            if stop:
+                return
+            if done < (epoch + 1) * steps_per_epoch:
+                watch(done, totals)
+        check_finite(unchecked, done - len(unchecked), _lasting(state))
+        seconds = time.perf_counter() - started
+        evaluation = None
+        if evaluate is not None and (epoch + 1 == epochs or (epoch + 1) % evaluate_every == 0):
+            evaluation = evaluate(state)
+            if evaluation is None:
+                save(state, totals)
+                return
+            if not np.isfinite(evaluation.get("loss", 0.0)):
+                raise NonFiniteLossError(f"the evaluation loss is not finite after step {done - 1}")
+        yield (
+            state,
+            EpochRecord(
+                epoch=epoch + 1,
+                step=done,
+                train=metrics.compute(totals),
+                evaluation=evaluation,
+                seconds=seconds,
+                examples_per_second=examples / seconds,
+            ),
+        )
+        totals = None
+
+
+# What becomes NaN or infinite first when training breaks.
+_WATCHED = {"loss": "training loss", "gradient_norm": "gradient's norm"}
+
+
+def _lasting(state: TrainState) -> dict[str, Any]:
+    """What the last step of all could break without a loss that shows it."""
+    return {
+        "parameters": state.params,
+        "running statistics": state.model_state,
+        "perturbations": state.perturbation_state,
+    }
+
+
+def check_finite(
+    history: Sequence[Mapping[str, metrics.Pair]],
+    first_step: int,
+    arrays: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
+    """Raises NonFiniteLossError, naming the step, unless every loss and gradient is finite.
+
+    Args:
+      history: metrics of consecutive steps, of which `loss` and `gradient_norm` are read.
+      first_step: the step of the first of them.
+      arrays: by name what must be finite, too, after the last of them.
+
+    >>> check_finite([{"loss": (1.0, 2.0)}, {"loss": (float("nan"), 2.0)}], first_step=7)
+    Traceback (most recent call last):
+        ...
+    lpa_jax.training.loop.NonFiniteLossError: the training loss is nan at step 8
+    """
+    for offset, pairs in enumerate(jax.device_get(list(history))):
+        for name, (total, _) in pairs.items():
+            if not np.isfinite(total):
+                value = "nan" if np.isnan(total) else "infinite"
+                where = f"{value} at step {first_step + offset}"
+                raise NonFiniteLossError(f"the {_WATCHED[name]} is {where}")
+    for name, tree in arrays.items():
+        floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if not all(np.all(np.isfinite(leaf)) for leaf in jax.device_get(floats)):
+            last = first_step + len(history) - 1
+            raise NonFiniteLossError(f"the {name} are not finite after step {last}")
+
+
+def evaluate_batches(
+    eval_fn: Callable[[TrainState, Batch], Mapping[str, metrics.Pair]],
+    state: TrainState,
+    batches: Sequence[Batch],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Averages an evaluation step over all batches, each example counted once.
+
+    Returns:
+      Metrics by name: floats, and arrays for per-class metrics. None if `should_stop`, which is
+      asked before every batch, said so.
+    """
+    total = None
+    for number in range(len(batches)):
+        if should_stop():
+            return None
+        pairs = eval_fn(state, batches[number])
+        total = pairs if total is None else metrics.add(total, pairs)
+    return metrics.compute(total)

@@ -1,0 +1,131 @@
+"""The train state: everything that training changes, and the static objects that change it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from lpa_jax import injection
+from lpa_jax.injection import Network
+from lpa_jax.training.plan import Penalties, Perturbations, check_penalties, plan_sites
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that training changes, and the static objects that change it.
+
+    Attributes:
+      step: number of steps taken.
+      params: trained parameters.
+      model_state: the network's other variables (running statistics).
+      opt_state: the optimizer's state.
+      perturbation_state: state of the perturbation at each layer.
+      penalty_state: state of each penalty.
+      rng: the run's key; every random choice is keyed by folding `step` into it.
+      network: the network, static.
+      optimizer: the optax transformation, static.
+      num_classes: C, static.
+    """
+
+    step: Array
+    params: Any
+    model_state: Mapping[str, Any]
+    opt_state: optax.OptState
+    perturbation_state: Mapping[str, Any]
+    penalty_state: Mapping[str, Any]
+    rng: Array
+    network: Network = flax.struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    num_classes: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def create(
+        cls,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        rng: Array,
+        example_batch: Batch,
+        perturbations: Perturbations | None = None,
+        penalties: Penalties | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> "TrainState":
+        """The state before the first step.
+
+        Args:
+          model: a staged model, or a `Network` from `inject` or `CutFunctions`.
+          optimizer: an optax transformation.
+          rng: a key; parameters and all later randomness come from it.
+          example_batch: `{"image": [B, ...], ...}`, only its shapes matter.
+          perturbations: layer (or tuple of layers) -> perturbation, as for `lpa_step`.
+          penalties: name -> penalty, as for `lpa_step`.
+          variables: what takes the place of initial variables, a part of their tree: pretrained
+            weights, for example from `models.pretrained.convert`.
+
+        Raises:
+          ValueError: unknown layer, a layer named twice, or a perturbation that does not fit,
+            or `variables` with a name that the network does not have.
+
+        >>> from lpa_jax.models import MLP
+        >>> batch = {"image": jnp.zeros((4, 2, 2, 1)), "label": jnp.zeros(4, jnp.int32)}
+        >>> TrainState.create(MLP(num_classes=3), optax.sgd(0.1), jax.random.key(0), batch).step
+        Array(0, dtype=int32)
+        """
+        network = injection.as_network(model)
+        plan, penalties = plan_sites(perturbations or {}, network.layers), penalties or {}
+        check_penalties(penalties, network.layers)
+        params_rng, run_rng = jax.random.split(rng)
+        inputs = example_batch["image"]
+        variables = replaced(network.init(params_rng, inputs), variables or {})
+        layers = {layer for site in plan for layer in site.layers}
+        layers |= {layer for penalty in penalties.values() for layer in penalty.layers}
+        shapes = injection.activation_shapes(
+            network, variables, inputs, (*sorted(layers), injection.LOGITS)
+        )
+        num_classes = shapes[injection.LOGITS].shape[-1]
+        params = variables.pop("params")
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            model_state=variables,
+            opt_state=optimizer.init(params),
+            perturbation_state={
+                layer: site.perturbation.init(shapes[layer], num_classes)
+                for site in plan
+                for layer in site.layers
+            },
+            penalty_state={
+                name: penalty.init({layer: shapes[layer] for layer in penalty.layers}, num_classes)
+                for name, penalty in penalties.items()
+            },
+            rng=run_rng,
+            network=network,
+            optimizer=optimizer,
+            num_classes=num_classes,
+        )
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Parameters and model state as the network takes them."""
+        return {"params": self.params, **self.model_state}
+
+
+def replaced(variables: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables with those of `new`, a part of the same tree, in their places.
+
+    Raises:
+      ValueError: `new` has something that `variables` do not have.
+
+    >>> replaced({"params": {"a": 1, "b": 2}, "batch_stats": {}}, {"params": {"b": 3}})
+    {'params': {'a': 1, 'b': 3}, 'batch_stats': {}}
+    """
+    merged = dict(variables)
+    for name, value in new.items():
+        if name not in merged:
+            raise ValueError(f"variables have no {name!r} to be replaced")
+        merged[name] = replaced(merged[name], value) if isinstance(value, Mapping) else value
+    return merged

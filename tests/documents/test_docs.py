@@ -1,0 +1,97 @@
+"""The pages of the documentation cannot rot: their code runs, their commands parse, they build."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lpa_jax import penalties, perturbations
+from tests.helpers import commands
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+CONFIG = DOCS / "site" / "mkdocs.yml"
+PAGES = [pytest.param(path, id=path.stem) for path in sorted(DOCS.glob("*.md"))]
+
+
+def blocks(path, language):
+    """The fenced blocks of a page in one language."""
+    text = path.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a page registers is forgotten after it."""
+    for room in (perturbations, penalties):
+        registry = room.base._REGISTRY
+        monkeypatch.setattr(registry, "factories", dict(registry.factories))
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if blocks(page.values[0], "python")])
+def test_all_python_of_a_page_runs_in_one_go(path, registries):
+    namespace = {"__name__": path.stem}
+    for block in blocks(path, "python"):
+        exec(compile(block, path.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_command_of_a_page_has_flags_that_exist(path, tmp_path):
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ").replace(" ...\n", "\n")
+    for command in re.findall(r"^ *((?:\w+=\S+ )*python -m experiments\..*)$", text, re.MULTILINE):
+        commands.check(command, tmp_path)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_links_and_files_that_a_page_names_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (DOCS / target).exists(), target
+    for module in re.findall(r"python -m experiments\.(\w+)", text):
+        assert (ROOT / "experiments" / f"{module}.py").exists(), module
+    for name in re.findall(r"`((?:docs|experiments|lpa_jax|tests)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_page_stands_in_the_navigation():
+    listed = re.findall(r"^  - .*: (\w+\.md)$", CONFIG.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    import lpa_jax
+
+    named = re.findall(r"^::: (lpa_jax[\w.]*)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    for name in lpa_jax.__all__:
+        value = getattr(lpa_jax, name)
+        place = getattr(value, "__module__", None) or value.__name__
+        assert any(
+            page in (f"lpa_jax.{name}", place) or page.startswith(f"{place}.") for page in named
+        ), name
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is in the extra docs")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is in the extra docs")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "-f",
+            CONFIG,
+            "-d",
+            tmp_path / "site",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert 'id="lpa_jax.class_perturbation"' in reference

@@ -1,0 +1,83 @@
+"""The examples run as they stand, and what they print is what they claim."""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "docs" / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example as `python docs/examples/NAME.py` would, and returns what it printed."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run_one(name):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_one
+
+
+def accuracies(printed):
+    """method -> (accuracy of all classes, of the rare ones), in percent."""
+    rows = re.findall(r"^(\w+) +all +([\d.]+)% +rare +([\d.]+)%$", printed, flags=re.MULTILINE)
+    return {name: (float(everywhere), float(rare)) for name, everywhere, rare in rows}
+
+
+@pytest.mark.parametrize("name", ["custom_linen_loop.py", "custom_nnx_loop.py"])
+def test_a_loop_of_ones_own_learns_with_and_without_perturbation(name, run):
+    found = accuracies(run(name))
+    assert list(found) == ["ERM", "LPA"] and found["ERM"] != found["LPA"]
+    assert min(found.values())[0] > 80
+
+
+def test_a_model_that_is_not_ours_is_perturbed_at_a_block_and_stays_theirs(run):
+    printed = run("existing_model.py")
+    assert "injection points: input, block1, block2, logits" in printed
+    assert "block2/conv" in printed
+    found = accuracies(printed)
+    assert found["LPA"][0] > 60
+    assert "one perturbation per class: (10, 1, 1, 16)" in printed
+
+
+def test_eight_devices_train_the_network_of_one():
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "pmap_many_devices.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        timeout=240,
+    )
+    assert re.search(r"8 devices; digit 0 of the first batch lies on [2-8] of them", done.stdout)
+    losses = re.findall(r"loss ([\d.]+) after", done.stdout)
+    assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 1e-4
+    assert float(done.stdout.split("any weight: ")[1]) < 1e-4
+
+
+def test_the_tour_runs_cell_by_cell_draws_figures_and_is_committed_without_outputs(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    plt.close("all")
+    namespace = {"__name__": "tour"}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), f"tour.ipynb, {cell['id']}", "exec"), namespace)
+    assert len(plt.get_fignums()) == 5
+    plt.close("all")
+    assert (namespace["geometry"]["sign"] * namespace["geometry"]["loss_change"] > 0).all()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short_enough_to_be_read_aloud(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 80

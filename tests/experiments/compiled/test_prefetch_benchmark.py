@@ -1,0 +1,49 @@
+"""The benchmark of prefetching: its table, its flags, what it refuses."""
+
+import pathlib
+
+import pytest
+from absl import flags
+
+from experiments import prefetch_benchmark
+from tests.helpers.module_call import call
+
+FLAGS = flags.FLAGS
+TINY = ("--model=mlp", "--image_size=4", "--file_size=8", "--images=9", "--batch_size=4",
+        "--steps=2", "--rounds=2")  # fmt: skip
+
+
+def test_every_source_has_a_row_with_and_without_prefetching():
+    message, out = call(prefetch_benchmark, *TINY)
+    assert message is None
+    header, _, *rows = out.rstrip().splitlines()[-5:]
+    assert header.startswith("| source | steps/s without | with | ratio")
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [row[0] for row in cells] == ["memory", "files", "files, read ahead"]
+    for _, plain, prefetched, ratio, span in cells:
+        lowest, highest = map(float, span.split(" to "))
+        assert float(plain) > 0 and float(prefetched) > 0
+        assert lowest - 0.01 <= float(ratio) <= highest + 0.01
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--rounds=0", "--rounds=0"),
+        ("--model=none", "--model=none"),
+        ("--model=vit", "patch=16 must divide the image size"),
+    ],
+)
+def test_bad_flags_get_one_line_that_names_them(argument, expected):
+    message, _ = call(prefetch_benchmark, *TINY, argument)
+    assert message is not None and expected in message and "\n" not in message
+
+
+def test_every_flag_has_a_help_text_and_is_read():
+    before = set(FLAGS)
+    prefetch_benchmark.define_flags()
+    source = pathlib.Path(prefetch_benchmark.__file__).read_text(encoding="utf-8")
+    for name in set(FLAGS) - before:
+        assert len(FLAGS[name].help) > 8 and f"FLAGS.{name}" in source, name
+        delattr(FLAGS, name)
+    FLAGS.unparse_flags()

@@ -1,0 +1,158 @@
+"""Model selection against records written by hand."""
+
+import pytest
+
+from experiments.domains import selection as domain_selection
+from experiments.domains.selection import Selected, Training
+from experiments.reporting import domain_report
+
+DOMAINS = ("a", "b", "c")
+
+
+def record(step, inside, outside):
+    return {
+        "step": step,
+        "in": dict(zip(DOMAINS, inside, strict=True)),
+        "out": dict(zip(DOMAINS, outside, strict=True)),
+    }
+
+
+# Two draws that were trained on b and c. Mean holdout accuracies of b and c, by draw and step:
+# 0.5, 0.7 and 0.6, 0.65. On the test domain's own holdout draw 1 is the best, after its last step.
+TESTING = [
+    Training(
+        frozenset("a"),
+        0,
+        [
+            record(10, (0.11, 0.9, 0.9), (0.99, 0.4, 0.6)),
+            record(20, (0.12, 0.9, 0.9), (0.20, 0.6, 0.8)),
+        ],
+    ),
+    Training(
+        frozenset("a"),
+        1,
+        [
+            record(10, (0.13, 0.9, 0.9), (0.30, 0.5, 0.7)),
+            record(20, (0.14, 0.9, 0.9), (0.40, 0.6, 0.7)),
+        ],
+    ),
+]
+# Without a and b, and without a and c: the `in` accuracies of b and c there decide, by draw and
+# step (0.3 + 0.5) / 2, (0.2 + 0.2) / 2 and (0.8 + 0.1) / 2, (0.3 + 0.3) / 2.
+PAIRS = [
+    Training(
+        frozenset("ab"),
+        0,
+        [
+            record(10, (0.9, 0.3, 0.9), (1.0, 1.0, 1.0)),
+            record(20, (0.9, 0.2, 0.9), (1.0, 1.0, 1.0)),
+        ],
+    ),
+    Training(
+        frozenset("ac"),
+        0,
+        [
+            record(10, (0.9, 0.9, 0.5), (1.0, 1.0, 1.0)),
+            record(20, (0.9, 0.9, 0.2), (1.0, 1.0, 1.0)),
+        ],
+    ),
+    Training(
+        frozenset("ab"),
+        1,
+        [
+            record(10, (0.9, 0.8, 0.9), (0.0, 0.0, 0.0)),
+            record(20, (0.9, 0.3, 0.9), (0.0, 0.0, 0.0)),
+        ],
+    ),
+    Training(
+        frozenset("ac"),
+        1,
+        [
+            record(10, (0.9, 0.9, 0.1), (0.0, 0.0, 0.0)),
+            record(20, (0.9, 0.9, 0.3), (0.0, 0.0, 0.0)),
+        ],
+    ),
+]
+
+
+def test_training_domain_validation_takes_the_best_draw_and_step_of_the_training_domains():
+    found = domain_selection.training_domain_validation([*PAIRS, *TESTING], "a")
+    assert found == Selected(0.12, pytest.approx(0.7), draw=0, step=20)
+
+
+def test_the_oracle_takes_the_last_step_of_the_draw_that_is_best_on_the_test_domain():
+    assert domain_selection.oracle([*PAIRS, *TESTING], "a") == Selected(0.14, 0.40, 1, 20)
+
+
+def test_leave_one_domain_out_takes_what_is_best_on_domains_left_out_as_well():
+    found = domain_selection.leave_one_domain_out([*TESTING, *PAIRS], "a", DOMAINS)
+    assert found == Selected(0.13, pytest.approx(0.45), draw=1, step=10)
+
+
+def test_leave_one_domain_out_passes_over_draws_that_lack_a_pair():
+    trainings = [*TESTING, *PAIRS[:3]]
+    found = domain_selection.leave_one_domain_out(trainings, "a", DOMAINS)
+    assert found == Selected(0.11, pytest.approx(0.4), draw=0, step=10)
+    assert domain_selection.leave_one_domain_out(TESTING, "a", DOMAINS) is None
+    assert domain_selection.select(TESTING, "a", DOMAINS)["leave_one_domain_out"] is None
+
+
+def test_a_diverged_draw_is_never_chosen():
+    trainings = [Training(frozenset("a"), 7, []), *TESTING]
+    assert domain_selection.oracle(trainings, "a").draw == 1
+    assert domain_selection.training_domain_validation(trainings, "a").draw == 0
+    assert domain_selection.training_domain_validation(trainings[:1], "a") is None
+    pairs = [*PAIRS[:3], Training(frozenset("ac"), 1, [])]
+    found = domain_selection.leave_one_domain_out([*TESTING, *pairs], "a", DOMAINS)
+    assert found.draw == 0
+
+
+def test_of_equal_validation_accuracies_the_first_draw_and_checkpoint_win():
+    records = [record(step, (step / 100, 1, 1), (1, 0.5, 0.5)) for step in (10, 20)]
+    trainings = [Training(frozenset("a"), draw, records) for draw in (1, 0)]
+    found = domain_selection.training_domain_validation(trainings, "a")
+    assert found == Selected(0.1, 0.5, 0, 10)
+
+
+def test_only_the_oracle_depends_on_accuracies_of_the_test_domain():
+    """What is chosen does not change with what the networks score on the test domain."""
+
+    def scrambled(training):
+        records = [
+            {
+                "step": r["step"],
+                "in": r["in"] | {"a": 1 - r["in"]["a"]},
+                "out": r["out"] | {"a": 1 - r["out"]["a"]},
+            }
+            for r in training.records
+        ]
+        return training._replace(records=records)
+
+    before = domain_selection.select([*TESTING, *PAIRS], "a", DOMAINS)
+    after = domain_selection.select([scrambled(t) for t in (*TESTING, *PAIRS)], "a", DOMAINS)
+    same = {name: before[name][1:] == after[name][1:] for name in before}
+    assert same == {
+        "training_domain_validation": True,
+        "leave_one_domain_out": True,
+        "oracle": False,
+    }
+
+
+def test_a_seed_counts_once_with_the_mean_over_its_test_domains():
+    results = [
+        {
+            "method": "erm",
+            "seed": seed,
+            "test_domain": domain,
+            "selections": {"oracle": accuracy, "leave_one_domain_out": None},
+            "seconds": 2.0,
+        }
+        for seed, domain, accuracy in ((0, "a", 0.2), (1, "a", 0.6), (0, "b", 0.4), (1, "b", 0.8))
+    ]
+    tables = domain_report.results_by_selection(results)
+    assert list(tables) == ["oracle"]
+    assert [(run["seed"], run["accuracy"]) for run in tables["oracle"]["erm"]] == [
+        (0, pytest.approx(0.3)),
+        (1, pytest.approx(0.7)),
+    ]
+    assert tables["oracle"]["erm"][1]["group_accuracy"] == {"a": 0.6, "b": 0.8}

@@ -1,0 +1,383 @@
+"""Experiment modules, run in this process as the command line would run them."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import balanced, long_tail, tune
+from experiments.domains.settings import DomainSettings
+from experiments.images import compare as comparison
+from experiments.images.settings import Settings, TaskSource
+from experiments.methods import build as assembly
+from experiments.methods.names import RUN_OPTIONS
+from experiments.runtime import hosts as distributed
+from experiments.training import flags as run_flags
+from experiments.training import image_flags, search_loop
+from experiments.training import run as runner
+from experiments.training.program import make_program
+from lpa_jax import models
+from tests.helpers.module_call import call_by_name, forget_flags, own_flags
+
+FLAGS = flags.FLAGS
+HOST_FLAGS = tuple(field.name for field in dataclasses.fields(distributed.Hosts))
+# Flags that are read by name, in a loop over them.
+BY_NAME = (*run_flags.OPTION_FLAGS, *RUN_OPTIONS, *HOST_FLAGS)
+
+TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
+JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2", "--class_geometry_batches=2",
+       "--tensorboard=full", "--option=lpa.radius_target=0.2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(data_dir, tmp_path_factory):
+    """A small finished job and what it printed; tests that change it take a copy."""
+    workdir = tmp_path_factory.mktemp("finished") / "job"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        message = call_by_name(data_dir, "long_tail", *TINY, *JOB, f"--workdir={workdir}")
+    assert message is None
+    return workdir, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def copy_of_job(job, tmp_path):
+    return pathlib.Path(shutil.copytree(job[0], tmp_path / "job"))
+
+
+def test_a_job_prints_one_table_and_writes_everything_it_promises(job):
+    workdir, out, err = job
+    for method in ("erm", "lpa+lpl", "dropout@hidden2"):
+        assert method in out
+        for seed in (0, 1):
+            folder = workdir / "runs" / method / f"seed_{seed}"
+            result = json.loads((folder / "result.json").read_text())
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")
+                     if line]  # fmt: skip
+            assert [line["epoch"] for line in lines] == [1, 2]
+            assert result["accuracy"] == pytest.approx(lines[-1]["evaluation/accuracy"])
+            assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+            assert min(result["per_class_accuracy"]) >= 0 and len(result["curve"]) == 2
+    assert "[6/6]" in err and "+-" in out
+    with (workdir / "table.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    accuracies = [
+        json.loads((workdir / "runs" / "erm" / f"seed_{seed}" / "result.json").read_text())[
+            "accuracy"
+        ]
+        for seed in (0, 1)
+    ]
+    assert float(rows["erm"]["accuracy_mean"]) == pytest.approx(sum(accuracies) / 2, abs=1e-6)
+    assert (workdir / "table.md").read_text().count("\n| ") == 4
+    for figure in ("per_class_accuracy.png", "training_curves.png"):
+        assert (workdir / figure).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((workdir / "flags.json").read_text())["imbalance"] == 10
+    assert json.loads((workdir / "splits" / "seed_1.json").read_text())["meta"]["seed"] == 1
+
+
+def test_the_loss_change_of_every_sign_group_is_logged(job):
+    workdir, *_ = job
+    folder = workdir / "runs" / "lpa+lpl" / "seed_0"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["effect/hidden1/loss_change/positive"] > 0
+    assert last["effect/hidden1/loss_change/negative"] < 0
+    assert last["effect/logits/loss_change/positive"] > 0
+
+
+def test_how_a_radius_adapts_to_its_target_is_logged(job):
+    workdir, *_ = job
+    lines = (workdir / "runs" / "lpa+lpl" / "seed_0" / "metrics.jsonl").read_text().splitlines()
+    first, last = map(json.loads, lines)
+    for group in ("positive", "negative"):
+        name = f"effect/hidden1/radius_scale/{group}"
+        # At the radius that is given the loss of either group changes by more than the target.
+        assert 0 < last[name] < first[name] < 1
+        assert f"effect/logits/radius_scale/{group}" not in last
+
+
+def test_what_perturbations_do_to_classes_is_logged_on_request_and_drawn(job):
+    workdir, *_ = job
+    folder = workdir / "runs" / "lpa+lpl" / "seed_0"
+    last = json.loads((folder / "result.json").read_text())["curve"][-1]
+    sign, radius, moved, change = (
+        np.array(last[f"classes/logits/{name}"], float)
+        for name in ("sign", "radius", "delta_norm", "loss_change")
+    )
+    present = np.isfinite(moved)
+    assert present.sum() >= 8 and set(sign[present]) == {1.0, -1.0}
+    assert np.all(moved[present] <= radius[present] * (1 + 1e-4))
+    assert np.all(np.sign(change[present & (moved > 0)]) == sign[present & (moved > 0)])
+    assert (
+        "classes/hidden2/norm_ratio"
+        in (workdir / "runs" / "dropout@hidden2" / "seed_1" / "metrics.jsonl").read_text()
+    )
+    assert "classes/" not in (workdir / "runs" / "erm" / "seed_0" / "metrics.jsonl").read_text()
+    assert (workdir / "class_geometry.png").stat().st_size > 10_000
+    (events,) = folder.glob("events.out.tfevents.*")
+    assert b"weights/" in events.read_bytes() and b"\x89PNG" in events.read_bytes()
+
+
+def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, copy_of_job):
+    workdir = copy_of_job
+    paths = sorted(workdir.glob("runs/*/seed_*/result.json"))
+    contents = {path: path.read_text() for path in paths}
+    broken = workdir / "runs" / "erm" / "seed_1" / "result.json"
+    broken.write_text(contents[broken][:50])
+    times = {path: path.stat().st_mtime_ns for path in paths}
+    message, _, err = run("long_tail", *TINY, *JOB, f"--workdir={workdir}")
+    assert message is None
+    assert [line for line in err.splitlines() if ".json" in line] == [
+        f"{broken} is cut short or no JSON: it is made again"
+    ]
+    for path in paths:
+        assert (path.stat().st_mtime_ns == times[path]) == (path != broken)
+    again, before = json.loads(broken.read_text()), json.loads(contents[broken])
+    for result in (again, before):
+        del result["seconds"]
+        for record in result["curve"]:
+            del record["examples_per_second"]
+    assert again == before, "the same command and seed must give the same numbers"
+
+
+def test_other_settings_in_the_same_workdir_are_refused_by_name(run, job):
+    workdir, *_ = job
+    message, *_ = run("long_tail", *TINY, "--methods=erm", "--learning_rate=0.5",
+                      f"--workdir={workdir}")  # fmt: skip
+    assert "learning_rate: " in message and "choose another --workdir" in message
+
+
+def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
+    settings = Settings(dataset="digits", data_dir=str(data_dir), head="normalized")
+    task = TaskSource(settings).task(seed=0)
+    program = make_program("ldam_drw", {}, settings, task)
+    assert set(program.init(0).params["logits"]) == {"kernel"}
+    assert runner.configuration(program, 0, task)["settings"]["head"] == "normalized"
+    # What earlier runs did not write is not asked of them.
+    config = json.loads((job[0] / "runs" / "erm" / "seed_0" / "config.json").read_text())
+    assert "head" not in config["settings"]
+
+
+def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(run, tmp_path):
+    workdir = tmp_path / "job"
+    message, out, _ = run("balanced", *TINY, "--methods=erm,lpa", "--seeds=1", "--per_class=5",
+                          f"--workdir={workdir}")  # fmt: skip
+    assert message is None
+    assert "5 training images a class" in out
+    result = json.loads((workdir / "runs/lpa/seed_0/result.json").read_text())
+    assert result["train_counts"] == [5] * 10
+    assert result["group_accuracy"] == {}
+    config = json.loads((workdir / "runs/lpa/seed_0/config.json").read_text())
+    assert config["options"]["lpa.assignment"] == "confidence"
+
+
+def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
+    method = "manifold_mixup@input|hidden1"
+    message, *_ = run("long_tail", *TINY, f"--methods={method}", "--seeds=1",
+                      f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    assert message is None
+    assert (tmp_path / "job" / "runs" / method / "seed_0" / "result.json").exists()
+    built = assembly.assemble(
+        method, {}, layers=("input", "hidden1", "logits"), layer=None, counts=[2]
+    )
+    assert list(built.perturbations) == [("input", "hidden1")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--methods=ermm"], "--methods: unknown method 'ermm'"),
+        (["--methods=erm,erm"], "--methods must name different methods"),
+        (["--methods=lpa@hidden9"], "unknown layer 'hidden9'; the injection points are: input, "),
+        (["--methods=lpa@hidden1|nowhere"], "unknown layer 'nowhere'"),
+        (["--layer=stage1"], "unknown layer 'stage1'"),
+        (["--seeds=-1"], "--seeds must be whole numbers >= 0"),
+        (["--seeds=1,1"], "--seeds must name different seeds"),
+        (["--epochs=0"], "--epochs must be finite and >= 1"),
+        (["--batch_size=0"], "--batch_size must be finite and >= 1"),
+        (["--accumulate=0"], "--accumulate must be >= 1, got 0"),
+        (["--accumulate=7"], "--accumulate=7 must divide the 64 examples that a device takes"),
+        (["--imbalance=0.5"], "--imbalance must be finite and >= 1"),
+        (["--imbalance=9999"], "imbalance=9999"),
+        (["--dataset=nonsense"], "nonsense"),
+        (["--model=resnet99"], "model"),
+        (["--per_class=0"], "--per_class must be >= 1"),
+        (["--per_class=9999"], "per_class=9999"),
+        (["--radius=-1"], "radius must be finite and >= 0"),
+        (["--geometry=round"], "geometry"),
+        (["--assignment=random"], "assignment"),
+        (["--steps=-2"], "steps must be a whole number >= 0"),
+        (["--option=lpa.nonsense=1"], "lpa has no option 'nonsense'"),
+        (["--option=radius"], "--option must be PART.OPTION=VALUE"),
+        (["--hparams=/nowhere.json"], "--hparams: cannot read"),
+        (["--drw_epoch=1"], "--drw_epoch needs --loss=ldam"),
+        (["--augmentation=blur"], "blur"),
+        (["--milestones=a"], "--milestones must be numbers"),
+        (["--learning_rate=-1"], "--learning_rate must be finite and >= 0"),
+    ],
+)
+def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
+    run, tmp_path, arguments, expected
+):
+    workdir = tmp_path / "job"
+    message, out, _ = run("long_tail", *TINY, f"--workdir={workdir}", *arguments)
+    assert message is not None and expected in message
+    assert "\n" not in message.strip() and not out
+    assert not workdir.exists()
+
+
+def test_every_flag_has_a_help_text_and_is_read(request):
+    for module in (long_tail, balanced, tune):
+        request.addfinalizer(forget_flags)
+        module.define_flags()
+        sources = "".join(
+            pathlib.Path(m.__file__).read_text()
+            for m in (module, comparison, run_flags, search_loop, distributed, image_flags)
+        )
+        for name in own_flags():
+            assert len(FLAGS[name].help) > 8, name
+            read = f"FLAGS.{name}" in sources or name in BY_NAME
+            assert read, f"--{name} is never read"
+        forget_flags()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("3", [0, 1, 2]), ("4,7", [4, 7]), ("4-7", [4, 5, 6, 7]), ("4-4", [4]),
+     ("0-2, 8", [0, 1, 2, 8]), ("8,0-1", [8, 0, 1])],
+)  # fmt: skip
+def test_seeds_are_a_number_or_a_list_of_seeds_and_ranges(text, expected):
+    assert run_flags.seeds(text.split(",")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", "--seeds must name different seeds, got '0'"),
+        ("", "--seeds must be whole numbers >= 0 or ranges such as 4-7, got ''"),
+        ("-3", "ranges such as 4-7, got '-3'"),
+        ("4-", "ranges such as 4-7, got '4-'"),
+        ("1-2-3", "ranges such as 4-7, got '1-2-3'"),
+        ("1.5", "ranges such as 4-7, got '1.5'"),
+        ("7-4", "--seeds: the range '7-4' ends before it begins"),
+        ("0-3,2", "--seeds must name different seeds, got '0-3,2'"),
+    ],
+)
+def test_wrong_seeds_are_named(text, expected):
+    with pytest.raises(ValueError, match=re.escape(expected) + "$"):
+        run_flags.seeds(text.split(","))
+
+
+def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):
+    output = tmp_path / "hparams.json"
+    common = (*TINY, "--methods=erm,lpa", "--trials=2", "--seeds=100,101", f"--output={output}",
+              "--assignment=all_positive", "--layer=hidden2",
+              f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+    message, out, _ = run("tune", *common, "--num_workers=2", "--worker=1")
+    assert message is None and "missing" in out and not output.exists()
+    message, *_ = run("tune", *common)
+    assert message is None
+    chosen = json.loads(output.read_text())["methods"]["lpa"]
+    trials = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("tune/trials/lpa/*"))]
+    best = max(trials, key=lambda trial: trial["score"])
+    assert chosen["chosen"] == best["options"]
+    fixed = {"lpa.assignment": "all_positive", "lpa.layer": "hidden2"}
+    assert all(fixed.items() <= trial["options"].items() for trial in trials)
+    message, _, err = run("long_tail", *TINY, "--methods=lpa", "--seeds=1", f"--hparams={output}",
+                          f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    assert message is None and "tuned on validation" in err
+    config = json.loads((tmp_path / "job/runs/lpa/seed_0/config.json").read_text())
+    assert config["options"] == best["options"]
+
+
+def test_tuning_keeps_the_rate_of_the_command_line_and_repeats_a_trial_cut_short(run, tmp_path):
+    arguments = (*TINY, "--methods=erm", "--trials=2", "--seeds=100-100", "--learning_rate=0.03",
+                 "--weight_decay=0", f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+    message, *_ = run("tune", *arguments)
+    assert message is None
+    given = {"learning_rate": 0.03, "weight_decay": 0.0}
+    for path in tmp_path.glob("tune/trials/erm/*"):
+        assert json.loads(path.read_text())["options"] == given
+    setting = json.loads((tmp_path / "tune/setting.json").read_text())
+    assert setting["fixed_options"] == given
+    broken = tmp_path / "tune/trials/erm/0001.json"
+    before = broken.read_text()
+    broken.write_text(before[:50])
+    message, _, err = run("tune", *arguments)
+    assert message is None and f"{broken} is cut short or no JSON: it is made again\n" in err
+    assert broken.read_text() == before
+
+
+def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):
+    arguments = (*TINY, "--methods=lpa", "--trials=2", "--seeds=100-100",
+                 f"--workdir={tmp_path / 'tune'}")  # fmt: skip
+    message, *_ = run("tune", *arguments, "--search_layers=hidden3",
+                      "--space=learning_rate=0.001:0.002", "--space=lpa.steps=1|2")  # fmt: skip
+    assert message is None
+    trials = [json.loads(path.read_text()) for path in tmp_path.glob("tune/trials/lpa/*")]
+    assert len(trials) == 2
+    for options in (trial["options"] for trial in trials):
+        assert 0.001 <= options["learning_rate"] <= 0.002
+        assert options["lpa.steps"] in (1, 2) and options["lpa.layer"] == "hidden3"
+    message, *_ = run("tune", *arguments)
+    assert "holds trials with other settings" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--space=lpa.radius", "--space: 'lpa.radius' is not OPTION=RANGE"),
+        ("--space=learning_rate=2:1", "--space: 'learning_rate=2:1' must be OPTION=LOW:HIGH"),
+        ("--search_layers=stage9", "unknown layer 'stage9'"),
+        ("--space=batch_size=8:32", "--space: batch_size is drawn in domain generalization alone"),
+        ("--space=lpl.radius=1:2 --radius_center=suggest", "--space: lpl.radius is drawn around"),
+        ("--output=/", "--output must name a file that can be written, got '/'"),
+    ],
+)
+def test_tuning_refuses_bad_ranges_before_anything_is_written(run, tmp_path, arguments, expected):
+    message, *_ = run("tune", *TINY, *arguments.split(), f"--workdir={tmp_path / 'tune'}")
+    assert expected in message and not (tmp_path / "tune").exists()
+
+
+def test_a_workdir_of_tuning_that_is_a_file_is_one_line(run, tmp_path):
+    (tmp_path / "tune").write_text("")
+    message, *_ = run("tune", *TINY, "--methods=erm", f"--workdir={tmp_path / 'tune'}")
+    assert message.startswith("error: ") and "tune" in message and "\n" not in message
+
+
+def test_tuning_refuses_the_test_images(run, tmp_path):
+    message, *_ = run("tune", *TINY, "--evaluate_on=test", f"--workdir={tmp_path / 'tune'}")
+    assert "--evaluate_on must be validation" in message
+    assert not (tmp_path / "tune").exists()
+
+
+@pytest.mark.parametrize(
+    "cause", [("--methods=erm", "--learning_rate=1e30", "--clip_norm=0"),
+              ("--methods=lpa", "--radius=1e38")], ids=("rate", "radius"),
+)  # fmt: skip
+def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path, cause):
+    message, *_ = run("long_tail", *TINY, *cause, "--seeds=1", f"--workdir={tmp_path / 'job'}")
+    assert re.search("the (training loss|gradient's norm) is (nan|infinite) at step", message)
+    assert not list((tmp_path / "job").glob("**/result.json"))
+
+
+@pytest.mark.parametrize("kind", [Settings, DomainSettings])
+def test_accumulation_and_synchronised_batch_norm_reach_the_model(kind):
+    settings = kind(model="small_cnn", accumulate=3, sync_batch_norm=True)
+    plain = models.create("small_cnn", 5, dtype="float32")
+    network = settings.over_devices(plain, 6)
+    # On one device there is no axis to synchronise over.
+    assert (network.micro_batches, network.network.model) == (3, plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.parallel, "batch_axis", lambda: "devices")
+        network = settings.over_devices(plain, 6)
+    assert network.network.model.axis_name == "devices"
+    with pytest.raises(ValueError, match="--sync_batch_norm: option 'axis_name' is unknown to"):
+        kind(model="mlp", sync_batch_norm=True).over_devices(models.create("mlp", 5), 6)

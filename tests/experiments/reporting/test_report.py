@@ -1,0 +1,341 @@
+"""Reports of made-up result folders."""
+
+import csv
+import html.parser
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import report
+from experiments.reporting import (
+    figures as plots,
+)
+from experiments.reporting import (
+    report_measured,
+    summary,
+)
+from experiments.reporting import (
+    runs as report_data,
+)
+from experiments.reporting import (
+    sections as report_tables,
+)
+from experiments.runtime import environment
+from tests.helpers import made_up_runs
+
+FLAGS = flags.FLAGS
+
+
+ACCURACIES = {
+    "erm": [0.60, 0.62, 0.61, 0.63, 0.60, 0.62, 0.61, 0.63],
+    "lpa": [0.65, 0.66, 0.67, 0.66, 0.64, 0.67, 0.66, 0.68],
+    "manifold_mixup@input|hidden1": [0.61, 0.61, 0.62, 0.62],
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report of two settings, and the folder it stands in."""
+    root = tmp_path_factory.mktemp("report")
+    made_up_runs.write_many(root / "runs" / "lt", ACCURACIES)
+    made_up_runs.write_many(root / "runs" / "other", {"erm": [0.5]}, settings={"epochs": 9})
+    output = root / "out"
+    sections = report.make([root / "runs"], output)
+    return sections, output
+
+
+@pytest.fixture
+def command(capsys):
+    """(*arguments) -> (exit message or None, standard output, standard error)."""
+
+    def run(*arguments):
+        before = set(FLAGS)
+        report.define_flags()
+        FLAGS.set_gnu_getopt(True)
+        try:
+            report.main(FLAGS(["report", *map(str, arguments)]))
+            message = None
+        except SystemExit as stop:
+            message = stop.code
+        finally:
+            for name in set(FLAGS) - before:
+                delattr(FLAGS, name)
+            FLAGS.set_gnu_getopt(False)
+            FLAGS.unparse_flags()
+        return message, *capsys.readouterr()
+
+    return run
+
+
+def test_runs_are_one_table_a_setting_and_titles_say_what_differs(made):
+    sections, _ = made
+    assert [section.title for section in sections] == [
+        "digits, exponential 10:1, mlp, test accuracy, epochs 2",
+        "digits, exponential 10:1, mlp, test accuracy, epochs 9",
+    ]
+    assert [row.method for row in sections[0].summary.rows] == list(ACCURACIES)
+    assert [row.method for row in sections[1].summary.rows] == ["erm"]
+
+
+def test_the_csv_holds_the_numbers_that_a_hand_would_work_out(made):
+    _, output = made
+    with (output / "table.csv").open() as file:
+        rows = {(row["setting"][-1], row["method"]): row for row in csv.DictReader(file)}
+    lpa = rows["2", "lpa"]
+    values, baseline = np.array(ACCURACIES["lpa"]), np.array(ACCURACIES["erm"])
+    differences = values - baseline
+    assert float(lpa["accuracy_mean"]) == pytest.approx(values.mean(), rel=1e-5)
+    assert float(lpa["accuracy_se"]) == pytest.approx(values.std(ddof=1) / 8**0.5, rel=1e-5)
+    assert float(lpa["difference_mean"]) == pytest.approx(differences.mean(), rel=1e-5)
+    assert float(lpa["difference_low"]) > 0 and int(lpa["pairs"]) == 8
+    assert float(lpa["p_value"]) == pytest.approx(2**-7, rel=1e-5)
+    assert float(lpa["p_holm"]) == pytest.approx(2 * 2**-7, rel=1e-5)
+    assert float(lpa["few_mean"]) == pytest.approx(values.mean() - 0.1, rel=1e-5)
+    assert rows["2", "erm"]["difference_mean"] == "" and rows["9", "erm"]["accuracy_se"] == ""
+
+
+def test_markdown_and_latex_escape_what_would_break_a_table(made):
+    sections, output = made
+    text = (output / "report.md").read_text()
+    table = [line for line in text.splitlines() if "manifold_mixup" in line]
+    cells = table[0].replace("\\|", "").count("|")
+    assert "manifold\\_mixup@input\\textbar{}hidden1" in (output / "table.tex").read_text()
+    assert cells == text.splitlines()[4].count("|") and "input\\|hidden1" in table[0]
+    mixup = "manifold_mixup@input|hidden1"
+    assert f"{mixup} lacks seeds that others have: 4-7." in text
+    assert f"{mixup} and erm are compared over their 4 common seeds alone." in text
+    assert "lpa and erm are compared over" not in text, "both have all seeds"
+    assert "Too few common seeds" in text and "(4)" in text and "lpa (8)" not in text
+    assert len(sections[0].table[0]) == len(sections[0].table[-1])
+
+
+def test_every_figure_named_in_the_report_is_there(made):
+    sections, output = made
+    text = (output / "report.md").read_text()
+    paths = [path for section in sections for _, path in section.figures]
+    # Accuracy, differences, classes, curves of the first setting; no baseline's own differences.
+    assert len(paths) == 4 + 3
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"({path.relative_to(output)})" in text
+
+
+def test_without_compare_there_is_no_file_and_no_heading_of_contrasts(made):
+    _, output = made
+    assert not (output / "contrasts.csv").exists()
+    assert "ontrast" not in (output / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_path, command):
+    runs = tmp_path / "runs"
+    made_up_runs.write_many(runs, {"erm": [0.5, 0.6], "lpa": [0.7, 0.8]})
+    whole = (runs / "lpa/seed_1/result.json").read_text()
+    broken = {
+        "cut": ("result.json is cut short", lambda f: (f / "result.json").write_text(whole[:99])),
+        "gone": ("incomplete: interrupted", lambda f: (f / "result.json").unlink()),
+        "no_config": ("config.json is missing", lambda f: (f / "config.json").unlink()),
+        "list": ("no JSON object", lambda f: (f / "result.json").write_text("[1, 2]")),
+        "other": ("seed is 9 in config.json, 1", lambda f: (f / "result.json").write_text(whole)),
+    }
+    for name, (_, damage) in broken.items():
+        damage(made_up_runs.write(runs / name, "lpa", 9, 0.1))
+    made_up_runs.write(runs / "partial", "lpa", 9, 0.1, complete=False)
+    diverged = made_up_runs.write(runs / "nan", "lpa", 9, 0.125) / "result.json"
+    diverged.write_text(diverged.read_text().replace('"accuracy": 0.125', '"accuracy": null'))
+    message, out, err = command(runs, f"--output={tmp_path / 'out'}")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert message is None and "| lpa | 2 | 75.00 +- 5.00 |" in out
+    reasons = {name: reason for name, (reason, _) in broken.items()}
+    reasons |= {"partial": "does not say that it is complete", "nan": "no finite accuracy"}
+    for name, reason in reasons.items():
+        line = next(line for line in err.splitlines() if f"/{name}:" in line)
+        assert reason in line
+        assert line.removeprefix("not counted: ").split(": ", 1)[1] in text
+    assert err.count("not counted") == len(reasons)
+
+
+def test_a_run_found_twice_counts_once(tmp_path):
+    made_up_runs.write(tmp_path / "a", "erm", 0, 0.5)
+    made_up_runs.write(tmp_path / "copy", "erm", 0, 0.5)
+    runs, problems = report_data.collect([tmp_path, tmp_path / "a", tmp_path])
+    assert len(runs) == 1
+    assert [problem.reason for problem in problems] == [f"repeats {tmp_path / 'a'}"]
+
+
+def test_options_tell_methods_apart_only_where_a_seed_ran_with_several(tmp_path):
+    for i, radius in enumerate((0.1, 0.2)):
+        options = {"lpa.radius": radius, "learning_rate": 0.02}
+        made_up_runs.write(tmp_path / f"{i}", "lpa", 0, 0.5, options=options)
+        # Hyperparameters drawn anew for every seed are one method.
+        made_up_runs.write(tmp_path / f"drawn{i}", "lpl", i, 0.5, options={"lpl.radius": radius})
+    (setting,) = report_data.group(report_data.collect([tmp_path])[0])
+    assert list(setting.runs) == ["lpa (lpa.radius=0.1)", "lpa (lpa.radius=0.2)", "lpl"]
+
+
+def test_domains_are_averaged_within_seeds_and_selections_stand_side_by_side(tmp_path):
+    numbers = {("erm", 0): (0.90, 0.80), ("erm", 1): (0.92, 0.84), ("coral", 0): (0.95, 0.85)}
+    for (method, seed), accuracies in numbers.items():
+        for domain, accuracy in zip(("d2", "d15"), accuracies, strict=True):
+            made_up_runs.write_domain_run(
+                tmp_path / "runs" / method / f"{seed}" / domain, method, seed, domain,
+                training_domain_validation=accuracy, oracle=accuracy + 0.01,
+                leave_one_domain_out=None,
+            )  # fmt: skip
+    made_up_runs.write_domain_run(tmp_path / "runs/half", "coral", 1, "d2",
+                                  training_domain_validation=0.1, oracle=0.1)  # fmt: skip
+    first, second = report.make([tmp_path / "runs"], tmp_path / "out")
+    assert first.title.endswith("training domain validation") and second.title.endswith("oracle")
+    rows = {row.method: row for row in first.summary.rows}
+    assert first.summary.groups == ("d2", "d15")
+    assert rows["erm"].accuracy.mean == pytest.approx((0.85 + 0.88) / 2)
+    assert rows["erm"].groups["d15"].mean == pytest.approx(0.82)
+    assert rows["coral"].seeds == (0,), "a seed that lacks a domain has no average"
+    assert rows["coral"].comparison.difference.mean == pytest.approx(0.05)
+    assert "coral seed 1: no result for d15" in first.notes
+    assert {row.method: row for row in second.summary.rows}["erm"].accuracy.mean == pytest.approx(
+        rows["erm"].accuracy.mean + 0.01
+    )
+
+
+def test_a_selection_is_shown_of_the_methods_that_made_it_and_the_others_are_named(tmp_path):
+    for method, left in (("erm", 0.7), ("coral", 0.8), ("rsc", None)):
+        made_up_runs.write_domain_run(
+            tmp_path / "runs" / method, method, 0, "d2",
+            training_domain_validation=0.9, leave_one_domain_out=left,
+        )  # fmt: skip
+    every, some = report.make([tmp_path / "runs"], tmp_path / "out")
+    assert [row.method for row in every.summary.rows] == ["erm", "coral", "rsc"]
+    assert some.title.endswith("leave one domain out")
+    assert [row.method for row in some.summary.rows] == ["erm", "coral"]
+    assert "rsc: its models were not selected so" in some.notes
+
+
+def test_without_the_baseline_there_are_no_differences_and_the_report_says_so(tmp_path, command):
+    made_up_runs.write_many(tmp_path / "runs", {"lpa": [0.5, 0.6], "lpl": [0.6, 0.6]})
+    _, out, _ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}")
+    assert "No run of the baseline erm" in out and "vs erm" not in out
+    _, out, _ = command(tmp_path / "runs", "--baseline=lpl", f"--output={tmp_path / 'out'}")
+    assert "| lpa | 2 | 55.00 +- 5.00 | -5.00 +- 5.00 | [-10.00, +0.00] |" in out
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [([], "name at least one folder"), (["nowhere"], "nowhere is not a folder"),
+     (["empty"], "no complete run in")],
+)  # fmt: skip
+def test_nothing_to_report_is_one_line_exit_1_and_no_file(tmp_path, command, folders, expected):
+    (tmp_path / "empty").mkdir()
+    message, out, _ = command(*(tmp_path / f for f in folders), f"--output={tmp_path / 'out'}")
+    # sys.exit with a text prints it and leaves status 1.
+    assert expected in message and "\n" not in message and not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_methods_get_a_map_of_classes_instead_of_bars_too_thin_to_see(tmp_path):
+    run = {"train_counts": [30, 10, 3], "per_class_accuracy": [0.9, 0.5, 0.1]}
+    for count in (3, 31):
+        results = {f"m{i:02}": [run] for i in range(count)}
+        assert plots.per_class_accuracy(results, tmp_path / f"{count}.png")
+    (_, low), (width, high) = (
+        np.frombuffer((tmp_path / f"{count}.png").read_bytes()[16:24], dtype=">u4")
+        for count in (3, 31)
+    )
+    assert high > 0.3 * 150 * 31 > low, "one line a method in the map only"
+    assert width < 1500
+
+
+def test_the_short_table_keeps_its_columns_and_the_long_one_its_legend():
+    results = {
+        "erm": [{"seed": 0, "accuracy": 0.5, "group_accuracy": {}, "seconds": 1.0}],
+        "lpa": [{"seed": 0, "accuracy": 0.6, "group_accuracy": {}, "seconds": 3.0}],
+    }
+    assert summary.rows(results)[1] == ("lpa", "60.00", "+10.00", "", "", "", "3.0")
+    assert all(len(row) == len(summary.COLUMNS) for row in summary.rows(results))
+    assert summary.LEGEND in summary.as_markdown(results, "A title")
+
+
+def test_runs_csv_has_one_line_a_run(made):
+    _, output = made
+    with (output / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(map(len, ACCURACIES.values())) + 1
+    folder = pathlib.Path(rows[0]["folder"])
+    result = json.loads((folder / "result.json").read_text())
+    assert float(rows[0]["accuracy"]) == pytest.approx(result["accuracy"])
+    assert report_tables.ranges([3]) == "3"
+
+
+class PageReader(html.parser.HTMLParser):
+    """Collects what a page would load, and its tags, and checks that they close."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.open, self.names = [], [], {}
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.names[tag] = [*self.names.get(tag, []), attributes]
+        self.loaded += [attributes[key] for key in ("src", "href") if key in attributes]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_no_other_file_and_holds_tables_figures_and_environment(tmp_path, command):
+    effect = [{"epoch": e, "train/loss": 1.0, "effect/hidden1/loss_change/positive": 0.1 * e}
+              for e in (1, 2)]  # fmt: skip
+    for seed in (0, 1):
+        options = {"<lpa.radius>": 0.25 + seed}
+        made_up_runs.write(tmp_path / f"runs/{seed}", "lpa", seed, 0.5, options=options,
+                           curve=effect, environment={"jax": "9.9.9"})  # fmt: skip
+    message, *_ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}", "--html")
+    text = (tmp_path / "out" / "report.html").read_text()
+    reader = PageReader()
+    reader.feed(text)
+    assert message is None and reader.open == []
+    assert all(url.startswith(("data:image/png;base64,", "#")) for url in reader.loaded)
+    assert "url(" not in text and "@import" not in text and "script" not in reader.names
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in reader.names[
+        "meta"
+    ]
+    figures = list((tmp_path / "out" / "figures").glob("*.png"))
+    assert len(reader.names["img"]) == len(figures) == 4
+    assert any(figure.name.endswith("effects.png") for figure in figures)
+    assert "&lt;lpa.radius&gt;: 0.25, 1.25" in text and "prefers-color-scheme: dark" in text
+    assert "9.9.9" in text and environment.git_revision() in text
+    assert "<td>imbalance</td><td>10.0</td>" in text
+
+
+def test_the_page_shows_what_landscape_left_beside_the_runs_and_nothing_of_other_settings(
+    tmp_path, command
+):
+    spectrum = {"values": {"largest": 1.0}, "nodes": [[-0.1, 0.0, 1.0]] * 2,
+                "weights": [[0.1, 0.8, 0.1]] * 2}  # fmt: skip
+    for seed, settings in ((0, {"probes": 2}), (1, {"probes": 2}), (2, {"probes": 9})):
+        folder = made_up_runs.write(tmp_path / f"runs/{seed}", "lpa", seed, 0.5)
+        (folder / "measured").mkdir()
+        content = {"settings": settings, "measured": spectrum}
+        (folder / "measured" / "spectrum.json").write_text(json.dumps(content))
+        # Of an earlier form, cut short, and no object: none of them counts.
+        old = {"settings": {}, "measured": {"values": {}, "classes": {}}}
+        (folder / "measured" / "geometry.json").write_text(json.dumps(old))
+        (folder / "measured" / "line.json").write_text('{"settings": {')
+        (folder / "measured" / "amplification.json").write_text("[1]")
+    message, *_ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}", "--html")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert message is None and "density of the eigenvalues" in text
+    assert "geometry: what" not in text and "amplification: mean" not in text
+    (setting,) = report_data.group(report_data.collect([tmp_path / "runs"])[0])
+    assert list(report_measured.measured(setting, "spectrum", ("nodes",))["lpa"]) == [0, 1]
+
+
+def test_without_git_the_revision_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment.git_revision() == "unknown"

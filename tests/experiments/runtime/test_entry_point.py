@@ -1,0 +1,78 @@
+"""How experiments end: one line and the exit status that docs/reliability.md promises."""
+
+import signal
+
+import pytest
+from absl import app
+
+from experiments.runtime import agreement
+from experiments.runtime import main as entry_point
+from lpa_jax import workdir_lock
+from lpa_jax.checkpoints import checkpoints as checkpoint
+from lpa_jax.interrupts import InterruptedRunError
+from lpa_jax.training import loop as trainer
+
+
+def end_of(work):
+    with pytest.raises(SystemExit) as end:
+        entry_point.run(["experiment"], work)
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("--flag: is wrong"),
+        OSError("no such folder"),
+        trainer.NonFiniteLossError("the training loss is nan at step 3"),
+        checkpoint.CheckpointError("no checkpoint is intact"),
+        workdir_lock.LockedError("in use"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_status_1(error):
+    def work(interrupts):
+        raise error
+
+    assert end_of(work) == f"error: {error}"  # Python prints it and exits with 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_was_asked_to_stop_exits_with_128_and_the_signal(number, capfd):
+    def work(interrupts):
+        with interrupts:
+            signal.raise_signal(number)
+            assert interrupts()
+        raise InterruptedRunError("stopped, and what was done is saved")
+
+    assert end_of(work) == 128 + number
+    errors = capfd.readouterr().err
+    assert f"{number.name}: saving at the next safe point" in errors
+
+
+def test_what_all_processes_raise_ends_them_together_each_with_its_line(capsys):
+    def work(interrupts):
+        raise agreement.DifferingHostsError("process 0 finds no checkpoint")
+
+    assert end_of(work) == 1, "a status without words, for which `distributed.session` waits"
+    assert capsys.readouterr().err == "error: process 0 finds no checkpoint\n"
+
+
+def test_ctrl_c_outside_a_run_is_one_line_too(capsys):
+    def work(interrupts):
+        raise KeyboardInterrupt
+
+    assert end_of(work) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from there\n"
+
+
+def test_a_bug_is_not_hidden():
+    def work(interrupts):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        entry_point.run(["experiment"], work)
+
+
+def test_an_argument_that_is_no_flag_is_named():
+    with pytest.raises(app.UsageError, match="unexpected argument 'more'"):
+        entry_point.run(["experiment", "more"], lambda interrupts: None)

@@ -1,0 +1,7 @@
+"""Folders of the repository."""
+
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+HELPERS = ROOT / "tests" / "helpers"

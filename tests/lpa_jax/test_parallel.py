@@ -1,0 +1,191 @@
+"""Many devices: the result depends on the global batch alone, however it is spread."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lpa_jax
+from lpa_jax import parallel
+from lpa_jax.models import MLP
+from tests.helpers import devices_worker, hosts, toy
+
+SPREADS = [
+    ("erm", "8"),
+    ("cold lpa and lpl", "2"),
+    ("cold lpa and lpl", "8"),
+    ("carried and free lpa", "0"),
+    ("carried and free lpa", "2"),
+    ("carried and free lpa", "4"),
+    ("carried and free lpa", "8"),
+    ("more classes than examples", "8"),
+]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """What `devices_worker.py` prints: every run on 8 CPU devices, in a process of its own."""
+    command = [sys.executable, "-W", "error", "-m", "tests.helpers.devices_worker"]
+    done = subprocess.run(
+        command, env=hosts.environment(8), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads(done.stdout)
+    assert results["devices"] == 8
+    return results
+
+
+@pytest.mark.parametrize(("name", "count"), SPREADS)
+def test_contract_07_result_depends_on_the_global_batch_alone(worker, name, count):
+    runs = worker["runs"][name]
+    assert_nearly_the_same(runs[count], runs["1"])
+
+
+def test_a_run_that_goes_on_with_another_number_of_devices_ends_where_it_would_have(worker):
+    assert_nearly_the_same(worker["moved"], worker["runs"]["carried and free lpa"]["1"])
+
+
+def assert_nearly_the_same(found, expected):
+    """Metrics, parameters and all states, to float32 rounding."""
+    assert list(found) == list(expected)
+    for path in set(expected) - {"compilations"}:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=2e-6, err_msg=path)
+
+
+def test_contract_07_is_tested_on_every_spread_and_on_perturbations_that_matter(worker):
+    tested = {(name, count) for name, runs in worker["runs"].items() for count in runs}
+    assert tested == {*SPREADS, *((name, "1") for name in worker["runs"])}
+    erm = worker["runs"]["erm"]["8"]
+    for name in ("carried and free lpa", "more classes than examples"):
+        run = worker["runs"][name]["8"]
+        deltas = [np.array(run[path]) for path in run if "'delta'" in path]
+        assert len(deltas) == 2
+        assert all(np.max(np.abs(delta)) > 1e-2 for delta in deltas)
+        kernel = "['params']['hidden2']['dense']['kernel']"
+        assert np.max(np.abs(np.array(run[kernel]) - erm[kernel])) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "count"), SPREADS)
+def test_steps_after_the_first_compile_nothing(worker, name, count):
+    first, *others = worker["runs"][name][count]["compilations"]
+    assert first > 0
+    assert not any(others)
+
+
+def test_class_that_never_came_is_left_alone_on_every_device(worker):
+    delta = worker["runs"]["more classes than examples"]["8"]
+    delta = np.array(delta["['perturbation_state']['hidden1']['delta']"])
+    came = np.zeros(delta.shape[0], bool)
+    came[np.add.outer(3 * np.arange(11), np.arange(3)).reshape(-1)] = True
+    assert np.all(delta[~came] == 0)
+    assert np.sum(np.any(delta != 0, axis=1)) > 16
+
+
+def test_metrics_count_every_example_of_the_global_batch(worker):
+    for name, count in SPREADS:
+        run = worker["runs"][name][count]
+        for step in range(devices_worker.STEPS):
+            assert run[f"['metrics {step}']['loss'][1]"] == 16.0
+            assert run[f"['metrics {step}']['accuracy'][1]"] == 16.0
+            assert run[f"['metrics {step}']['gradient_norm'][1]"] == 1.0
+
+
+def test_whole_numbers_in_the_model_state_stay_whole(worker):
+    run = worker["runs"]["cold lpa and lpl"]["8"]
+    for layer in ("hidden1", "hidden2"):
+        passes = run[f"['model_state']['counters']['{layer}']['passes']"]
+        assert isinstance(passes, int)
+        assert passes == devices_worker.STEPS
+
+
+def test_local_running_statistics_are_averaged_over_devices(worker):
+    found, batch = (np.array(worker["local_statistics"][key]) for key in ("means", "batch"))
+    np.testing.assert_allclose(found, (1 - toy.MOMENTUM) * batch, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_on_8_devices_counts_each_example_once(worker):
+    padded, whole = (worker["evaluation"][key] for key in ("padded", "whole"))
+    assert list(padded) == list(whole)
+    for path, values in whole.items():
+        np.testing.assert_allclose(padded[path], values, rtol=1e-5, err_msg=path)
+    assert padded["['loss'][1]"] == 13.0
+    assert padded["['per_class_accuracy'][1]"] == [4.0, 3.0, 3.0, 3.0]
+
+
+def test_devices_draw_the_same_layer(worker):
+    draws = [step["used"] for step in worker["randomness"]]
+    assert all(len(used) == 1 for used in draws)
+    assert {used for (used,) in draws} == {"input", "hidden1"}
+    for step in worker["randomness"]:
+        # On all devices the pass went through the perturbation of the layer that was drawn.
+        np.testing.assert_allclose(step["logits"], step["decoded"], rtol=1e-5, atol=1e-6)
+
+
+def test_devices_have_keys_of_their_own(worker):
+    keys = [tuple(key) for step in worker["randomness"] for key in step["keys"]]
+    assert len(set(keys)) == 8 * len(worker["randomness"])
+    # Dropout is the only thing that tells the 8 equal examples apart.
+    for step in worker["randomness"]:
+        assert len({tuple(row) for row in np.round(step["logits"], 5)}) > 4
+
+
+def test_donated_state_is_gone_and_the_result_is_the_same(worker):
+    *old, new = worker["donation"]["gone"]
+    assert not any(new)
+    assert all(all(gone) for gone in old)
+    run = worker["runs"]["erm"]["8"]
+    assert worker["donation"]["params"] == {path: run[path] for path in run if "'params'" in path}
+
+
+def test_batch_that_does_not_split_evenly_is_refused_before_a_device_is_called(worker):
+    assert worker["refusals"] == [
+        f"batch['image'] has {size} examples, which do not split evenly over 8 devices"
+        for size in (12, 4)
+    ]
+
+
+def test_shards_keep_the_order_of_the_batch():
+    batch = {"image": np.arange(24).reshape(6, 2, 2), "label": np.arange(6)}
+    shards = parallel.shard_batch(batch, 3)
+    np.testing.assert_array_equal(shards["label"], [[0, 1], [2, 3], [4, 5]])
+    np.testing.assert_array_equal(shards["image"].reshape(6, 2, 2), batch["image"])
+    with pytest.raises(ValueError, match=r"batch\['image'\] has 6 examples, which do not split"):
+        parallel.shard_batch(batch, 4)
+
+
+@functools.cache
+def state():
+    return lpa_jax.TrainState.create(
+        MLP(toy.CLASSES, hidden=(3,)), optax.sgd(0.1), jax.random.key(0), toy.batch()
+    )
+
+
+@pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step])
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("bad", [-1, toy.CLASSES])
+def test_contract_10_bad_label_is_refused_before_a_device_is_called(mapped, as_array, bad):
+    def never(state, batch, axis_name):
+        raise AssertionError("a device was called")
+
+    labels = np.where(np.arange(6) == 4, bad, toy.LABELS)
+    with pytest.raises(ValueError, match=rf"labels must lie in 0..3, got {bad} at position 4"):
+        mapped(never)(state(), {**toy.batch(), "label": as_array(labels)})
+
+
+def test_one_device_needs_no_mapper():
+    axes = []
+
+    def step(state, batch, axis_name):
+        axes.append(axis_name)
+        return state.step + jnp.sum(batch["label"])
+
+    assert jax.device_count() == 1
+    assert parallel.map_step(step)(state(), toy.batch()) == 5
+    assert parallel.pmap_step(step)(state(), toy.batch()) == 5
+    assert axes == [None, parallel.AXIS_NAME]
