@@ -5,8 +5,8 @@ r"""Times training with and without the next batch being read and placed while a
 A benchmark on random images, nothing is learned. Three sources: arrays in memory, JPEG files that
 are decoded when they are asked for, and the same files read ahead in threads, as the experiments
 do it. In every round the same steps run once with `lpa_jax.data.prefetch.Prefetched` and once
-without, in alternating order, and the last one is waited for; the ratio is the median of the rounds'
-ratios, so that a machine whose speed drifts slows both.
+without, in alternating order, and the last one is waited for. The ratio is the median of the
+rounds' ratios, so that a machine whose speed drifts slows both.
 
 Where the devices are the processor's own cores, reading ahead takes its time from the step; what
 it gains on an accelerator is not to be read from a row measured there.

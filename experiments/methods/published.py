@@ -1,7 +1,7 @@
 """Published tables that this project can be compared with, and the commands that would do it.
 
 `experiments/methods/recipes/*.toml`, one published table each: protocol, sources, and for each
-setting the exact commands, what they would cost, and the published figures by this project's names of methods.
+setting the exact commands, what they would cost, and the published figures, by method.
 """
 
 import functools

@@ -75,18 +75,9 @@ def test_every_public_name_has_a_place_in_the_reference():
 def test_the_pages_build_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="mkdocs is in the extra docs")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is in the extra docs")
+    build = ["-m", "mkdocs", "build", "--strict", "-f", CONFIG, "-d", tmp_path / "site"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mkdocs",
-            "build",
-            "--strict",
-            "-f",
-            CONFIG,
-            "-d",
-            tmp_path / "site",
-        ],
+        [sys.executable, *build],
         cwd=ROOT,
         capture_output=True,
         text=True,
