@@ -17,11 +17,12 @@ from experiments.training import flags as run_flags
 from tests.helpers.commands import parsed
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "settings.json"
-TRAINING = (
-    "--batch_size=32 --weight_decay=0.001 --augmentation=crop+flip+jitter --jitter=0.1,0.2,0.3,0.05"
-    " --crop_scale=0.5,1 --head=normalized --model_dropout=0.1 --accumulate=2 --clip_norm=0"
-    " --radius=0.1 --option=dropout.rate=0.3 --keep_finished_checkpoints"
-).split()
+TRAINING = [
+    *("--batch_size=32", "--weight_decay=0.001", "--clip_norm=0", "--accumulate=2"),
+    *("--augmentation=crop+flip+jitter", "--jitter=0.1,0.2,0.3,0.05", "--crop_scale=0.5,1"),
+    *("--head=normalized", "--model_dropout=0.1", "--keep_finished_checkpoints"),
+    *("--radius=0.1", "--option=dropout.rate=0.3"),
+]
 COMMANDS = {
     "long_tail": [],
     "balanced": [],
