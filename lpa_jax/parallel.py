@@ -1,9 +1,9 @@
 """Many devices: the only file that names a mapper or devices.
 
-A step is written for one device's share of the batch with an `axis_name` over which it reduces.
-`pmap_step` maps it over the devices of all hosts: the state is replicated, the batch split along
-its first axis, and whatever the step returns is the same on every device. Hosts are told of each
-other by `lpa_jax.multihost`; the mapped step is the same on one host and on many.
+A step is written for one device's share of the batch and reduces over an `axis_name`. `pmap_step`
+maps it over the devices of all hosts: the batch is split along its first axis, the state and all
+further arguments are replicated, and so are the results. `lpa_jax.multihost` connects the hosts;
+the mapped step is the same on one host and on many.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ AXIS_NAME = "batch"
 
 @dataclasses.dataclass(frozen=True)
 class PlacedBatch:
-    """A batch that is checked, split and on its way to the devices; made by `MappedStep.place`.
+    """A checked batch whose arrays are on their way to the devices; made by `MappedStep.place`.
 
     Attributes:
-      host: the batch as it came; `placed[name]` reads it, so that no one waits for a device.
+      host: the batch on the host; `placed[name]` reads it without waiting for a device.
       arrays: its arrays as the mapped step takes them.
     """
 
@@ -35,40 +35,57 @@ class PlacedBatch:
         return self.host[name]
 
 
+@dataclasses.dataclass(frozen=True)
 class MappedStep:
-    """A step compiled for devices, (state, batch) -> results; made by `pmap_step` or `map_step`."""
+    """A step compiled for devices, made by `pmap_step` or `map_step`.
 
-    def __init__(
-        self,
-        mapped: Callable[[Any, Mapping[str, Any]], Any],
-        place: Callable[[Mapping[str, Any]], Mapping[str, jax.Array]],
-        settle: Callable[[Any], Any],
-        num_classes: int | None,
-    ):
-        self._mapped, self._place, self._settle = mapped, place, settle
-        self._num_classes = num_classes
+    Called as (state, batch, *replicated) -> results: the batch is split over the devices, the state
+    and all further arguments are the same on each.
+
+    Attributes:
+      mapped: the compiled (state, arrays of the batch, tuple of replicated arguments) -> results.
+      put_batch: sends the arrays of a host batch to the devices.
+      to_devices: sends a pytree to every device, except the leaves that are there already.
+      num_classes: C, against which labels are checked; None reads it from the state.
+      bound: replicated arguments that come before those of a call; see `bind`.
+    """
+
+    mapped: Callable[[Any, Mapping[str, Any], tuple[Any, ...]], Any]
+    put_batch: Callable[[Mapping[str, Any]], Mapping[str, jax.Array]]
+    to_devices: Callable[[Any], Any]
+    num_classes: int | None
+    bound: tuple[Any, ...] = ()
+
+    def bind(self, *replicated: Any) -> "MappedStep":
+        """The same compiled step with its first replicated arguments given, as by a partial.
+
+        They are sent to the devices once. Steps bound to other values of the same shapes and types
+        share the compilation.
+        """
+        return dataclasses.replace(self, bound=(*self.bound, *self.to_devices(replicated)))
 
     def place(self, batch: Mapping[str, Any], num_classes: int | None = None) -> PlacedBatch:
-        """Checks a host batch and starts its way to the devices, without waiting for it.
+        """Checks a host batch and starts to send it to the devices, without waiting for it.
 
-        What `__call__` does with a batch first, as a step of its own: a prefetcher does it for the
-        next batch while the devices are busy with this one.
+        A call of the step does this first. A prefetcher does it for the next batch while the
+        devices work on this one.
 
         Args:
           batch: arrays [B, ...] by name.
-          num_classes: C, where the step was not told.
+          num_classes: C, if the step was made without it.
 
         Raises:
           ValueError: labels outside 0..C-1, or a batch that does not split evenly.
         """
-        check_batch(batch, self._num_classes or num_classes)
-        return PlacedBatch(batch, self._place(batch))
+        check_batch(batch, self.num_classes or num_classes)
+        return PlacedBatch(batch, self.put_batch(batch))
 
-    def __call__(self, state: Any, batch: Mapping[str, Any] | PlacedBatch) -> Any:
+    def __call__(self, state: Any, batch: Mapping[str, Any] | PlacedBatch, *replicated: Any) -> Any:
         """Runs the step; does not wait for its results."""
         if not isinstance(batch, PlacedBatch):
             batch = self.place(batch, getattr(state, "num_classes", None))
-        return self._mapped(self._settle(state), batch.arrays)
+        replicated = (*self.bound, *self.to_devices(replicated))
+        return self.mapped(self.to_devices(state), batch.arrays, replicated)
 
 
 def pmap_step(
@@ -79,52 +96,55 @@ def pmap_step(
     donate_state: bool = False,
     num_classes: int | None = None,
 ) -> MappedStep:
-    """Maps a step over devices: this host's part of the batch in, replicated result out.
+    """Maps a step over devices: takes this host's part of the batch, returns replicated results.
 
     Args:
-      step: (state, batch, axis_name=...) -> replicated results, such as `lpa_step` or `eval_step`
-        with their keyword arguments bound by `functools.partial`.
+      step: (state, batch, *replicated, axis_name=...) -> replicated results, such as `lpa_step` or
+        `eval_step` with their keyword arguments bound by `functools.partial`.
       axis_name: name of the mapped axis that the step reduces over.
       devices: the devices; all of them, of every host, if None.
       donate_state: let the new state take the memory of the old one, which cannot be read again.
-        The first state needs buffers of its own: see `with_own_buffers`.
+        The first state needs buffers of its own: see `with_own_buffers`. Other arguments keep
+        theirs.
       num_classes: C, against which labels are checked; None reads it from a `TrainState`.
 
     Returns:
-      (state, batch) -> results. The state is an ordinary pytree, neither stacked nor unstacked; the
-      arrays of the batch are [B, ...] over this host's devices, with B a multiple of their number.
+      (state, batch, *replicated) -> results. State and replicated arguments are ordinary pytrees,
+      neither stacked nor unstacked; the arrays of the batch are [B, ...] over this host's devices,
+      with B a multiple of their number.
 
     Raises:
       ValueError: (when called) the batch does not split evenly, or labels are outside 0..C-1.
 
-    >>> def count(state, batch, axis_name):
-    ...     return state + jax.lax.psum(jnp.sum(batch["image"]), axis_name)
-    >>> float(pmap_step(count)(1.0, {"image": np.ones(8 * jax.device_count(), np.float32)}) - 1) / 8
-    1.0
+    >>> def count(state, batch, weight, axis_name):
+    ...     return state + weight * jax.lax.psum(jnp.sum(batch["image"]), axis_name)
+    >>> batch = {"image": np.ones(8 * jax.device_count(), np.float32)}
+    >>> float(pmap_step(count)(1.0, batch, 2.0) - 1) / 8
+    2.0
     """
     devices = jax.devices() if devices is None else list(devices)
     local = [device for device in devices if device.process_index == jax.process_index()]
     mapped = pmapped(step, devices, axis_name=axis_name, donate_state=donate_state)
-    # What crosses the border of a mapped step belongs to this host, on one host as on many.
+    # All arguments and results of a mapped step are on this host's devices, with many hosts, too.
     mesh = jax.sharding.Mesh(np.asarray(local), (axis_name,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis_name))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def place(batch):
+    def put_batch(batch):
         return jax.device_put(shard_batch(batch, len(local)), split)
 
-    def settle(state):
-        # Where the steps leave it: for a state on one device XLA would compile once more.
+    def to_devices(tree):
+        # Where the steps leave their results: for a state on one device XLA would compile again.
         return jax.tree.map(
             lambda leaf: (
                 leaf
                 if getattr(leaf, "sharding", None) == everywhere
                 else jax.device_put(leaf, everywhere)
             ),
-            state,
+            tree,
         )
 
-    return MappedStep(mapped, place, settle, num_classes)
+    return MappedStep(mapped, put_batch, to_devices, num_classes)
 
 
 def pmapped(
@@ -133,22 +153,23 @@ def pmapped(
     *,
     axis_name: str = AXIS_NAME,
     donate_state: bool = False,
-) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """The mapped step inside `pmap_step`, without its checks: what `.lower` compiles ahead of time.
+) -> Callable[[Any, Mapping[str, Any], tuple[Any, ...]], Any]:
+    """The mapped step inside `pmap_step`, without its checks: for `.lower` and ahead-of-time use.
 
     Args:
       step: as for `pmap_step`.
-      devices: the devices, which need not exist where nothing but `.lower(...).compile()` is asked.
+      devices: the devices; for `.lower(...).compile()` alone they need not exist.
       axis_name: as for `pmap_step`.
       donate_state: as for `pmap_step`.
 
     Returns:
-      (state, batch) -> results, the arrays of the batch split as by `shard_batch`.
+      (state, batch, tuple of replicated arguments) -> results, the arrays of the batch split as by
+      `shard_batch`.
     """
     return jax.pmap(
-        lambda state, batch: step(state, batch, axis_name=axis_name),
+        lambda state, batch, replicated: step(state, batch, *replicated, axis_name=axis_name),
         axis_name=axis_name,
-        in_axes=(None, 0),
+        in_axes=(None, 0, None),
         out_axes=None,
         devices=devices,
         donate_argnums=(0,) if donate_state else (),
@@ -158,28 +179,28 @@ def pmapped(
 def map_step(
     step: Callable[..., Any], *, donate_state: bool = False, num_classes: int | None = None
 ) -> MappedStep:
-    """Compiles a step for the devices there are: `jax.jit` for one, `pmap_step` for several.
+    """Compiles a step for all devices: with `jax.jit` for one, with `pmap_step` for several.
 
     Args:
-      step: (state, batch, axis_name=...) -> results, as for `pmap_step`.
+      step: (state, batch, *replicated, axis_name=...) -> results, as for `pmap_step`.
       donate_state: as for `pmap_step`.
       num_classes: as for `pmap_step`.
     """
     if jax.device_count() > 1:
         return pmap_step(step, donate_state=donate_state, num_classes=num_classes)
     compiled = jax.jit(
-        lambda state, batch: step(state, batch, axis_name=None),
+        lambda state, batch, replicated: step(state, batch, *replicated, axis_name=None),
         donate_argnums=(0,) if donate_state else (),
     )
     return MappedStep(
-        compiled, lambda batch: jax.device_put(dict(batch)), lambda state: state, num_classes
+        compiled, lambda batch: jax.device_put(dict(batch)), lambda tree: tree, num_classes
     )
 
 
 def with_own_buffers(state: Any) -> Any:
-    """The same state in memory that nothing else refers to, so that a step may take it over.
+    """Copies every array of a state, so that a step may take over their memory (`donate_state`).
 
-    A new state can name one array twice (slow weights that start as the weights, for example).
+    A new state can hold one array twice, for example slow weights that start as the weights.
 
     >>> zero = jnp.zeros(2)
     >>> a, b = with_own_buffers((zero, zero))
@@ -190,20 +211,20 @@ def with_own_buffers(state: Any) -> Any:
 
 
 def batch_axis() -> str | None:
-    """The axis that a mapped step reduces over where `map_step` maps: None on a single device.
+    """The axis that a step made by `map_step` reduces over: None on a single device.
 
-    What a model's `axis_name` should be for synchronised batch normalisation.
+    A model needs it as `axis_name` for synchronised batch normalisation.
     """
     return AXIS_NAME if jax.device_count() > 1 else None
 
 
 def must_block() -> bool:
-    """Whether every step must be waited for: several CPU devices of one process deadlock else."""
+    """Whether to wait for every step: without it, several CPU devices of one process deadlock."""
     return jax.default_backend() == "cpu" and jax.local_device_count() > 1
 
 
 def shard_batch(batch: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
-    """Splits every array of a host batch, [B, ...] -> [num_shards, B / num_shards, ...].
+    """Splits every array of a host batch: [B, ...] -> [num_shards, B / num_shards, ...].
 
     Raises:
       ValueError: B is not a multiple of `num_shards`.
@@ -224,7 +245,7 @@ def shard_batch(batch: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
 
 
 def check_batch(batch: Mapping[str, Any], num_classes: int | None) -> None:
-    """Refuses batches whose labels a device would silently clamp.
+    """Refuses labels that a device would silently clamp.
 
     Raises:
       ValueError: a label outside 0..num_classes-1.

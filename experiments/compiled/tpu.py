@@ -280,7 +280,7 @@ def lower_step(setting: Setting, perturbations: Mapping[str, Perturbation]) -> L
         for name, part in batch.items()
     }
     step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations)
-    lowered = parallel.pmapped(step, devices, donate_state=True).lower(state, batch)
+    lowered = parallel.pmapped(step, devices, donate_state=True).lower(state, batch, ())
     return Lowered(lowered, state.network.layers, time.perf_counter() - start)
 
 

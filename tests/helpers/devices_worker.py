@@ -228,6 +228,27 @@ def donation():
     return {"gone": gone, "params": flat({"params": states[-1].params})}
 
 
+def replicated(count):
+    """A step with an argument after the batch, called and bound: totals, and who gave memory up."""
+
+    def step(state, batch, weight, axis_name):
+        return state + weight * jax.lax.psum(jnp.sum(batch["image"]), axis_name)
+
+    mapped = parallel.pmap_step(step, devices=jax.devices()[:count], donate_state=True)
+    batch = {"image": np.arange(8, dtype=np.float32)}
+    states, weight = mapped.to_devices(([1.0, 1.0, 1.0], np.float32(2)))
+    totals = [float(mapped(states[0], batch, weight))]
+    COMPILED.clear()
+    totals.append(float(mapped(states[1], batch, weight)))
+    totals.append(float(mapped.bind(np.float32(3))(states[2], batch)))
+    return {
+        "totals": totals,
+        "states are gone": [state.is_deleted() for state in states],
+        "argument is gone": weight.is_deleted(),
+        "compilations after the first": len(COMPILED),
+    }
+
+
 def refusals():
     def never(state, batch, axis_name):
         raise AssertionError("a device was called")
@@ -257,6 +278,7 @@ def main():
         "randomness": randomness(),
         "local_statistics": local_statistics(),
         "donation": donation(),
+        "replicated": {count: replicated(count) for count in (1, 2)},
         "refusals": refusals(),
     }
     json.dump(results, sys.stdout)

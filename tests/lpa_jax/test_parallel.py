@@ -178,6 +178,29 @@ def test_contract_10_bad_label_is_refused_before_a_device_is_called(mapped, as_a
         mapped(never)(state(), {**toy.batch(), "label": as_array(labels)})
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_replicated_arguments_are_the_same_on_all_devices_and_are_not_donated(worker, count):
+    run = worker["replicated"][count]
+    assert run["totals"] == [1.0 + 2.0 * 28.0, 1.0 + 2.0 * 28.0, 1.0 + 3.0 * 28.0]
+    assert all(run["states are gone"])
+    assert not run["argument is gone"]
+    # Called or bound, another value of a replicated argument compiles nothing.
+    assert run["compilations after the first"] == 0
+
+
+@pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step])
+def test_replicated_arguments_come_after_the_batch_in_the_order_of_bind_and_call(mapped):
+    def step(state, batch, first, second, axis_name):
+        return state.step + jnp.sum(batch["label"]) + first["value"] - second
+
+    bound = mapped(step).bind({"value": np.float32(10)})
+    assert bound(state(), toy.batch(), np.float32(4)) == 11
+    assert bound.bind(np.float32(3))(state(), bound.place(toy.batch())) == 12
+    bad = {**toy.batch(), "label": toy.LABELS + 2}
+    with pytest.raises(ValueError, match=rf"labels must lie in 0..3, got {toy.CLASSES} at"):
+        bound(state(), bad, np.float32(4))
+
+
 def test_one_device_needs_no_mapper():
     axes = []
 
