@@ -6,19 +6,16 @@ figures, logs and the configuration.
 
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from experiments.images.settings import Settings, TaskSource
 from experiments.methods import names as methods
 from experiments.methods import tuned as tuned_file
 from experiments.reporting import figures as plots
-from experiments.reporting import geometry_plots, summary
+from experiments.reporting import geometry_plots, summary, tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
@@ -161,14 +158,9 @@ def report(
     plots.per_class_accuracy(results, workdir / "per_class_accuracy.png")
     plots.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
     geometry_plots.over_epochs(results, workdir / "class_geometry.png")
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(summary.COLUMNS):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in summary.rows(results):
-        table.add_row(*row)
-    # A pipe or a file gets the whole table, however narrow the terminal would be.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(table)
+    console = tables.console()
+    lines = [summary.COLUMNS, *summary.rows(results)]
+    console.print(tables.terminal_table(title, lines, no_wrap=True))
     for line in (summary.LEGEND, *notes):
         console.print(line, highlight=False)
     contrast = summary.paired_difference(results, "lpa", "lpl")

@@ -2,16 +2,13 @@
 
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from experiments.domains import selection as domain_selection
-from experiments.reporting import summary
+from experiments.reporting import summary, tables
 from experiments.runtime import files
 
 TITLES = {
@@ -39,14 +36,14 @@ def results_by_selection(
         for name in TITLES
         if all(result["selections"].get(name) is not None for result in results)
     ]
-    tables: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
     by_seed: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for result in results:
         by_seed.setdefault((result["method"], result["seed"]), []).append(result)
     for (method, seed), of_seed in by_seed.items():
         for name in names:
             accuracies = {run["test_domain"]: run["selections"][name] for run in of_seed}
-            tables[name].setdefault(method, []).append(
+            found[name].setdefault(method, []).append(
                 {
                     "seed": seed,
                     "accuracy": sum(accuracies.values()) / len(accuracies),
@@ -54,24 +51,23 @@ def results_by_selection(
                     "seconds": sum(run["seconds"] for run in of_seed) / len(of_seed),
                 }
             )
-    return tables
+    return found
 
 
-def terminal_table(title: str, numbers: summary.Summary) -> Table:
+def terminal_lines(numbers: summary.Summary) -> list[list[str]]:
     """Accuracy in each test domain and on average, and the average's difference to ERM."""
-    table = Table(title=title, title_justify="left")
-    columns = ["method", *numbers.groups, "average %", f"vs {numbers.baseline}", "seconds"]
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+    lines = [["method", *numbers.groups, "average %", f"vs {numbers.baseline}", "seconds"]]
     for row in numbers.rows:
-        table.add_row(
-            row.method,
-            *(row.groups[group].percent() for group in numbers.groups),
-            row.accuracy.percent(),
-            row.comparison.difference.percent(signed=True) if row.comparison else "",
-            f"{row.seconds:.1f}",
+        lines.append(
+            [
+                row.method,
+                *(row.groups[group].percent() for group in numbers.groups),
+                row.accuracy.percent(),
+                row.comparison.difference.percent(signed=True) if row.comparison else "",
+                f"{row.seconds:.1f}",
+            ]
         )
-    return table
+    return lines
 
 
 def write(
@@ -94,11 +90,10 @@ def write(
     frame = pd.concat(frames, ignore_index=True)
     frame.insert(0, "selection", frame.pop("selection"))
     files.write_text(workdir / "table.csv", summary.csv_text(frame))
-    # A pipe or a file gets the whole table, however narrow the terminal would be.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = tables.console(width=160)
     console.print(title, style="bold")
     for name, numbers in summaries.items():
-        console.print(terminal_table(TITLES[name], numbers))
+        console.print(tables.terminal_table(TITLES[name], terminal_lines(numbers)))
     for line in (LEGEND, *notes):
         console.print(line, highlight=False)
     console.print(f"Written to {workdir}{os.sep}", highlight=False)

@@ -9,6 +9,7 @@ import pandas as pd
 from experiments.methods.names import ERM
 from experiments.reporting import paired as statistics
 from experiments.reporting.paired import Comparison, Estimate, estimate
+from experiments.reporting.tables import csv_text, latex_table, markdown_table  # noqa: F401
 
 # Results of the runs of every method, one a seed; each has at least "seed" and "accuracy", and
 # "group_accuracy" where classes (many, medium, few) or domains are told apart.
@@ -219,71 +220,12 @@ def as_csv(results: Results, baseline: str = ERM) -> str:
     return csv_text(frame(summarize(results, baseline)))
 
 
-def csv_text(table: pd.DataFrame) -> str:
-    """CSV with six significant digits and empty cells for NaN."""
-    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-
-
 def as_markdown(
     results: Results, title: str, baseline: str = ERM, notes: Sequence[str] = ()
 ) -> str:
     """The table in Markdown under a title, with what its numbers mean and what limits them."""
     table = markdown_table(text_table(summarize(results, baseline)))
     return "\n".join([f"## {title}\n\n{table}", *(f"{line}\n" for line in (LEGEND, *notes))])
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Text cells, header first, as a Markdown table."""
-    # A bar in a method's name (manifold_mixup@input|hidden1) would open a new cell.
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    text = [f"| {' | '.join(line)} |" for line in cells]
-    text.insert(1, "|---" + "|---:" * (len(lines[0]) - 1) + "|")
-    return "\n".join(text) + "\n"
-
-
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "|": r"\textbar{}",
-    }
-    | {c: f"\\{c}" for c in "&%$#_{}"}
-)
-
-
-def latex_table(lines: Sequence[Sequence[str]], caption: str) -> str:
-    r"""Text cells, header first, as a LaTeX table for the package booktabs.
-
-    >>> print(latex_table([["method", "accuracy %"], ["a_b", "1.00 +- 0.10"]], "A"), end="")
-    \begin{table}
-      \caption{A}
-      \begin{tabular}{lr}
-        \toprule
-        method & accuracy \% \\
-        \midrule
-        a\_b & 1.00 $\pm$ 0.10 \\
-        \bottomrule
-      \end{tabular}
-    \end{table}
-    """
-    escaped = [[cell.translate(_LATEX).replace("+-", r"$\pm$") for cell in line] for line in lines]
-    header, *body = [f"    {' & '.join(line)} \\\\" for line in escaped]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            f"  \\caption{{{caption.translate(_LATEX)}}}",
-            f"  \\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}",
-            r"    \toprule",
-            header,
-            r"    \midrule",
-            *body,
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
 
 
 LEGEND = (
