@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax import checks
+
 Array = jax.Array
 Rule = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -72,9 +74,8 @@ def by_confidence(kappa: float = 0.0, ema: float = 0.0) -> Assignment:
     >>> print(sign, np.asarray(multiplier[:2]).round(3))
     [-1.  1.  0.] [1.4 1.4]
     """
-    _check_nonnegative("kappa", kappa)
-    if not 0.0 <= ema < 1.0:
-        raise ValueError(f"ema must lie in [0, 1), got {ema!r}")
+    checks.number("kappa", kappa)
+    checks.number("ema", ema, high=1.0, open_high=True)
 
     def rule(confidence, present):
         present_mean = jnp.sum(jnp.where(present, confidence, 0.0)) / jnp.maximum(
@@ -111,10 +112,8 @@ def by_frequency(counts: Sequence[int], split: float | int = 0.4, kappa: float =
     >>> print(sign, np.asarray(multiplier).round(2))
     [-1.  1.  1.] [2.  1.1 2. ]
     """
-    counts = np.asarray(counts, np.float64)
-    if counts.ndim != 1 or not counts.size or not np.all(np.isfinite(counts) & (counts > 0)):
-        raise ValueError(f"counts must be a list of positive numbers, got {counts.tolist()}")
-    _check_nonnegative("kappa", kappa)
+    counts = checks.vector("counts", counts, open_low=True)
+    checks.number("kappa", kappa)
     num_classes = counts.size
     head_size = round(split * num_classes) if 0 <= split < 1 else split
     if not 0 <= head_size <= num_classes or head_size != int(head_size):
@@ -184,8 +183,3 @@ def _constant(name: str, sign: float) -> Assignment:
         return sign * ones, ones
 
     return Assignment(name, rule)
-
-
-def _check_nonnegative(name: str, value: float) -> None:
-    if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")

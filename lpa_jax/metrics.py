@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax import checks
+
 Pair = tuple[jax.Array, jax.Array]
 
 
@@ -98,7 +100,7 @@ def per_class_accuracy(
     correct = _correct(logits, labels)
     if logits.shape[1] != num_classes:
         raise ValueError(
-            f"num_classes must be the number of logits, {logits.shape[1]}; got {num_classes!r}"
+            f"num_classes must be the number of logits, {logits.shape[1]}, got {num_classes!r}"
         )
     counted = _counted(mask, labels.shape).astype(correct.dtype)
     members = jax.nn.one_hot(labels, num_classes, dtype=correct.dtype) * counted[:, None]
@@ -187,11 +189,11 @@ def shot_groups(
     References:
       Liu et al. 2019, Large-Scale Long-Tailed Recognition in an Open World, arXiv 1904.05160.
     """
-    counts = _check_counts(counts)
+    counts = checks.vector("counts", counts)
     low, high = thresholds
     if not 0 <= low <= high:
         raise ValueError(
-            f"thresholds must be (low, high) with 0 <= low <= high; got {thresholds!r}"
+            f"thresholds must be (low, high) with 0 <= low <= high, got {thresholds!r}"
         )
     many, few = counts > high, counts < low
     return {"many": many, "medium": ~(many | few), "few": few}
@@ -216,7 +218,7 @@ def shot_groups_by_thirds(counts: Sequence[float]) -> dict[str, np.ndarray]:
       >>> shot_groups_by_thirds([5, 50, 500])["few"]
       array([ True, False, False])
     """
-    counts = _check_counts(counts)
+    counts = checks.vector("counts", counts)
     ranked = np.argsort(-counts, kind="stable")
     classes = np.arange(counts.size)
     thirds = zip(("many", "medium", "few"), np.array_split(ranked, 3), strict=True)
@@ -254,7 +256,7 @@ def group_accuracy(
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.shape != by_class.shape:
             raise ValueError(
-                f"groups[{name!r}] must be boolean of shape {by_class.shape}; "
+                f"groups[{name!r}] must be boolean of shape {by_class.shape}, "
                 f"got {mask.dtype} of shape {mask.shape}"
             )
         members = by_class[mask & tested]
@@ -272,7 +274,7 @@ def _counted(mask: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
         return jnp.ones(shape, dtype=bool)
     mask = jnp.asarray(mask)
     if mask.shape != shape:
-        raise ValueError(f"mask must have one entry per example, shape {shape}; got {mask.shape}")
+        raise ValueError(f"mask must have one entry per example, shape {shape}, got {mask.shape}")
     return mask.astype(bool)
 
 
@@ -280,7 +282,7 @@ def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            "logits and labels must have shapes [B, C] and [B]; "
+            "logits and labels must have shapes [B, C] and [B], "
             f"got {logits.shape} and {labels.shape}"
         )
     # The comparison is in int32: a prediction of 256 cast to uint8 labels would be 0.
@@ -296,21 +298,11 @@ def _is_pair(node: Any) -> bool:
 def _ratio(pair: Any) -> float | np.ndarray:
     if not _is_pair(pair):
         raise ValueError(
-            f"pairs must be a tree of (sum, count) tuples; got {pair!r} outside of one"
+            f"pairs must be a tree of (sum, count) tuples, got {pair!r} outside of one"
         )
     total, count = (np.asarray(x, dtype=np.float64) for x in pair)
     if total.shape != count.shape:
-        raise ValueError(f"pairs must agree in shape; got sum {total.shape}, count {count.shape}")
+        raise ValueError(f"pairs must agree in shape, got sum {total.shape}, count {count.shape}")
     ratio = np.full(total.shape, np.nan)
     np.divide(total, count, out=ratio, where=count != 0)
     return ratio if ratio.ndim else float(ratio)
-
-
-def _check_counts(counts: Sequence[float]) -> np.ndarray:
-    array = np.asarray(counts, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0 or not np.all(np.isfinite(array) & (array >= 0)):
-        raise ValueError(
-            "counts must be 1-D, finite and at least 0, one entry for each class; "
-            f"got shape {array.shape}, minimum {array.min(initial=np.inf)}"
-        )
-    return array

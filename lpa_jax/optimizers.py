@@ -10,7 +10,6 @@ Parameters of higher rank that are neither, such as the position embedding of a 
 """
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpa_jax.tracing import is_known, vanishes
+from lpa_jax import checks
 
 LearningRate = float | optax.Schedule
 
@@ -67,9 +66,9 @@ def sgd(
       Sutskever et al. 2013, On the importance of initialization and momentum in deep learning.
     """
     _check_common(learning_rate, weight_decay, clip_norm)
-    _require(0.0 <= momentum < 1.0, "momentum", momentum, "in [0, 1)")
+    checks.number("momentum", momentum, high=1.0, open_high=True)
     transforms = _clipping(clip_norm)
-    if not vanishes(weight_decay):
+    if not checks.vanishes(weight_decay):
         transforms.append(
             optax.add_decayed_weights(weight_decay, _decay_mask(decay_biases_and_norms))
         )
@@ -121,9 +120,9 @@ def adamw(
       Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, arXiv 1711.05101.
     """
     _check_common(learning_rate, weight_decay, clip_norm)
-    _require(0.0 <= b1 < 1.0, "b1", b1, "in [0, 1)")
-    _require(0.0 <= b2 < 1.0, "b2", b2, "in [0, 1)")
-    _require(0.0 < eps < math.inf, "eps", eps, "finite and positive")
+    checks.number("b1", b1, high=1.0, open_high=True)
+    checks.number("b2", b2, high=1.0, open_high=True)
+    checks.number("eps", eps, open_low=True)
     adam = optax.adamw(
         learning_rate,
         b1,
@@ -166,7 +165,7 @@ def sam(
       Foret et al. 2021, Sharpness-Aware Minimization for Efficiently Improving Generalization,
       arXiv 2010.01412, equation 3.
     """
-    _require(not is_known(rho) or 0.0 < rho < math.inf, "rho", rho, "positive and finite")
+    checks.number("rho", rho, open_low=True)
     ascend = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     return optax.contrib.sam(optimizer, ascend, sync_period=2, opaque_mode=True)
 
@@ -215,28 +214,22 @@ def schedule(
       Loshchilov and Hutter 2017, SGDR, arXiv 1608.03983 (cosine); Goyal et al. 2017, arXiv
       1706.02677 (warm-up); Zagoruyko and Komodakis 2016, arXiv 1605.07146 (the example's steps).
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"name must be one of {', '.join(SCHEDULES)}; got {name!r}")
-    _require(
-        not is_known(base_rate) or 0.0 <= base_rate < math.inf,
-        "base_rate",
-        base_rate,
-        "finite and at least 0",
-    )
-    _require(total_steps >= 1, "total_steps", total_steps, "at least 1")
-    _require(
+    checks.choice("name", name, SCHEDULES)
+    checks.number("base_rate", base_rate)
+    checks.integer("total_steps", total_steps, 1)
+    checks.require(
         0 <= warmup_steps < total_steps,
         "warmup_steps",
+        f">= 0 and below total_steps={total_steps}",
         warmup_steps,
-        f"at least 0 and below total_steps, {total_steps}",
     )
     if name == "step":
-        _require(0.0 < factor <= 1.0, "factor", factor, "in (0, 1]")
-        _require(
+        checks.number("factor", factor, 0.0, 1.0, open_low=True)
+        checks.require(
             len(milestones) > 0 and all(0.0 < m < 1.0 for m in milestones),
             "milestones",
+            "one or more fractions of total_steps in (0, 1) for the schedule 'step'",
             milestones,
-            "one or more fractions of total_steps, each in (0, 1), for the schedule 'step'",
         )
     boundaries = [round(fraction * total_steps) for fraction in milestones]
 
@@ -288,43 +281,25 @@ def create(name: str, learning_rate: LearningRate, **options: Any) -> optax.Grad
       >>> create("lbfgs", 0.1)
       Traceback (most recent call last):
         ...
-      ValueError: name must be one of sgd, adamw; got 'lbfgs'
+      ValueError: name must be one of sgd, adamw, got 'lbfgs'
     """
     if name not in _FACTORIES:
-        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
     allowed = list(inspect.signature(_FACTORIES[name]).parameters)[1:]
     for key, value in options.items():
         if key not in allowed:
-            raise ValueError(f"options of {name!r} must be among {allowed}; got {key}={value!r}")
+            raise ValueError(f"options of {name!r} must be among {allowed}, got {key}={value!r}")
     return _FACTORIES[name](learning_rate, **options)
-
-
-def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
 
 def _check_common(
     learning_rate: LearningRate, weight_decay: float, clip_norm: float | None
 ) -> None:
-    _require(
-        callable(learning_rate) or not is_known(learning_rate) or 0.0 <= learning_rate < math.inf,
-        "learning_rate",
-        learning_rate,
-        "finite and at least 0, or a function of the step",
-    )
-    _require(
-        not is_known(weight_decay) or 0.0 <= weight_decay < math.inf,
-        "weight_decay",
-        weight_decay,
-        "finite and at least 0",
-    )
-    _require(
-        clip_norm is None or 0.0 < clip_norm < math.inf,
-        "clip_norm",
-        clip_norm,
-        "finite and positive, or None",
-    )
+    if not callable(learning_rate):
+        checks.number("learning_rate", learning_rate)
+    checks.number("weight_decay", weight_decay)
+    if clip_norm is not None:
+        checks.number("clip_norm", clip_norm, open_low=True)
 
 
 def _clipping(clip_norm: float | None) -> list[optax.GradientTransformation]:

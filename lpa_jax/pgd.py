@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax.checks import check_labels
 from lpa_jax.tables import as_rows, inner_products, over_classes, row_norms, unit_rows
 
 GEOMETRIES = ("signed", "free", "flipped")
@@ -378,31 +379,6 @@ def class_perturbation(
     if delta is None:
         delta = jnp.zeros((num_classes, *reduced.shape[1:]), dtype)
     return jax.lax.stop_gradient(delta)
-
-
-def check_labels(labels: Array, num_classes: int) -> None:
-    """Refuses labels outside 0..num_classes-1, which a device would silently clamp.
-
-    Traced labels have no values to check, so this must be called where a batch enters, on the host.
-
-    Raises:
-      ValueError: naming the first bad label and its position.
-
-    >>> check_labels(np.array([0, 3]), num_classes=3)
-    Traceback (most recent call last):
-        ...
-    ValueError: labels must lie in 0..2, got 3 at position 1
-    """
-    if isinstance(labels, jax.core.Tracer):
-        return
-    values = np.asarray(labels).reshape(-1)
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"labels must be integers, got dtype {values.dtype}")
-    bad = np.flatnonzero((values < 0) | (values >= num_classes))
-    if bad.size:
-        raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, got {values[bad[0]]} at position {bad[0]}"
-        )
 
 
 def _check_initial(initial: Array, expected: tuple[int, ...]) -> None:

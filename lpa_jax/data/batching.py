@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.example_stream import ExampleStream
 
@@ -62,7 +62,7 @@ def take_at(source: Examples, stream: ExampleStream, start: int, count: int) -> 
 def _stacked(examples: Sequence[Mapping[str, Any]]) -> Batch:
     shapes = sorted({np.shape(example["image"]) for example in examples})
     if len(shapes) > 1:
-        raise ValueError(f"images of shapes {shapes[0]} and {shapes[1]}: must have one shape")
+        raise ValueError(f"images must have one shape, got {shapes[0]} and {shapes[1]}")
     return {
         "image": np.stack([example["image"] for example in examples]),
         "label": np.array([example["label"] for example in examples], np.int32),
@@ -106,8 +106,32 @@ class Batches:
         return start + int(self._positions[0])
 
 
+def shared_evenly(host_slice: tuple[int, int], batch_size: int) -> tuple[int, int]:
+    """The host slice, if its hosts can share a batch evenly.
+
+    Args:
+      host_slice: (process_index, process_count), as `jax.process_index()` and
+        `jax.process_count()`.
+      batch_size: Size of the global batch, a multiple of process_count.
+
+    Raises:
+      ValueError: An index outside 0..process_count-1, or a batch that cannot be shared evenly.
+
+    Example:
+      >>> shared_evenly((1, 2), batch_size=8)
+      (1, 2)
+    """
+    pair = isinstance(host_slice, tuple) and len(host_slice) == 2
+    checks.require(pair, "host_slice", "(process_index, process_count)", host_slice)
+    count = checks.integer("host_slice[1]", host_slice[1], minimum=1)
+    index = checks.integer("host_slice[0]", host_slice[0], minimum=0, maximum=count - 1)
+    if batch_size % count:
+        raise ValueError(f"batch_size must be a multiple of the {count} hosts, got {batch_size}")
+    return index, count
+
+
 def _host_positions(batch_size: int, host_slice: tuple[int, int]) -> np.ndarray:
-    index, count = checks.host_slice(host_slice, batch_size)
+    index, count = shared_evenly(host_slice, batch_size)
     size = batch_size // count
     return np.arange(index * size, (index + 1) * size, dtype=np.int32)
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,20 +40,22 @@ class Dataset:
         images = self.images
         if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
             kind = getattr(images, "dtype", type(images).__name__)
-            raise ValueError(f"images of {kind}: must be a NumPy array of uint8 or float32")
+            raise ValueError(f"images must be a NumPy array of uint8 or float32, got {kind}")
         if images.ndim != 4 or images.size == 0:
-            raise ValueError(f"images with shape {images.shape}: must be a non-empty [N, H, W, ch]")
+            raise ValueError(f"images must be a non-empty [N, H, W, ch], got shape {images.shape}")
         num_classes = checks.integer("num_classes", self.num_classes, minimum=1)
         labels = checks.label_array(self.labels, num_classes)
         if len(labels) != len(images):
-            raise ValueError(f"labels of length {len(labels)}: must match the {len(images)} images")
+            raise ValueError(
+                f"labels must be one for each of {len(images)} images, got {len(labels)}"
+            )
         if images.dtype == np.float32 and not np.isfinite(images).all():
-            raise ValueError("images contain NaN or infinity: must be finite")
+            raise ValueError("images must be finite, got nan or infinity")
         if self.class_names is not None:
             object.__setattr__(self, "class_names", tuple(self.class_names))
             if len(self.class_names) != num_classes:
                 raise ValueError(
-                    f"class_names of length {len(self.class_names)}: must have {num_classes}"
+                    f"class_names must be {num_classes} names, got {len(self.class_names)}"
                 )
         # views, so that the caller's own arrays stay writable
         for field, array in (("images", images.view()), ("labels", labels)):

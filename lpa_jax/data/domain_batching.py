@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lpa_jax.data import checks
-from lpa_jax.data.batching import Batch, Examples, take_at
+from lpa_jax import checks
+from lpa_jax.data.batching import Batch, Examples, shared_evenly, take_at
 from lpa_jax.data.example_stream import ExampleStream
 
 
@@ -22,7 +22,7 @@ class DomainBatches:
         self._datasets = datasets
         self._streams = streams
         self._per_domain = batch_size_per_domain
-        self._host, hosts = checks.host_slice(host_slice, batch_size_per_domain)
+        self._host, hosts = shared_evenly(host_slice, batch_size_per_domain)
         self._share = batch_size_per_domain // hosts
 
     @property
@@ -113,7 +113,7 @@ def domain_batches(
     """
     datasets = tuple(datasets)
     if not datasets:
-        raise ValueError("datasets is empty: must hold at least one domain")
+        raise ValueError("datasets must hold at least one domain, got none")
     batch_size = checks.integer("batch_size_per_domain", batch_size_per_domain, minimum=1)
     streams = [ExampleStream(len(data), seed, key=(d,)) for d, data in enumerate(datasets)]
     return DomainBatches(datasets, streams, batch_size, host_slice)

@@ -64,7 +64,7 @@ def open_folder_set(
     """
     layout = FOLDER_SETS[name]
     if data_dir is None:
-        raise ValueError(f"data_dir=None: {name} needs the folder that holds {layout.folder}/")
+        raise ValueError(f"data_dir must be the folder that holds {layout.folder}/, got None")
     root = os.path.join(data_dir, layout.folder)
     if not os.path.isdir(root):
         raise ValueError(

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 
-from lpa_jax.data import checks, domain_folders, random_order, sources
+from lpa_jax import checks
+from lpa_jax.data import domain_folders, random_order, sources
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.image_files import ImageFiles
 
@@ -151,7 +152,7 @@ def _check_size(name: str, image_size: int | None, allowed: tuple[int, ...]) -> 
         return allowed[0]
     if image_size not in allowed:
         raise ValueError(
-            f"image_size={image_size!r}: {name} has {' or '.join(map(str, allowed))} pixels a side"
+            f"image_size must be {' or '.join(map(str, allowed))} for {name}, got {image_size!r}"
         )
     return image_size
 
@@ -201,13 +202,12 @@ def load_domains(
     Example:
       >>> load_domains("RotatedMnist")  # doctest: +ELLIPSIS
       Traceback (most recent call last):
-      ValueError: dataset='RotatedMnist': must be one of RotatedMNIST, ColoredMNIST...
+      ValueError: dataset must be one of RotatedMNIST, ColoredMNIST...
 
     References:
       Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021 (DomainBed).
     """
-    if name not in DOMAIN_SETS:
-        raise ValueError(f"dataset={name!r}: must be one of {', '.join(DOMAIN_SETS)}")
+    checks.choice("dataset", name, DOMAIN_SETS)
     if name in _EMBEDDED:
         return _EMBEDDED[name](data_dir, seed, image_size)
     files = domain_folders.open_folder_set(
@@ -244,11 +244,12 @@ def holdout_split(
       DomainBed, as `load_domains`.
     """
     num_examples = checks.integer("num_examples", num_examples, minimum=1)
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction={fraction}: must lie between 0 and 1")
+    checks.number("fraction", fraction, 0.0, 1.0, open_low=True, open_high=True)
     held_out = int(fraction * num_examples)
     if held_out < 1:
-        raise ValueError(f"fraction={fraction}: leaves no held-out part of {num_examples} examples")
+        raise ValueError(
+            f"fraction must hold out one of {num_examples} examples at least, got {fraction}"
+        )
     domain = checks.integer("domain", domain, minimum=0)
     order = random_order.permutation(num_examples, seed, random_order.DOMAIN_HOLDOUT, domain)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

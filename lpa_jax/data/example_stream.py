@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lpa_jax.data import checks, random_order
+from lpa_jax import checks
+from lpa_jax.data import random_order
 from lpa_jax.data.augment.resized_crop import DRAWS
 
 
@@ -43,7 +44,7 @@ class ExampleStream:
         self._labels = balanced_labels
         self._key = key
         if balanced_labels is not None and not shuffle:
-            raise ValueError("shuffle=False: must be True with class_balanced=True")
+            raise ValueError("shuffle must be True with class_balanced=True, got False")
         # two epochs, because a batch may straddle them; replaced whole, never changed, so that
         # threads of a prefetcher may share the stream
         self._recent: Mapping[int, np.ndarray] = {}

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import ArrayLike
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 from lpa_jax.data.file_crops import FileCrop
 
 # Extensions of torchvision's ImageFolder, which DomainBed reads with.
@@ -260,13 +260,12 @@ def open_image_files(
         do not fit, or a size or fit out of range.
     """
     root = os.fspath(root)
-    if fit not in FITS:
-        raise ValueError(f"fit={fit!r}: must be one of {', '.join(FITS)}")
+    checks.choice("fit", fit, FITS)
     image_size = checks.integer("image_size", image_size, minimum=1)
     num_classes = checks.integer("num_classes", num_classes, minimum=1)
     labels = checks.label_array(labels, num_classes)
     if len(labels) != len(paths):
-        raise ValueError(f"labels of length {len(labels)}: must match the {len(paths)} paths")
+        raise ValueError(f"labels must be one for each of {len(paths)} paths, got {len(labels)}")
     files = ImageFiles(
         name=name,
         root=root,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 from lpa_jax.data.image_files import ImageFiles, open_image_files
 
 # A slip of the pen must not become a table of counts that no memory holds.
@@ -174,16 +174,14 @@ def open_published(
     Example:
       >>> open_published("iNaturalist18", "validation", "lists")
       Traceback (most recent call last):
-      ValueError: split='validation': iNaturalist18 has train, test
+      ValueError: split of iNaturalist18 must be one of train, test, got 'validation'
     """
-    if name not in PUBLISHED:
-        raise ValueError(f"dataset={name!r}: must be one of {', '.join(PUBLISHED)}")
+    checks.choice("dataset", name, PUBLISHED)
     published = PUBLISHED[name]
-    if split not in published.lists:
-        raise ValueError(f"split={split!r}: {name} has {', '.join(published.lists)}")
+    checks.choice(f"split of {name}", split, published.lists)
     if data_dir is None:
         raise ValueError(
-            f"data_dir=None: {name} needs the folder that holds {published.lists['train']}"
+            f"data_dir must be the folder that holds {published.lists['train']}, got None"
         )
     return read_list(
         os.path.join(data_dir, published.lists[split]),

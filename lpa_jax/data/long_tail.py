@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lpa_jax import checks
 from lpa_jax.atomic import write_text
-from lpa_jax.data import checks, random_order, splits
+from lpa_jax.data import random_order, splits
 
 _FORMAT = "lpa_jax.indices.v1"
 
@@ -56,11 +56,9 @@ def profile_fractions(profile: str, num_classes: int, imbalance: float) -> np.nd
       (exponential). Buda et al., "A systematic study of the class imbalance problem in
       convolutional neural networks", Neural Networks 2018 (step).
     """
-    if profile not in _PROFILES:
-        raise ValueError(f"profile={profile!r}: must be one of {', '.join(PROFILES)}")
+    checks.choice("profile", profile, PROFILES)
     num_classes = checks.integer("num_classes", num_classes, minimum=2)
-    if not (math.isfinite(imbalance) and imbalance >= 1):
-        raise ValueError(f"imbalance={imbalance}: must be a finite number of at least 1")
+    checks.number("imbalance", imbalance, 1.0)
     return _PROFILES[profile](num_classes, float(imbalance))
 
 
@@ -88,8 +86,8 @@ def class_sizes(profile: str, largest: float, num_classes: int, imbalance: float
     sizes = np.floor(exact * (1 + 1e-12)).astype(np.int64)
     if sizes.min() < 1:
         raise ValueError(
-            f"imbalance={imbalance}: leaves class {int(sizes.argmin())} without an example "
-            f"(largest class {int(largest)}), must be at most {int(largest)}"
+            f"imbalance must be at most {int(largest)} for class {int(sizes.argmin())} to keep an "
+            f"example, got {imbalance}"
         )
     return sizes
 
@@ -134,7 +132,7 @@ def long_tail_indices(
     labels = checks.label_array(labels, num_classes)
     counts = np.bincount(labels, minlength=num_classes)
     if counts.min() == 0:
-        raise ValueError(f"labels lack class {int(counts.argmin())}: every class must be present")
+        raise ValueError(f"labels must hold every class, got none of class {int(counts.argmin())}")
     sizes = class_sizes(profile, float((counts / fractions).min()), num_classes, imbalance)
     orders = splits.class_orders(labels, seed, random_order.LONG_TAIL)
     return np.sort(np.concatenate([orders[c][:size] for c, size in enumerate(sizes)]))
@@ -176,7 +174,7 @@ def save_indices(
     labels = checks.label_array(labels)
     indices = checks.index_array(indices, len(labels))
     if len(np.unique(indices)) < len(indices):
-        raise ValueError("indices repeat an example: each must occur once")
+        raise ValueError("indices must name each example once, got one twice")
     content = {
         "format": _FORMAT,
         "num_labels": len(labels),
@@ -188,7 +186,7 @@ def save_indices(
     try:
         text = json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"meta={meta!r}: must be what JSON can hold ({error})") from None
+        raise ValueError(f"meta must be what JSON can hold, got {meta!r} ({error})") from None
     write_text(path, text)
 
 
@@ -213,16 +211,18 @@ def load_indices(path: str | os.PathLike, labels: ArrayLike) -> tuple[np.ndarray
     except ValueError:
         content = None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"path={os.fspath(path)!r}: not an index file of format {_FORMAT}")
+        raise ValueError(f"path must be an index file of format {_FORMAT}, got {os.fspath(path)!r}")
     if content.get("labels_sha256") != _checksum(labels):
         raise ValueError(
-            f"path={os.fspath(path)!r}: made for another data set "
-            f"({content.get('num_labels')} labels, here {len(labels)}; checksums differ)"
+            f"path must be an index file of this data set ({len(labels)} labels), got "
+            f"{os.fspath(path)!r} of another ({content.get('num_labels')} labels, checksums differ)"
         )
     try:
         indices = checks.index_array(content.get("indices"), len(labels))
     except (ValueError, OverflowError):
         indices = None
     if indices is None or content.get("indices_sha256") != _checksum(indices):
-        raise ValueError(f"path={os.fspath(path)!r}: its indices were changed after it was written")
+        raise ValueError(
+            f"path must be an unchanged index file, got {os.fspath(path)!r} with changed indices"
+        )
     return indices, content.get("meta", {})

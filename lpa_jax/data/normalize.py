@@ -1,9 +1,12 @@
 """Per-channel normalisation from the training split."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
+
+from lpa_jax import checks
 
 # images read into float64 at a time, so that a large set does not need eight times its memory
 _CHUNK = 4096
@@ -41,13 +44,11 @@ class Normalization:
             object.__setattr__(self, field, tuple(float(value) for value in getattr(self, field)))
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(
-                f"mean of {len(self.mean)} and std of {len(self.std)} channels: "
-                "must be equally many, at least 1"
+                "mean and std must be equally many channels, at least 1, "
+                f"got {len(self.mean)} and {len(self.std)}"
             )
-        if not np.isfinite(self.mean).all():
-            raise ValueError(f"mean={self.mean}: must be finite")
-        if not np.isfinite(self.std).all() or min(self.std) <= 0:
-            raise ValueError(f"std={self.std}: must be finite and positive")
+        checks.vector("mean", self.mean, -math.inf)
+        checks.vector("std", self.std, open_low=True)
 
     @classmethod
     def fit(cls, images: np.ndarray) -> "Normalization":
@@ -63,7 +64,7 @@ class Normalization:
           ValueError: images that are not a non-empty [N, H, W, ch].
         """
         if images.ndim != 4 or images.size == 0:
-            raise ValueError(f"images with shape {images.shape}: must be a non-empty [N, H, W, ch]")
+            raise ValueError(f"images must be a non-empty [N, H, W, ch], got shape {images.shape}")
         chunks = range(0, len(images), _CHUNK)
         per_channel = images.size // images.shape[-1]
 
@@ -87,7 +88,7 @@ class Normalization:
         """
         if images.shape[-1] != len(self.mean):
             raise ValueError(
-                f"images with shape {images.shape}: must have {len(self.mean)} channels"
+                f"images must have {len(self.mean)} channels, got shape {images.shape}"
             )
         channels = (1,) * (images.ndim - 1) + (-1,)
         mean, std = (

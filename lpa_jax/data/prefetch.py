@@ -4,6 +4,8 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
+from lpa_jax import checks
+
 Placed = TypeVar("Placed")
 
 
@@ -36,9 +38,8 @@ class Prefetched(Generic[Placed]):
     def __init__(
         self, batches: BatchesByStep, place: Callable[[Any], Placed], depth: int = 1
     ) -> None:
-        if depth < 1:
-            raise ValueError(f"depth must be >= 1, got {depth!r}")
-        self._batches, self._place, self._depth = batches, place, depth
+        self._batches, self._place = batches, place
+        self._depth = checks.integer("depth", depth, minimum=1)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
         self._coming: dict[int, concurrent.futures.Future[Placed]] = {}
 

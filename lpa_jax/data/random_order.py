@@ -7,7 +7,7 @@ and batches all come from here: the same seed gives the same experiment anywhere
 
 import numpy as np
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 
 # The purposes that draw from one seed, apart from each other: the epoch orders of a seed say
 # nothing about its long tail. The numbers are part of the meaning of a seed: never renumber them.
@@ -66,8 +66,7 @@ def bernoulli(probability: float, size: int, seed: int, *stream: int) -> np.ndar
       >>> bernoulli(0.5, 5, 0, COLOUR)
       array([False,  True, False,  True,  True])
     """
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability={probability}: must lie in [0, 1]")
+    checks.number("probability", probability, 0.0, 1.0)
     return uniforms(size, seed, *stream) < probability
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 from lpa_jax.data.batching import Batch, Batches, EvaluationBatches
 from lpa_jax.data.domain_batching import DomainBatches
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lpa_jax import checks
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.image_files import ImageFiles, fitted
 
@@ -166,8 +167,7 @@ def open_source(name: str, split: str, data_dir: PathLike | None = None) -> Imag
             f"needs `pip install tensorflow-cpu`): {command}"
         )
     info = builder.info
-    if split not in info.splits:
-        raise ValueError(f"split={split!r}: {name} has {', '.join(sorted(info.splits))}")
+    checks.choice(f"split of {name}", split, sorted(info.splits))
     try:
         records = builder.as_data_source(split)
     except NotImplementedError:

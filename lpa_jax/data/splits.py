@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lpa_jax.data import checks, random_order
+from lpa_jax import checks
+from lpa_jax.data import random_order
 
 
 def class_orders(labels: np.ndarray, seed: int, purpose: int) -> dict[int, np.ndarray]:
@@ -63,20 +64,21 @@ def validation_split(
     labels = checks.label_array(labels)
     if (per_class is None) == (fraction is None):
         raise ValueError(
-            f"per_class={per_class}, fraction={fraction}: exactly one of the two must be given"
+            "exactly one of per_class and fraction must be given, "
+            f"got per_class={per_class}, fraction={fraction}"
         )
     if per_class is not None:
         per_class = checks.integer("per_class", per_class, minimum=1)
-    elif not 0 < fraction < 1:
-        raise ValueError(f"fraction={fraction}: must lie between 0 and 1")
+    else:
+        checks.number("fraction", fraction, 0.0, 1.0, open_low=True, open_high=True)
     chosen = []
     for c, order in class_orders(labels, seed, random_order.SPLIT).items():
         size = len(order)
         wanted = per_class or min(max(int(fraction * size + 0.5), 1), size - 1)
         if not 1 <= wanted < size:
-            asked = f"fraction={fraction}" if per_class is None else f"per_class={per_class}"
+            name, asked = ("fraction", fraction) if per_class is None else ("per_class", per_class)
             raise ValueError(
-                f"{asked}: class {c} has {size} examples, too few to stay in both parts"
+                f"{name} must leave class {c} with its {size} examples in both parts, got {asked}"
             )
         chosen.append(order[:wanted])
     validation = np.sort(np.concatenate(chosen))
@@ -108,6 +110,8 @@ def reduced_indices(labels: ArrayLike, per_class: int, seed: int = 0) -> np.ndar
     chosen = []
     for c, order in class_orders(labels, seed, random_order.REDUCED).items():
         if per_class > len(order):
-            raise ValueError(f"per_class={per_class}: class {c} has only {len(order)} examples")
+            raise ValueError(
+                f"per_class must be at most {len(order)}, the size of class {c}, got {per_class}"
+            )
         chosen.append(order[:per_class])
     return np.sort(np.concatenate(chosen))

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import pgd, tables
-from lpa_jax.data import checks
+from lpa_jax import checks, pgd, tables
+from lpa_jax.checks import is_known
 from lpa_jax.injection import Network, Variables, check_layer
-from lpa_jax.tracing import is_known
 
 Array = jax.Array
 

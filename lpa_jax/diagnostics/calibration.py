@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lpa_jax import pgd
-from lpa_jax.data import checks
+from lpa_jax import checks, pgd
 
 
 class Reliability(NamedTuple):

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from lpa_jax.data import augment, checks
+from lpa_jax import checks
+from lpa_jax.data import augment
 from lpa_jax.data.augment.base import as_before, as_unit
 
 Array = jax.Array
@@ -63,9 +64,7 @@ def create(name: str, severity: int) -> augment.Augmentation:
     if name not in _TABLE:
         raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
     corrupt, strengths = _TABLE[name]
-    checks.integer("severity", severity, minimum=1)
-    if severity > len(strengths):
-        raise ValueError(f"severity must be an integer from 1 to {len(strengths)}, got {severity}")
+    checks.integer("severity", severity, 1, len(strengths))
     strength = strengths[severity - 1]
 
     def apply(rng, images, positions):

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import pgd, tables
-from lpa_jax.data import checks
+from lpa_jax import checks, pgd, tables
 from lpa_jax.diagnostics.objective import Objective
 from lpa_jax.perturbations.base import check_range
 

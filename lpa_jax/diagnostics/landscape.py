@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from lpa_jax import pgd
-from lpa_jax.data import checks
+from lpa_jax import checks, pgd
 from lpa_jax.diagnostics.flatness import filter_norms
 from lpa_jax.diagnostics.objective import Objective
 

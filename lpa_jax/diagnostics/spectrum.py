@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 from lpa_jax.diagnostics.curvature import Estimate, lanczos, random_signs
 from lpa_jax.diagnostics.objective import Objective
 from lpa_jax.perturbations.base import check_range

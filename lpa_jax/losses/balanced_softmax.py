@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpa_jax.losses.base import Loss, register
-from lpa_jax.losses.common import check_counts
+from lpa_jax.losses.common import class_counts
 from lpa_jax.losses.cross_entropy import shifted
 
 
@@ -35,4 +35,4 @@ def balanced_softmax(counts: Sequence[float]) -> Loss:
     References:
       Ren et al. 2020, Balanced Meta-Softmax for Long-Tailed Visual Recognition, arXiv 2007.10740.
     """
-    return shifted(np.log(check_counts(counts)))
+    return shifted(np.log(class_counts(counts)))

@@ -62,10 +62,10 @@ def create(name: str, counts: Sequence[float] | None = None, **arguments: Any) -
       >>> create("ldam")
       Traceback (most recent call last):
         ...
-      ValueError: counts must be given for the loss 'ldam'; got None
+      ValueError: counts must be given for the loss 'ldam', got None
     """
     if "counts" in _REGISTRY.options(name):
         if counts is None:
-            raise ValueError(f"counts must be given for the loss {name!r}; got None")
+            raise ValueError(f"counts must be given for the loss {name!r}, got None")
         arguments["counts"] = counts
     return _REGISTRY.create(name, **arguments)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax import checks
 from lpa_jax.losses.base import Loss, register
-from lpa_jax.losses.common import check_counts, per_class, prepare, require
+from lpa_jax.losses.common import class_counts, per_class, prepare
 from lpa_jax.losses.cross_entropy import cross_entropy
 
 
@@ -34,8 +35,8 @@ def effective_number_weights(counts: Sequence[float], beta: float = 0.9999) -> n
       Cui et al. 2019, Class-Balanced Loss Based on Effective Number of Samples, arXiv 1901.05555,
       proposition 1 and the normalisation of section 4.
     """
-    counts = check_counts(counts)
-    require(0.0 <= beta < 1.0, "beta", beta, "in [0, 1)")
+    counts = class_counts(counts)
+    checks.number("beta", beta, high=1.0, open_high=True)
     # expm1 keeps the digits that 1 - beta**N loses for beta near 1.
     inverse = 1.0 / -np.expm1(counts * (math.log(beta) if beta > 0.0 else -math.inf))
     return inverse * (counts.size / inverse.sum())
@@ -74,7 +75,7 @@ def class_balanced(
       Cui et al. 2019, arXiv 1901.05555, section 4.
     """
     weights = effective_number_weights(counts, beta)
-    require(callable(base), "base", base, "a loss(logits, targets)")
+    checks.require(callable(base), "base", "a loss(logits, targets)", base)
     return weighted(weights, base)
 
 

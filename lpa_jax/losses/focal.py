@@ -1,13 +1,11 @@
 """Focal loss: the weight of an example falls with its confidence."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.losses.base import Loss, register
-from lpa_jax.losses.common import prepare, require
-from lpa_jax.tracing import is_known
+from lpa_jax.losses.common import prepare
 
 
 @register("focal")
@@ -35,7 +33,7 @@ def focal(gamma: float = 2.0) -> Loss:
     References:
       Lin et al. 2017, Focal Loss for Dense Object Detection, arXiv 1708.02002, equation 4.
     """
-    require(not is_known(gamma) or 0.0 <= gamma < math.inf, "gamma", gamma, "finite and at least 0")
+    checks.number("gamma", gamma)
 
     def loss(logits, targets):
         logits, targets = prepare(logits, targets)

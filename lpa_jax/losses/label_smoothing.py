@@ -1,9 +1,9 @@
 """Label smoothing: targets that keep a share for every class."""
 
+from lpa_jax import checks
 from lpa_jax.losses.base import Loss, register
-from lpa_jax.losses.common import prepare, require
+from lpa_jax.losses.common import prepare
 from lpa_jax.losses.cross_entropy import cross_entropy
-from lpa_jax.tracing import is_known
 
 
 @register("label_smoothing")
@@ -31,7 +31,7 @@ def label_smoothing(smoothing: float = 0.1) -> Loss:
     References:
       Szegedy et al. 2016, Rethinking the Inception Architecture for Computer Vision, section 7.
     """
-    require(not is_known(smoothing) or 0.0 <= smoothing < 1.0, "smoothing", smoothing, "in [0, 1)")
+    checks.number("smoothing", smoothing, high=1.0, open_high=True)
 
     def loss(logits, targets):
         logits, targets = prepare(logits, targets)

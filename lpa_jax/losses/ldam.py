@@ -1,15 +1,14 @@
 """LDAM, margins that grow with the rarity of a class, and its deferred re-weighting (DRW)."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from lpa_jax import checks
 from lpa_jax.losses.base import Loss, register
 from lpa_jax.losses.class_balanced import effective_number_weights, weighted
-from lpa_jax.losses.common import check_counts, per_class, prepare, require
+from lpa_jax.losses.common import class_counts, per_class, prepare
 from lpa_jax.losses.cross_entropy import cross_entropy
-from lpa_jax.tracing import is_known
 
 
 @register("ldam")
@@ -47,14 +46,9 @@ def ldam(counts: Sequence[float], max_margin: float = 0.5, scale: float = 30.0) 
       Cao et al. 2019, Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss,
       arXiv 1906.07413, equations 12 and 13; the scale is the released code's.
     """
-    counts = check_counts(counts)
-    require(
-        not is_known(max_margin) or 0.0 <= max_margin < math.inf,
-        "max_margin",
-        max_margin,
-        "finite and at least 0",
-    )
-    require(not is_known(scale) or 0.0 < scale < math.inf, "scale", scale, "finite and positive")
+    counts = class_counts(counts)
+    checks.number("max_margin", max_margin)
+    checks.number("scale", scale, open_low=True)
     margins = max_margin * (counts.min() / counts) ** 0.25
 
     def loss(logits, targets):
@@ -108,9 +102,8 @@ def drw_stages(
       Cao et al. 2019, arXiv 1906.07413, algorithm 1, with the weights of the released
       code (https://github.com/kaidic/LDAM-DRW).
     """
-    whole = isinstance(switch_epoch, int) and not isinstance(switch_epoch, bool)
-    require(whole and switch_epoch >= 1, "switch_epoch", switch_epoch, "an integer of at least 1")
+    checks.integer("switch_epoch", switch_epoch, 1)
     margin_loss = ldam(counts, max_margin, scale)
     weights = effective_number_weights(counts, beta)
-    mean_weight = np.average(weights, weights=check_counts(counts))
+    mean_weight = np.average(weights, weights=class_counts(counts))
     return (0, margin_loss), (switch_epoch, weighted(weights / mean_weight, margin_loss))

@@ -11,7 +11,6 @@ a perturbation of `h_l` re-runs only what stands above it.
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.models.normalized_head import NormalizedHead
 
 NORMS = ("batch", "group", "none")
@@ -72,8 +72,8 @@ class StagedModel(nn.Module):
 
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
-        check_counts(num_classes=self.num_classes)
-        check_choice("head", self.head, HEADS)
+        checks.positive_integers("num_classes", self.num_classes)
+        checks.choice("head", self.head, HEADS)
         self.dtype = floating_dtype(self.dtype)
         super().__post_init__()
 
@@ -111,15 +111,14 @@ class StagedModel(nn.Module):
             ValueError: `start` or `stop` is not in `layers`, `stop` comes before `start`, or
                 initialisation was asked for a part of the network.
         """
-        for argument, layer in (("start", start), ("stop", stop)):
-            if layer not in self.layers:
-                raise ValueError(f"{argument}={layer!r} is not one of the layers {self.layers}")
-        first, last = self.layers.index(start), self.layers.index(stop)
-        if last < first:
-            raise ValueError(f"stop={stop!r} comes before start={start!r} in {self.layers}")
+        checks.choice("start", start, self.layers)
+        first = self.layers.index(start)
+        checks.choice("stop", stop, self.layers[first:])
+        last = self.layers.index(stop)
         if self.is_initializing() and last - first < len(self.stage_names):
             raise ValueError(
-                f"initialisation needs the whole network, not start={start!r}, stop={stop!r}"
+                "start and stop must span the whole network at initialisation, "
+                f"got start={start!r}, stop={stop!r}"
             )
         for name in self.layers[first + 1 : last + 1]:
             x = self.stages[name](x, train)
@@ -149,7 +148,7 @@ class NormalizedModel(StagedModel):
         >>> models.SmallCNN(10, norm="layer")
         Traceback (most recent call last):
         ...
-        ValueError: norm='layer' is not one of ('batch', 'group', 'none')
+        ValueError: norm must be one of batch, group, none, got 'layer'
     """
 
     norm: str = dataclasses.field(default="batch", kw_only=True)
@@ -161,12 +160,12 @@ class NormalizedModel(StagedModel):
 
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
-        check_choice("norm", self.norm, NORMS)
-        check_counts(groups=self.groups)
-        check_rate(norm_momentum=self.norm_momentum)
-        check_positive(norm_epsilon=self.norm_epsilon)
+        checks.choice("norm", self.norm, NORMS)
+        checks.positive_integers("groups", self.groups)
+        checks.number("norm_momentum", self.norm_momentum, high=1.0, open_high=True)
+        checks.number("norm_epsilon", self.norm_epsilon, open_low=True)
         if self.frozen_norm and self.norm != "batch":
-            raise ValueError(f"frozen_norm=True needs norm='batch', not norm={self.norm!r}")
+            raise ValueError(f"norm must be batch with frozen_norm=True, got {self.norm!r}")
         super().__post_init__()
 
     @property
@@ -299,37 +298,9 @@ def floating_dtype(dtype: Any) -> jnp.dtype | None:
         result = jnp.dtype(dtype)
     except TypeError:
         result = None
-    if result is None or not jnp.issubdtype(result, jnp.floating):
-        raise ValueError(f"dtype={dtype!r} is not a floating type such as 'float32' or 'bfloat16'")
+    floating = result is not None and jnp.issubdtype(result, jnp.floating)
+    checks.require(floating, "dtype", "a floating type such as float32 or bfloat16", dtype)
     return result
-
-
-def check_choice(argument: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raises ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r} is not one of {allowed}")
-
-
-def check_counts(**arguments: Any) -> None:
-    """Raises ValueError unless each argument is a positive integer or a filled tuple of such."""
-    for argument, value in arguments.items():
-        counts = value if isinstance(value, tuple) else (value,)
-        if not counts or not all(isinstance(n, numbers.Integral) and n > 0 for n in counts):
-            raise ValueError(f"{argument}={value!r} must be made of integers above 0")
-
-
-def check_positive(**arguments: float) -> None:
-    """Raises ValueError unless each argument is above 0."""
-    for argument, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"{argument}={value} must be above 0")
-
-
-def check_rate(**arguments: float) -> None:
-    """Raises ValueError unless each argument is in [0, 1)."""
-    for argument, value in arguments.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{argument}={value} must be at least 0 and below 1")
 
 
 def relu_dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:

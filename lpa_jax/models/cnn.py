@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 
+from lpa_jax import checks
 from lpa_jax.models import base
 
 
@@ -33,7 +34,7 @@ class SmallCNN(base.NormalizedModel):
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
         self.widths = tuple(self.widths)
-        base.check_counts(widths=self.widths)
+        checks.positive_integers("widths", self.widths)
         super().__post_init__()
 
     @property

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.models import base
 
 
@@ -32,8 +33,8 @@ class MLP(base.StagedModel):
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
         self.hidden = tuple(self.hidden)
-        base.check_counts(hidden=self.hidden)
-        base.check_rate(dropout=self.dropout)
+        checks.positive_integers("hidden", self.hidden)
+        checks.number("dropout", self.dropout, high=1.0, open_high=True)
         super().__post_init__()
 
     @property

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.models import base
 
 STEMS = ("cifar", "strided", "imagenet")
@@ -82,19 +83,19 @@ class ResNet(base.NormalizedModel):
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
         self.stage_sizes, self.widths = tuple(self.stage_sizes), tuple(self.widths)
-        base.check_counts(stage_sizes=self.stage_sizes, widths=self.widths)
+        checks.positive_integers("stage_sizes", self.stage_sizes)
+        checks.positive_integers("widths", self.widths)
         super().__post_init__()
         if len(self.widths) != len(self.stage_sizes):
             raise ValueError(
-                f"widths={self.widths} must have one entry for each of stage_sizes="
-                f"{self.stage_sizes}"
+                f"widths must be one for each of stage_sizes={self.stage_sizes}, got {self.widths}"
             )
-        base.check_rate(dropout=self.dropout)
-        base.check_choice("block", self.block, BLOCKS)
-        base.check_choice("shortcut", self.shortcut, SHORTCUTS)
-        base.check_choice("stem", self.stem, STEMS)
+        checks.number("dropout", self.dropout, high=1.0, open_high=True)
+        checks.choice("block", self.block, BLOCKS)
+        checks.choice("shortcut", self.shortcut, SHORTCUTS)
+        checks.choice("stem", self.stem, STEMS)
         if self.zero_init and self.norm == "none":
-            raise ValueError("zero_init=True needs a norm to set to zero, not norm='none'")
+            raise ValueError("norm must be batch or group with zero_init=True, got 'none'")
 
     @property
     def stage_names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.models import base
 
 
@@ -54,17 +55,15 @@ class ViT(base.StagedModel):
 
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
-        base.check_counts(
-            patch=self.patch,
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-        )
+        checks.positive_integers("patch", self.patch)
+        checks.positive_integers("width", self.width)
+        checks.positive_integers("depth", self.depth)
+        checks.positive_integers("heads", self.heads)
+        checks.positive_integers("mlp_ratio", self.mlp_ratio)
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        base.check_rate(dropout=self.dropout)
-        base.check_positive(norm_epsilon=self.norm_epsilon)
+            raise ValueError(f"width must be a multiple of heads={self.heads}, got {self.width}")
+        checks.number("dropout", self.dropout, high=1.0, open_high=True)
+        checks.number("norm_epsilon", self.norm_epsilon, open_low=True)
         super().__post_init__()
 
     @property
@@ -100,7 +99,9 @@ class Embed(nn.Module):
         """Returns tokens `[B, 1 + H*W/patch^2, width]`, the class token first."""
         batch, height, width, _ = x.shape
         if height % self.patch or width % self.patch:
-            raise ValueError(f"patch={self.patch} must divide the image size {height} x {width}")
+            raise ValueError(
+                f"patch must divide the image size {height} x {width}, got {self.patch}"
+            )
         x = nn.Conv(
             self.width,
             (self.patch, self.patch),

@@ -9,6 +9,7 @@ import functools
 import flax.linen as nn
 import jax
 
+from lpa_jax import checks
 from lpa_jax.models import base
 
 
@@ -44,10 +45,11 @@ class WideResNet(base.NormalizedModel):
 
     def __post_init__(self):
         """Checks the attributes, so that a bad one is refused before anything is traced."""
-        base.check_counts(depth=self.depth, width=self.width)
-        if self.depth < 10 or self.depth % 6 != 4:
-            raise ValueError(f"depth={self.depth} must be 6n + 4 for an integer n above 0")
-        base.check_rate(dropout=self.dropout)
+        checks.positive_integers("depth", self.depth)
+        checks.positive_integers("width", self.width)
+        counted = self.depth >= 10 and self.depth % 6 == 4
+        checks.require(counted, "depth", "6n + 4 for a whole number n >= 1", self.depth)
+        checks.number("dropout", self.dropout, high=1.0, open_high=True)
         super().__post_init__()
 
     @property

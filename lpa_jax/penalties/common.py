@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lpa_jax import pgd
+from lpa_jax import checks, pgd
 from lpa_jax.penalties.base import Observed, Penalty
 
 Array = jax.Array
@@ -94,23 +93,13 @@ def domains(observed: Observed, num_domains: int, name: str) -> Array:
     Raises:
       ValueError: the batch has no `domain`, or (outside jit) one outside 0..num_domains-1.
     """
-    domain, allowed = observed.domain, f"0..{num_domains - 1}"
+    domain = observed.domain
     if domain is None:
         raise ValueError(
-            f"penalty {name!r} needs batch['domain'], each example's domain in {allowed}, "
-            "and the batch has none"
+            f"batch['domain'] must be each example's domain in 0..{num_domains - 1} for the "
+            f"penalty {name!r}, got None"
         )
-    if isinstance(domain, jax.core.Tracer):
-        return domain
-    values = np.asarray(domain)
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"batch['domain'] must hold integers, got dtype {values.dtype}")
-    bad = np.flatnonzero((values < 0) | (values >= num_domains))
-    if bad.size:
-        raise ValueError(
-            f"batch['domain'] must lie in {allowed} (num_domains={num_domains}), "
-            f"got {values[bad[0]]} at position {bad[0]}"
-        )
+    checks.check_labels(domain, num_domains, "batch['domain']")
     return domain
 
 
@@ -118,13 +107,6 @@ def check_vectors(name: str, layer: str, shape: jax.ShapeDtypeStruct) -> None:
     """Raises ValueError unless the activations at `layer` are vectors, [B, F]."""
     if len(shape.shape) != 2:
         raise ValueError(
-            f"penalty {name!r} needs vectors [B, F] at its layer, "
-            f"layer={layer!r} has shape {tuple(shape.shape)}"
+            f"layer {layer!r} must be vectors [B, F] for the penalty {name!r}, "
+            f"got shape {tuple(shape.shape)}"
         )
-
-
-def check_whole(name: str, value: int, low: int) -> None:
-    """Raises ValueError unless `value` is a whole number of at least `low`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < low:
-        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")

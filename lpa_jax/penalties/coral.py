@@ -3,18 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd, tables
+from lpa_jax import checks, pgd, tables
 from lpa_jax.penalties.base import Penalty, register
 from lpa_jax.penalties.common import (
     check_vectors,
-    check_whole,
     domains,
     scatter_matrices,
     stateless,
     zero,
 )
-from lpa_jax.perturbations.base import check_range
-from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -47,9 +44,9 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
     >>> coral(num_domains=3, layer="pool").layers
     ('pool',)
     """
-    check_whole("num_domains", num_domains, 1)
-    check_range("weight", weight, 0.0)
-    if vanishes(weight):
+    checks.integer("num_domains", num_domains, 1)
+    checks.number("weight", weight)
+    if checks.vanishes(weight):
         return zero("coral")
 
     def init(shapes, num_classes):

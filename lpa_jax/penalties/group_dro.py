@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.penalties.base import Penalty, register
-from lpa_jax.penalties.common import batch_mean, check_whole, domain_risks
-from lpa_jax.perturbations.base import check_range
+from lpa_jax.penalties.common import batch_mean, domain_risks
 
 
 @register("group_dro")
@@ -38,8 +38,8 @@ def group_dro(num_domains: int, eta: float = 1e-2) -> Penalty:
     >>> jnp.exp(state["log_q"]).tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
-    check_whole("num_domains", num_domains, 1)
-    check_range("eta", eta, 0.0)
+    checks.integer("num_domains", num_domains, 1)
+    checks.number("eta", eta)
 
     def init(shapes, num_classes):
         return {"log_q": jax.nn.log_softmax(jnp.zeros(num_domains, jnp.float32))}

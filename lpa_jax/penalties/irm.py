@@ -3,11 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import checks, pgd
 from lpa_jax.penalties.base import Observed, Penalty, register
-from lpa_jax.penalties.common import annealed, check_whole, domains, mean_where, stateless, zero
-from lpa_jax.perturbations.base import check_range
-from lpa_jax.tracing import vanishes
+from lpa_jax.penalties.common import annealed, domains, mean_where, stateless, zero
 
 Array = jax.Array
 
@@ -42,10 +40,10 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
     >>> irm(num_domains=3).name
     'irm'
     """
-    check_whole("num_domains", num_domains, 1)
-    check_range("weight", weight, 0.0)
-    check_whole("anneal_steps", anneal_steps, 0)
-    if vanishes(weight):
+    checks.integer("num_domains", num_domains, 1)
+    checks.number("weight", weight)
+    checks.integer("anneal_steps", anneal_steps, 0)
+    if checks.vanishes(weight):
         return zero("irm")
 
     def value(observed):

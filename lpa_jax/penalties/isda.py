@@ -3,17 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd, tables
+from lpa_jax import checks, pgd, tables
 from lpa_jax.penalties.base import Observed, Penalty, register
 from lpa_jax.penalties.common import (
     batch_mean,
     check_vectors,
-    check_whole,
     scatter_matrices,
     zero,
 )
-from lpa_jax.perturbations.base import check_range
-from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 State = dict[str, Array]
@@ -64,9 +61,9 @@ def isda(layer: str, total_steps: int, strength: float = 0.5, diagonal: bool = F
     >>> state["covariance"].shape
     (10, 64, 64)
     """
-    check_whole("total_steps", total_steps, 1)
-    check_range("strength", strength, 0.0)
-    if vanishes(strength):
+    checks.integer("total_steps", total_steps, 1)
+    checks.number("strength", strength)
+    if checks.vanishes(strength):
         return zero("isda")
 
     def init(shapes, num_classes):

@@ -1,10 +1,8 @@
 """Spectral decoupling: small logits, so that one easy feature cannot starve the others."""
 
-from lpa_jax import pgd
+from lpa_jax import checks, pgd
 from lpa_jax.penalties.base import Penalty, register
 from lpa_jax.penalties.common import batch_mean, stateless, zero
-from lpa_jax.perturbations.base import check_range
-from lpa_jax.tracing import vanishes
 
 
 @register("spectral_decoupling")
@@ -28,8 +26,8 @@ def spectral_decoupling(weight: float = 0.1) -> Penalty:
     >>> spectral_decoupling().name
     'spectral_decoupling'
     """
-    check_range("weight", weight, 0.0)
-    if vanishes(weight):
+    checks.number("weight", weight)
+    if checks.vanishes(weight):
         return zero("spectral_decoupling")
 
     def value(observed):

@@ -1,16 +1,14 @@
 """V-REx: the variance of the domains' risks, so that no domain is bought at another's cost."""
 
+from lpa_jax import checks
 from lpa_jax.penalties.base import Penalty, register
 from lpa_jax.penalties.common import (
     annealed,
-    check_whole,
     domain_risks,
     mean_where,
     stateless,
     zero,
 )
-from lpa_jax.perturbations.base import check_range
-from lpa_jax.tracing import vanishes
 
 
 @register("vrex")
@@ -41,10 +39,10 @@ def vrex(num_domains: int, weight: float = 10.0, anneal_steps: int = 500) -> Pen
     >>> vrex(num_domains=3).name
     'vrex'
     """
-    check_whole("num_domains", num_domains, 1)
-    check_range("weight", weight, 0.0)
-    check_whole("anneal_steps", anneal_steps, 0)
-    if vanishes(weight):
+    checks.integer("num_domains", num_domains, 1)
+    checks.number("weight", weight)
+    checks.integer("anneal_steps", anneal_steps, 0)
+    if checks.vanishes(weight):
         return zero("vrex")
 
     def value(observed):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from lpa_jax import pgd, tables
+from lpa_jax.checks import vanishes
 from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
 from lpa_jax.perturbations.lpa import SCALES
-from lpa_jax.tracing import vanishes
 
 
 @register("adversarial")

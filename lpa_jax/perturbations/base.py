@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from lpa_jax.checks import number as check_range  # noqa: F401  the old name
 from lpa_jax.registry import Registry
-from lpa_jax.tracing import is_known
 
 Array = jax.Array
 State = Any
@@ -181,18 +180,6 @@ def chain(*perturbations: Perturbation) -> Perturbation:
 def per_example(values: Array, like: Array) -> Array:
     """Reshapes [B] so that it broadcasts over `like` [B, ...]."""
     return jnp.reshape(values, (-1,) + (1,) * (like.ndim - 1))
-
-
-def check_range(name: str, value: float, low: float, high: float = np.inf, open_high=False) -> None:
-    """Raises ValueError unless `value` is finite and in [low, high], or [low, high), or traced."""
-    if not is_known(value):
-        return
-    if np.isfinite(value) and low <= value <= high and not (open_high and value == high):
-        return
-    if high == np.inf:
-        raise ValueError(f"{name} must be finite and >= {low:g}, got {value!r}")
-    bracket = ")" if open_high else "]"
-    raise ValueError(f"{name} must lie in [{low:g}, {high:g}{bracket}, got {value!r}")
 
 
 _REGISTRY: Registry[Perturbation] = Registry("perturbation")

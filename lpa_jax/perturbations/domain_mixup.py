@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.perturbations.base import Perturbation, check_range, identity, stateless
+from lpa_jax import checks
+from lpa_jax.perturbations.base import Perturbation, identity, stateless
 from lpa_jax.perturbations.manifold_mixup import interpolate, partner_share
-from lpa_jax.tracing import vanishes
 
 
 def domain_mixup(alpha: float = 0.2, *, num_domains: int) -> Perturbation:
@@ -33,10 +33,9 @@ def domain_mixup(alpha: float = 0.2, *, num_domains: int) -> Perturbation:
     >>> domain_mixup(num_domains=3).name
     'domain_mixup'
     """
-    check_range("alpha", alpha, 0.0)
-    if num_domains < 1:
-        raise ValueError(f"num_domains must be >= 1, got {num_domains}")
-    if vanishes(alpha):
+    checks.number("alpha", alpha)
+    checks.integer("num_domains", num_domains, 1)
+    if checks.vanishes(alpha):
         return identity("domain_mixup")
 
     def perturb(site):

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
-from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
-from lpa_jax.tracing import vanishes
+from lpa_jax import checks, pgd
+from lpa_jax.perturbations.base import Perturbation, identity, register, stateless
 
 Array = jax.Array
 
@@ -28,8 +27,8 @@ def dropout(rate: float = 0.5) -> Perturbation:
     >>> dropout(0.5).name
     'dropout'
     """
-    check_range("rate", rate, 0.0, 1.0, open_high=True)
-    if vanishes(rate):
+    checks.number("rate", rate, 0.0, 1.0, open_high=True)
+    if checks.vanishes(rate):
         return identity("dropout")
 
     def perturb(site):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lpa_jax import pgd, tables
 from lpa_jax.assignment import Assignment, by_confidence
+from lpa_jax.checks import vanishes
 from lpa_jax.perturbations import radius_target as targeting
 from lpa_jax.perturbations.base import (
     Applied,
@@ -18,7 +19,6 @@ from lpa_jax.perturbations.base import (
     identity,
     register,
 )
-from lpa_jax.tracing import vanishes
 
 MODES = ("cold", "carry", "free")
 SCALES = ("relative", "absolute")

@@ -3,16 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import checks, pgd
 from lpa_jax.perturbations.base import (
     Perturbation,
-    check_range,
     identity,
     per_example,
     register,
     stateless,
 )
-from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -43,8 +41,8 @@ def manifold_mixup(alpha: float = 2.0) -> Perturbation:
     >>> manifold_mixup(alpha=2.0).name
     'manifold_mixup'
     """
-    check_range("alpha", alpha, 0.0)
-    if vanishes(alpha):
+    checks.number("alpha", alpha)
+    if checks.vanishes(alpha):
         return identity("manifold_mixup")
 
     def perturb(site):

@@ -3,17 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import checks, pgd
 from lpa_jax.perturbations.base import (
     Perturbation,
-    check_range,
     identity,
     per_example,
     register,
     stateless,
 )
 from lpa_jax.perturbations.manifold_mixup import partner_share
-from lpa_jax.tracing import vanishes
 
 VARIANCE_FLOOR = 1e-6
 
@@ -45,9 +43,9 @@ def mixstyle(alpha: float = 0.1, probability: float = 0.5) -> Perturbation:
         ...
     ValueError: mixstyle needs an activation [B, positions..., channels], got shape (32, 64)
     """
-    check_range("alpha", alpha, 0.0)
-    check_range("probability", probability, 0.0, 1.0)
-    if vanishes(alpha) or vanishes(probability):
+    checks.number("alpha", alpha)
+    checks.number("probability", probability, 0.0, 1.0)
+    if checks.vanishes(alpha) or checks.vanishes(probability):
         return identity("mixstyle")
 
     def perturb(site):

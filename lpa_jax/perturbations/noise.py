@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
-from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
-from lpa_jax.tracing import vanishes
+from lpa_jax import checks, pgd
+from lpa_jax.perturbations.base import Perturbation, identity, register, stateless
 
 
 @register("gaussian_noise")
@@ -30,8 +29,8 @@ def gaussian_noise(sigma: float = 0.1) -> Perturbation:
     >>> gaussian_noise(0.1).name
     'gaussian_noise'
     """
-    check_range("sigma", sigma, 0.0)
-    if vanishes(sigma):
+    checks.number("sigma", sigma)
+    if checks.vanishes(sigma):
         return identity("gaussian_noise")
 
     def perturb(site):

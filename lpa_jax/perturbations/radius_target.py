@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax import pgd
+from lpa_jax.checks import is_known
 from lpa_jax.perturbations.base import Site
-from lpa_jax.tracing import is_known
 
 RATE = 0.05
 BOUND = 100.0

@@ -5,16 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import pgd
+from lpa_jax import checks, pgd
 from lpa_jax.perturbations.base import (
     Perturbation,
-    check_range,
     identity,
     per_example,
     register,
     stateless,
 )
-from lpa_jax.tracing import vanishes
 
 
 @register("rsc")
@@ -44,9 +42,9 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
     >>> rsc(drop_f=0.5).name
     'rsc'
     """
-    check_range("drop_f", drop_f, 0.0, 1.0)
-    check_range("drop_b", drop_b, 0.0, 1.0)
-    if vanishes(drop_f) or vanishes(drop_b):
+    checks.number("drop_f", drop_f, 0.0, 1.0)
+    checks.number("drop_b", drop_b, 0.0, 1.0)
+    if checks.vanishes(drop_f) or checks.vanishes(drop_b):
         return identity("rsc")
 
     def perturb(site):

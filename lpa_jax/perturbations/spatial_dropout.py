@@ -6,9 +6,9 @@ import math
 import jax
 import numpy as np
 
-from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
+from lpa_jax import checks
+from lpa_jax.perturbations.base import Perturbation, identity, register, stateless
 from lpa_jax.perturbations.dropout import inverted_dropout
-from lpa_jax.tracing import vanishes
 
 Array = jax.Array
 
@@ -45,10 +45,10 @@ def spatial_dropout(rate: float = 0.1, *, block_size: int | None = None) -> Pert
     >>> spatial_dropout(0.1, block_size=7).name
     'spatial_dropout'
     """
-    check_range("rate", rate, 0.0, 1.0, open_high=True)
-    if block_size is not None and (not isinstance(block_size, int | np.integer) or block_size < 1):
-        raise ValueError(f"block_size must be None or a whole number >= 1, got {block_size!r}")
-    if vanishes(rate):
+    checks.number("rate", rate, 0.0, 1.0, open_high=True)
+    if block_size is not None:
+        checks.integer("block_size", block_size, 1)
+    if checks.vanishes(rate):
         return identity("spatial_dropout")
 
     def perturb(site):

@@ -217,19 +217,19 @@ def test_an_assignment_for_another_number_of_classes_is_refused():
             lambda: assignment.by_confidence(kappa=np.nan),
             "kappa must be finite and >= 0, got nan",
         ),
-        (lambda: assignment.by_confidence(ema=1.0), "ema must lie in [0, 1), got 1.0"),
-        (lambda: assignment.by_confidence(ema=-0.1), "ema must lie in [0, 1), got -0.1"),
+        (lambda: assignment.by_confidence(ema=1.0), "ema must be in [0, 1), got 1.0"),
+        (lambda: assignment.by_confidence(ema=-0.1), "ema must be in [0, 1), got -0.1"),
         (
             lambda: assignment.by_frequency([3, 0]),
-            "counts must be a list of positive numbers, got [3.0, 0.0]",
+            "counts must be finite and > 0, got 0 at position 1",
         ),
         (
             lambda: assignment.by_frequency([]),
-            "counts must be a list of positive numbers, got []",
+            "counts must be a non-empty vector of numbers, got shape (0,)",
         ),
         (
             lambda: assignment.by_frequency([[3, 1]]),
-            "counts must be a list of positive numbers, got [[3.0, 1.0]]",
+            "counts must be a non-empty vector of numbers, got shape (1, 2)",
         ),
         (
             lambda: assignment.by_frequency([3, 1], kappa=np.inf),

@@ -140,10 +140,10 @@ def test_schedule_has_the_values_worked_out_by_hand(name, options, values):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "linear"}, "name must be one of constant, cosine, step; got 'linear'"),
+        ({"name": "linear"}, "name must be one of constant, cosine, step, got 'linear'"),
         ({"base_rate": -0.1}, "base_rate must be .*got -0.1"),
-        ({"total_steps": 0}, "total_steps must be at least 1; got 0"),
-        ({"warmup_steps": 100}, "warmup_steps must be .*below total_steps, 100; got 100"),
+        ({"total_steps": 0}, "total_steps must be a whole number >= 1, got 0"),
+        ({"warmup_steps": 100}, "warmup_steps must be >= 0 and below total_steps=100, got 100"),
         ({"name": "step"}, r"milestones must be one or more fractions.*got \(\)"),
         ({"name": "step", "milestones": (60, 120)}, r"milestones must be .*got \(60, 120\)"),
         ({"name": "step", "milestones": (0.5,), "factor": 0.0}, "factor must be .*got 0.0"),
@@ -157,15 +157,15 @@ def test_bad_schedule_is_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lars", {}, "name must be one of sgd, adamw; got 'lars'"),
+        ("lars", {}, "name must be one of sgd, adamw, got 'lars'"),
         ("adamw", {"momentum": 0.9}, "options of 'adamw' .*got momentum=0.9"),
         ("sgd", {"learning_rate": math.nan}, "learning_rate must be .*got nan"),
-        ("sgd", {"momentum": 1.0}, r"momentum must be in \[0, 1\); got 1.0"),
+        ("sgd", {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1\.0"),
         ("sgd", {"weight_decay": -1e-4}, "weight_decay must be .*got -0.0001"),
         ("adamw", {"clip_norm": 0.0}, "clip_norm must be .*got 0.0"),
         ("adamw", {"b1": 1.0}, r"b1 must be in \[0, 1\)"),
         ("adamw", {"b2": -0.1}, r"b2 must be in \[0, 1\)"),
-        ("adamw", {"eps": 0.0}, "eps must be finite and positive"),
+        ("adamw", {"eps": 0.0}, r"eps must be finite and > 0, got 0\.0"),
     ],
 )
 def test_bad_optimizer_is_refused_by_name(name, options, message):

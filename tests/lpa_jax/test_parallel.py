@@ -174,7 +174,7 @@ def test_contract_10_bad_label_is_refused_before_a_device_is_called(mapped, as_a
         raise AssertionError("a device was called")
 
     labels = np.where(np.arange(6) == 4, bad, toy.LABELS)
-    with pytest.raises(ValueError, match=rf"labels must lie in 0..3, got {bad} at position 4"):
+    with pytest.raises(ValueError, match=rf"labels must be in 0..3, got {bad} at position 4"):
         mapped(never)(state(), {**toy.batch(), "label": as_array(labels)})
 
 

@@ -310,7 +310,7 @@ def test_contract_06_the_scale_of_the_gradient_does_not_matter(factor):
 def test_contract_10_labels_outside_the_classes_are_refused(convert, label, position):
     labels = LABELS.copy()
     labels[position] = label
-    message = rf"^labels must lie in 0\.\.3, got {label} at position {position}$"
+    message = rf"^labels must be in 0\.\.3, got {label} at position {position}$"
     with pytest.raises(ValueError, match=message):
         Problem().solve(labels=convert(labels))
     with pytest.raises(ValueError, match=message):

@@ -56,8 +56,8 @@ def create(
     wrong = [part for part in parts if part not in NAMES or part == "none"]
     if wrong:
         raise ValueError(
-            f"augmentation={name!r}: {wrong[0]!r} is not allowed, must be none or a chain of "
-            f"{', '.join(NAMES[1:])} joined by +"
+            f"augmentation must be none or a chain of {', '.join(NAMES[1:])} joined by +, "
+            f"got {wrong[0]!r} in {name!r}"
         )
     built = {
         "crop": crop(padding),

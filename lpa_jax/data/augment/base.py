@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lpa_jax.checks import is_known
+
 # (rng, images [B, H, W, ch], positions int [B] in the global batch) -> images [B, H, W, ch]
 Augmentation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -16,10 +18,10 @@ def keys_of(rng: jax.Array, images: jax.Array, positions: jax.Array) -> jax.Arra
       ValueError: images that are not [B, H, W, ch], or positions that are not one for each.
     """
     if images.ndim != 4:
-        raise ValueError(f"images with shape {images.shape}: must be [B, H, W, ch]")
+        raise ValueError(f"images must be [B, H, W, ch], got shape {images.shape}")
     if positions.shape != images.shape[:1]:
         raise ValueError(
-            f"positions with shape {positions.shape}: must be one for each of {len(images)} images"
+            f"positions must be one for each of {len(images)} images, got shape {positions.shape}"
         )
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, positions)
 
@@ -68,10 +70,10 @@ def as_unit(images: jax.Array) -> jax.Array:
         return images.astype(jnp.float32) / 255
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be uint8 or floating, got {images.dtype}")
-    if not isinstance(images, jax.core.Tracer):
+    if is_known(images):
         low, high = float(jnp.min(images)), float(jnp.max(images))
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"floating images must lie in [0, 1], got {low:g} to {high:g}")
+            raise ValueError(f"floating images must be in [0, 1], got {low:g} to {high:g}")
     return images.astype(jnp.promote_types(images.dtype, jnp.float32))
 
 

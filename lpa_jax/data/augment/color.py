@@ -1,11 +1,11 @@
 """Changing colours: brightness, contrast, saturation and hue at random, and grey images."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.data.augment.base import Augmentation, as_before, as_unit, keys_of
 
 Array = jax.Array
@@ -69,10 +69,8 @@ def color_jitter(
     """
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
     for name, strength in strengths.items():
-        if not (0 <= strength < math.inf):
-            raise ValueError(f"{name}={strength!r}: must be finite and at least 0")
-    if not 0 <= hue <= 0.5:
-        raise ValueError(f"hue={hue!r}: must lie in [0, 0.5]")
+        checks.number(name, strength)
+    checks.number("hue", hue, 0.0, 0.5)
 
     def augment(rng, images, positions):
         keys = keys_of(rng, images, positions)
@@ -164,8 +162,7 @@ def grayscale(probability: float = 0.1) -> Augmentation:
       >>> jax.jit(grayscale(1.0))(jax.random.key(0), images, jnp.arange(1)).ravel().tolist()
       [30, 30, 30]
     """
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability={probability!r}: must lie in [0, 1]")
+    checks.number("probability", probability, 0.0, 1.0)
 
     def augment(rng, images, positions):
         keys = keys_of(rng, images, positions)
@@ -180,7 +177,7 @@ def grayscale(probability: float = 0.1) -> Augmentation:
 def _check_channels(images: Array) -> None:
     if images.shape[-1] not in (1, 3):
         raise ValueError(
-            f"images with {images.shape[-1]} channels: must have 1 or 3 for their colours to change"
+            f"images must have 1 or 3 channels to change their colours, got {images.shape[-1]}"
         )
 
 

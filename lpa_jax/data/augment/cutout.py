@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.data import checks
+from lpa_jax import checks
 from lpa_jax.data.augment.base import Augmentation, keys_of
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.data.augment.base import Augmentation, keys_of
 
 Array = jax.Array
@@ -159,11 +160,10 @@ def checked_range(argument: str, value: tuple[float, float], highest: float) -> 
     Raises:
       ValueError: not two numbers, 0 < low <= high <= highest; names the argument.
     """
-    allowed = "must be two numbers, 0 < low <= high" + (f" <= {highest:g}" if highest == 1 else "")
+    allowed = "two numbers, 0 < low <= high" + (f" <= {highest:g}" if highest == 1 else "")
     try:
         low, high = (float(bound) for bound in value)
     except (TypeError, ValueError):
-        raise ValueError(f"{argument}={value!r}: {allowed}") from None
-    if not (0 < low <= high <= highest and high < math.inf):
-        raise ValueError(f"{argument}={value!r}: {allowed}")
+        low = high = math.nan
+    checks.require(0 < low <= high <= highest and high < math.inf, argument, allowed, value)
     return low, high

@@ -123,12 +123,15 @@ def test_both_protocols_start_from_the_weights(photos):
             "--freeze_batch_norm: option 'frozen_norm' is unknown to the model 'mlp'",
         ),
         ([], "--freeze_batch_norm needs --pretrained"),
-        (["--crop_scale=1,0.5"], "--crop_scale: scale=(1.0, 0.5): must be two numbers"),
+        (["--crop_scale=1,0.5"], "--crop_scale: scale must be two numbers, 0 < low <= high"),
         (["--crop_scale=a,b"], "--crop_scale must be numbers, got 'a,b'"),
         (["--jitter=0.4"], "--jitter must be four numbers, got (0.4,)"),
-        (["--jitter=0.1,0.1,0.1,0.9"], "--jitter: hue=0.9: must lie in [0, 0.5]"),
-        (["--grayscale_probability=2"], "--grayscale_probability: probability=2.0: must lie in"),
-        (["--augmentation=blur"], "--augmentation: augmentation='blur': 'blur' is not allowed"),
+        (["--jitter=0.1,0.1,0.1,0.9"], "--jitter: hue must be in [0, 0.5], got 0.9"),
+        (
+            ["--grayscale_probability=2"],
+            "--grayscale_probability: probability must be in [0, 1], got",
+        ),
+        (["--augmentation=blur"], "--augmentation: augmentation must be none or a chain of crop,"),
     ],
 )
 def test_bad_flags_get_one_line_and_nothing_is_written(
@@ -147,7 +150,7 @@ def test_colours_that_images_do_not_have_are_refused_before_anything_is_written(
     flags = ("--dataset=ColoredMNIST", "--model=mlp", f"--data_dir={data_dir}", "--quiet",
              "--compilation_cache=", f"--workdir={tmp_path / 'job'}")  # fmt: skip
     message, _ = call(domain_generalization, *flags, "--augmentation=grayscale")
-    assert "--augmentation: images with 2 channels: must have 1 or 3" in message
+    assert "--augmentation: images must have 1 or 3 channels" in message
     assert not (tmp_path / "job").exists()
     flags = ("--dataset=digits", f"--data_dir={data_dir}", "--compilation_cache=",
              f"--workdir={tmp_path / 'job'}")  # fmt: skip

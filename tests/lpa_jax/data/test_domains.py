@@ -344,32 +344,44 @@ _TOY = _toys()[0]
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.load_domains("rotated"), "dataset='rotated': must be one of RotatedMNIST"),
+        (
+            lambda: data.load_domains("rotated"),
+            "dataset must be one of RotatedMNIST, ColoredMNIST, .*got 'rotated'",
+        ),
         (
             lambda: data.load_domains("PACS"),
-            "data_dir=None: PACS needs the folder that holds PACS/",
+            "data_dir must be the folder that holds PACS/, got None",
         ),
         (
             lambda: data.load_domains("RotatedMNIST", image_size=14),
-            "image_size=14: RotatedMNIST has 28 pixels",
+            "image_size must be 28 for RotatedMNIST, got 14",
         ),
         (
             lambda: data.load_domains("ColoredMNIST", image_size=32),
-            "image_size=32: ColoredMNIST has 28 or 14 pixels",
+            "image_size must be 28 or 14 for ColoredMNIST, got 32",
         ),
         (lambda: data.Domains("one", ("a",), (_TOY,), 3), "'one': has 1 domain, must have at le"),
         (lambda: data.Domains("x", ("a", "b"), (_TOY,), 3), "1 data sets for 2 domain names"),
         (lambda: data.Domains("x", ("a", "b"), (_TOY,) * 2, 4), "domain 'a' has 3 classes, must"),
-        (lambda: data.holdout_split(0, 0.2, 0), "num_examples=0: must be an integer of at least 1"),
-        (lambda: data.holdout_split(10, 1.0, 0), r"fraction=1\.0: must lie between 0 and 1"),
-        (lambda: data.holdout_split(4, 0.2, 0), r"fraction=0\.2: leaves no held-out part of 4"),
-        (lambda: data.domain_batches([], 0, 4), "datasets is empty: must hold at least one"),
-        (lambda: data.domain_batches(_toys(), 0, 0), "batch_size_per_domain=0: must be an int"),
+        (lambda: data.holdout_split(0, 0.2, 0), "num_examples must be a whole number >= 1, got 0"),
+        (lambda: data.holdout_split(10, 1.0, 0), r"fraction must be in \(0, 1\), got 1\.0"),
+        (
+            lambda: data.holdout_split(4, 0.2, 0),
+            r"fraction must hold out one of 4 examples at least, got 0\.2",
+        ),
+        (lambda: data.domain_batches([], 0, 4), "datasets must hold at least one domain, got none"),
+        (
+            lambda: data.domain_batches(_toys(), 0, 0),
+            "batch_size_per_domain must be a whole number >= 1, got 0",
+        ),
         (
             lambda: data.domain_batches(_toys(), 0, 3, host_slice=(0, 2)),
-            "batch_size=3: must be a multiple of the 2 hosts",
+            "batch_size must be a multiple of the 2 hosts, got 3",
         ),
-        (lambda: data.domain_batches(_toys(), 0, 4)[-1], "step=-1: must be an integer"),
+        (
+            lambda: data.domain_batches(_toys(), 0, 4)[-1],
+            "step must be a whole number >= 0, got -1",
+        ),
     ],
 )
 def test_bad_arguments_get_one_line(call, message):

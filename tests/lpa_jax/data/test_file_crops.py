@@ -160,8 +160,11 @@ def test_what_cannot_be_cropped_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": (0.5, 1.5)}, r"scale=\(0\.5, 1\.5\): must be two numbers, 0 < low <= high <= 1"),
-        ({"ratio": (2, 1)}, r"ratio=\(2, 1\): must be two numbers, 0 < low <= high"),
+        (
+            {"scale": (0.5, 1.5)},
+            r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.5, 1\.5\)",
+        ),
+        ({"ratio": (2, 1)}, r"ratio must be two numbers, 0 < low <= high, got \(2, 1\)"),
     ],
 )
 def test_bad_ranges_get_one_line(options, message):

@@ -314,24 +314,30 @@ def test_a_dangling_link_is_a_missing_file(tree):
         (lambda t: data.read_list(t / "images/val/5.png", t), r"5\.png': must be text in UTF-8"),
         (lambda t: data.read_list(t / "empty.txt", t), r"empty\.txt: names no image"),
         (lambda t: data.read_list(t / "train.txt", t / "no"), "root='.*no': no such folder"),
-        (lambda t: _read(t, image_size=0), "image_size=0: must be an integer of at least 1"),
-        (lambda t: _read(t, fit="pad"), "fit='pad': must be one of crop, stretch"),
-        (lambda t: _read(t, num_classes=0), "num_classes=0: must be an integer of at least 1"),
-        (lambda t: _read(t).subset([5]), r"indices contain 5: must lie in 0\.\.4"),
+        (lambda t: _read(t, image_size=0), "image_size must be a whole number >= 1, got 0"),
+        (lambda t: _read(t, fit="pad"), "fit must be one of crop, stretch, got 'pad'"),
+        (lambda t: _read(t, num_classes=0), "num_classes must be a whole number >= 1, got 0"),
+        (lambda t: _read(t).subset([5]), r"indices must be in 0\.\.4, got 5 at position 0"),
         (
             lambda t: data.open_image_files("x", t, ["a", "b"], [0], 1),
-            "labels of length 1: must match the 2 paths",
+            "labels must be one for each of 2 paths, got 1",
         ),
         (
             lambda t: data.open_published("CIFAR_LT", "train", t),
-            "dataset='CIFAR_LT': must be one of ImageNet_LT, Places_LT, iNaturalist18",
+            "dataset must be one of ImageNet_LT, Places_LT, iNaturalist18, got 'CIFAR_LT'",
         ),
-        (lambda t: data.open_published("Places_LT", "dev", t), "split='dev': Places_LT has train"),
+        (
+            lambda t: data.open_published("Places_LT", "dev", t),
+            "split of Places_LT must be one of train, validation, test, got 'dev'",
+        ),
         (
             lambda t: data.open_published("Places_LT", "train", None),
-            r"data_dir=None: Places_LT needs the folder that holds Places_LT_train\.txt",
+            r"data_dir must be the folder that holds Places_LT_train\.txt, got None",
         ),
-        (lambda t: data.read_ahead(data.batches(_read(t), 0, 2), ahead=0), "ahead=0: must be"),
+        (
+            lambda t: data.read_ahead(data.batches(_read(t), 0, 2), ahead=0),
+            "ahead must be a whole number >= 1, got 0",
+        ),
     ],
 )
 def test_bad_arguments_get_one_line(tree, call, message):

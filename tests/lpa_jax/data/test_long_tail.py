@@ -70,15 +70,18 @@ def test_an_unbalanced_pool_serves_the_largest_tail_it_can():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"imbalance": 0.5}, r"imbalance=0\.5: must be a finite number of at least 1"),
-        ({"imbalance": float("nan")}, "imbalance=nan: must be"),
-        ({"imbalance": float("inf")}, "imbalance=inf: must be"),
-        ({"imbalance": 401}, "imbalance=401: leaves class 9 without an example .*at most 400"),
-        ({"profile": "pareto"}, "profile='pareto': must be one of exponential, step"),
-        ({"num_classes": 11}, "labels lack class 10"),
-        ({"num_classes": 9}, r"labels contain 9: must lie in 0\.\.8"),
-        ({"num_classes": 1}, "num_classes=1: must be an integer of at least 2"),
-        ({"seed": -1}, "seed=-1"),
+        ({"imbalance": 0.5}, r"imbalance must be finite and >= 1, got 0\.5"),
+        ({"imbalance": float("nan")}, "imbalance must be finite and >= 1, got nan"),
+        ({"imbalance": float("inf")}, "imbalance must be finite and >= 1, got inf"),
+        (
+            {"imbalance": 401},
+            "imbalance must be at most 400 for class 9 to keep an example, got 401",
+        ),
+        ({"profile": "pareto"}, "profile must be one of exponential, step, got 'pareto'"),
+        ({"num_classes": 11}, "labels must hold every class, got none of class 10"),
+        ({"num_classes": 9}, r"labels must be in 0\.\.8, got 9 at position 3"),
+        ({"num_classes": 1}, "num_classes must be a whole number >= 2, got 1"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
     ],
 )
 def test_bad_long_tails_get_one_line(options, message):
@@ -108,7 +111,10 @@ def test_index_files_of_another_data_set_are_refused(index_file):
     other = POOL.copy()
     other[0] = (other[0] + 1) % 10
     for labels in (other, POOL[:-1]):
-        with pytest.raises(ValueError, match=r"made for another data set \(4000 labels, here"):
+        with pytest.raises(
+            ValueError,
+            match=r"of this data set \(.* labels\), got .*tail\.json.* of another \(4000",
+        ):
             data.load_indices(path, labels)
 
 
@@ -129,7 +135,10 @@ def test_tampered_index_files_are_refused(index_file, tamper):
     content = json.loads(path.read_text())
     content["indices"] = tamper(content["indices"])
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"indices were changed after it was written"):
+    with pytest.raises(
+        ValueError,
+        match=r"path must be an unchanged index file, got .*tail\.json.* with changed indices",
+    ):
         data.load_indices(path, POOL)
 
 
@@ -148,7 +157,10 @@ def test_files_that_could_run_code_or_are_no_index_files_are_refused_unread(tmp_
     contents = [path.read_bytes(), pickle.dumps(_Bomb(mark)), b"", b"[1, 2]", b'{"format": "x"}']
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="not an index file of format"):
+        with pytest.raises(
+            ValueError,
+            match=r"path must be an index file of format lpa_jax\.indices\.v1, got .*tail\.npy",
+        ):
             data.load_indices(path, POOL)
     assert not mark.exists()
 
@@ -170,9 +182,13 @@ def test_a_failed_write_keeps_the_old_index_file(index_file, monkeypatch):
 @pytest.mark.parametrize(
     ("indices", "meta", "message"),
     [
-        ([0, 0], None, "indices repeat an example"),
-        ([4000], None, r"indices contain 4000: must lie in 0\.\.3999"),
-        ([], None, r"indices with shape \(0,\)"),
+        ([0, 0], None, "indices must name each example once, got one twice"),
+        ([4000], None, r"indices must be in 0\.\.3999, got 4000 at position 0"),
+        (
+            [],
+            None,
+            r"indices must be a non-empty vector of integers, got shape \(0,\) and dtype float64",
+        ),
         ([0], {"x": object()}, "must be what JSON can hold"),
         ([0], {"x": float("nan")}, "must be what JSON can hold"),
     ],
@@ -216,19 +232,46 @@ def test_reduced_sets_are_balanced_and_nested():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.validation_split([0, 1]), "exactly one of the two must be given"),
+        (
+            lambda: data.validation_split([0, 1]),
+            "exactly one of per_class and fraction must be given, got per_class=None",
+        ),
         (
             lambda: data.validation_split([0, 1], per_class=1, fraction=0.5),
-            "exactly one of the two",
+            r"exactly one of per_class and fraction must be given, got per_class=1, fraction=0\.5",
         ),
-        (lambda: data.validation_split([0, 0], per_class=0), "per_class=0: must be"),
-        (lambda: data.validation_split([0, 0], per_class=2), "per_class=2: class 0 has 2 examples"),
-        (lambda: data.validation_split([0, 1, 1], fraction=0.5), "class 0 has 1 examples, too few"),
-        (lambda: data.validation_split([0, 0], fraction=1.0), r"fraction=1\.0: must lie between"),
-        (lambda: data.validation_split([-1, 0], per_class=1), "labels contain -1"),
-        (lambda: data.reduced_indices([0, 0, 1], 2), "per_class=2: class 1 has only 1 examples"),
-        (lambda: data.reduced_indices([0, 0, 1], 0), "per_class=0: must be"),
-        (lambda: data.reduced_indices([], 1), r"labels with shape \(0,\)"),
+        (
+            lambda: data.validation_split([0, 0], per_class=0),
+            "per_class must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: data.validation_split([0, 0], per_class=2),
+            "per_class must leave class 0 with its 2 examples in both parts, got 2",
+        ),
+        (
+            lambda: data.validation_split([0, 1, 1], fraction=0.5),
+            r"fraction must leave class 0 with its 1 examples in both parts, got 0\.5",
+        ),
+        (
+            lambda: data.validation_split([0, 0], fraction=1.0),
+            r"fraction must be in \(0, 1\), got 1\.0",
+        ),
+        (
+            lambda: data.validation_split([-1, 0], per_class=1),
+            r"labels must be in 0\.\.2147483647, got -1 at position 0",
+        ),
+        (
+            lambda: data.reduced_indices([0, 0, 1], 2),
+            "per_class must be at most 1, the size of class 1, got 2",
+        ),
+        (
+            lambda: data.reduced_indices([0, 0, 1], 0),
+            "per_class must be a whole number >= 1, got 0",
+        ),
+        (
+            lambda: data.reduced_indices([], 1),
+            r"labels must be a non-empty vector of integers, got shape \(0,\) and dtype float64",
+        ),
     ],
 )
 def test_bad_splits_get_one_line(call, message):

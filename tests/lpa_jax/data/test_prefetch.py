@@ -70,7 +70,7 @@ def test_evaluation_batches_end_where_they_end():
 
 @pytest.mark.parametrize("depth", [0, -1])
 def test_nothing_ahead_is_refused(depth):
-    with pytest.raises(ValueError, match=f"depth must be >= 1, got {depth}"):
+    with pytest.raises(ValueError, match=f"depth must be a whole number >= 1, got {depth}"):
         Prefetched([], lambda batch: batch, depth)
 
 
@@ -85,7 +85,7 @@ def test_placed_batches_give_the_same_step_and_keep_their_labels_readable():
         assert len(placed["label"]) == len(toy.LABELS)
         toy.assert_trees_equal(step(state, placed), step(state, toy.batch()))
     bad = {**toy.batch(), "label": toy.LABELS + 9}
-    refusal = pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, got 9")
+    refusal = pytest.raises(ValueError, match=r"labels must be in 0\.\.3, got 9 at position 0")
     with Prefetched([bad], lambda b: step.place(b, state.num_classes)) as ahead, refusal:
         ahead[0]
 

@@ -122,13 +122,13 @@ def test_occlusion_blackens_one_square_inside_the_image():
     ("name", "severity", "batch", "message"),
     [
         ("fog", 1, images(), "name must be one of brightness, .*, translation, got 'fog'"),
-        ("contrast", 0, images(), "severity=0: must be an integer of at least 1"),
-        ("contrast", 6, images(), "severity must be an integer from 1 to 5, got 6"),
+        ("contrast", 0, images(), "severity must be a whole number in 1..5, got 0"),
+        ("contrast", 6, images(), "severity must be a whole number in 1..5, got 6"),
         ("rotation", 1, images()[0], r"images must be a non-empty \[B, H, W, ch\], got shape"),
         ("contrast", 1, images()[:0], r"images must be a non-empty \[B, H, W, ch\], got shape"),
         ("contrast", 1, images().astype(np.int32), "images must be uint8 or floating, got int32"),
-        ("contrast", 1, images() - 0.5, r"floating images must lie in \[0, 1\], got -0\.5 to"),
-        ("contrast", 1, images() * np.nan, r"floating images must lie in \[0, 1\], got nan to nan"),
+        ("contrast", 1, images() - 0.5, r"floating images must be in \[0, 1\], got -0\.5 to"),
+        ("contrast", 1, images() * np.nan, r"floating images must be in \[0, 1\], got nan to nan"),
     ],
 )
 def test_bad_arguments_are_refused(name, severity, batch, message):

@@ -235,7 +235,7 @@ def test_a_second_checkpoint_costs_no_compilation(network, variables, batches, w
         ({"batches": iter([])}, "batches must be a collection.*got list_iterator"),
         (
             {"batches": [{**toy.batch(), "label": LABELS[:6] + 3}]},
-            r"labels must lie in 0\.\.3, got 4 at position 1",
+            r"labels must be in 0\.\.3, got 4 at position 1",
         ),
     ],
 )

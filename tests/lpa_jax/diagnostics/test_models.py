@@ -184,9 +184,9 @@ def test_likelihood_is_the_mean_of_log_probabilities(predictions):
     [
         (np.zeros((0, 2)), np.zeros(0, int), {}, r"with n > 0, got \(0, 2\) and \(0,\)"),
         (np.zeros((2, 2)), [0], {}, r"got \(2, 2\) and \(1,\)"),
-        (np.zeros((1, 2)), [2], {}, r"labels must lie in 0\.\.1, got 2 at position 0"),
+        (np.zeros((1, 2)), [2], {}, r"labels must be in 0\.\.1, got 2 at position 0"),
         (np.full((1, 2), np.nan), [0], {}, "logits must be finite"),
-        (np.zeros((1, 2)), [0], {"bins": 0}, "bins=0: must be an integer of at least 1"),
+        (np.zeros((1, 2)), [0], {"bins": 0}, "bins must be a whole number >= 1, got 0"),
     ],
 )
 def test_bad_predictions_are_refused(logits, labels, options, message):

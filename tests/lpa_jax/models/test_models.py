@@ -229,19 +229,24 @@ def test_every_name_makes_a_chain_from_input_to_logits(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"start": "stage9"}, "start='stage9' is not one of the layers ('input', 'hidden1', "),
-        ({"stop": "pool"}, "stop='pool' is not one of the layers ('input', 'hidden1', "),
-        ({"start": "hidden2", "stop": "hidden1"}, "stop='hidden1' comes before start='hidden2'"),
+        ({"start": "stage9"}, "start must be one of input, hidden1, hidden2, logits, got 'stage9'"),
+        ({"stop": "pool"}, "stop must be one of input, hidden1, hidden2, logits, got 'pool'"),
+        (
+            {"start": "hidden2", "stop": "hidden1"},
+            "stop must be one of hidden2, logits, got 'hidden1'",
+        ),
     ],
 )
 def test_a_bad_segment_is_refused_with_the_names(call, message, images):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         TINY["mlp"].apply(random_variables(TINY["mlp"]), images, **call)
-    assert "'logits')" in str(error.value)
 
 
 def test_initialising_a_part_is_refused(images):
-    with pytest.raises(ValueError, match="initialisation needs the whole network"):
+    with pytest.raises(
+        ValueError,
+        match="must span the whole network at initialisation, got start='input', stop='hidden1'",
+    ):
         TINY["mlp"].init(jax.random.key(0), images, stop="hidden1")
 
 
@@ -251,19 +256,35 @@ def test_initialising_a_part_is_refused(images):
         ("resnet21", {}, "model 'resnet21' is unknown; there are mlp, small_cnn, "),
         ("mlp", {"widths": (3,)}, "option 'widths' is unknown to the model 'mlp'; it has "),
         ("mlp", {"parent": None}, "option 'parent' is unknown to the model 'mlp'; it has "),
-        ("mlp", {"hidden": ()}, "hidden=() must be made of integers above 0"),
-        ("mlp", {"hidden": (4, 0)}, "hidden=(4, 0) must be made of integers above 0"),
-        ("mlp", {"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
-        ("mlp", {"head": "cosine"}, "head='cosine' is not one of ('linear', 'normalized')"),
-        ("mlp", {"dtype": "int32"}, "dtype='int32' is not a floating type"),
-        ("mlp", {"dtype": "float17"}, "dtype='float17' is not a floating type"),
-        ("small_cnn", {"norm": "layer"}, "norm='layer' is not one of ('batch', 'group', 'none')"),
-        ("small_cnn", {"norm_epsilon": 0.0}, "norm_epsilon=0.0 must be above 0"),
-        ("resnet8", {"stem": "mnist"}, "stem='mnist' is not one of ('cifar', 'strided', "),
-        ("resnet8", {"widths": (4, 8)}, "widths=(4, 8) must have one entry for each of "),
-        ("resnet8", {"norm": "none", "zero_init": True}, "zero_init=True needs a norm"),
-        ("wide_resnet", {"depth": 20}, "depth=20 must be 6n + 4 for an integer n above 0"),
-        ("vit", {"heads": 5}, "width=192 must be a multiple of heads=5"),
+        ("mlp", {"hidden": ()}, "hidden must be one or more whole numbers >= 1, got ()"),
+        ("mlp", {"hidden": (4, 0)}, "hidden must be one or more whole numbers >= 1, got (4, 0)"),
+        ("mlp", {"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+        ("mlp", {"head": "cosine"}, "head must be one of linear, normalized, got 'cosine'"),
+        (
+            "mlp",
+            {"dtype": "int32"},
+            "dtype must be a floating type such as float32 or bfloat16, got 'int32'",
+        ),
+        (
+            "mlp",
+            {"dtype": "float17"},
+            "dtype must be a floating type such as float32 or bfloat16, got 'float17'",
+        ),
+        ("small_cnn", {"norm": "layer"}, "norm must be one of batch, group, none, got 'layer'"),
+        ("small_cnn", {"norm_epsilon": 0.0}, "norm_epsilon must be finite and > 0, got 0.0"),
+        ("resnet8", {"stem": "mnist"}, "stem must be one of cifar, strided, imagenet, got 'mnist'"),
+        (
+            "resnet8",
+            {"widths": (4, 8)},
+            "widths must be one for each of stage_sizes=(1, 1, 1), got (4, 8)",
+        ),
+        (
+            "resnet8",
+            {"norm": "none", "zero_init": True},
+            "norm must be batch or group with zero_init=True, got 'none'",
+        ),
+        ("wide_resnet", {"depth": 20}, "depth must be 6n + 4 for a whole number n >= 1, got 20"),
+        ("vit", {"heads": 5}, "width must be a multiple of heads=5, got 192"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(name, options, message):
@@ -273,9 +294,9 @@ def test_a_bad_option_is_refused_in_one_line(name, options, message):
 
 
 def test_bad_num_classes_and_indivisible_images_are_refused(images):
-    with pytest.raises(ValueError, match="num_classes=0 must be made of integers above 0"):
+    with pytest.raises(ValueError, match="num_classes must be a whole number >= 1, got 0"):
         models.create("mlp", 0)
-    with pytest.raises(ValueError, match="patch=3 must divide the image size 8 x 8"):
+    with pytest.raises(ValueError, match="patch must divide the image size 8 x 8, got 3"):
         models.ViT(3, patch=3).init(jax.random.key(0), images)
 
 

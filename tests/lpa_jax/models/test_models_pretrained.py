@@ -315,5 +315,5 @@ def test_frozen_norms_normalise_by_running_statistics_in_training():
 
 
 def test_frozen_norms_need_batch_norms():
-    with pytest.raises(ValueError, match=r"^frozen_norm=True needs norm='batch', not norm='group'"):
+    with pytest.raises(ValueError, match="norm must be batch with frozen_norm=True, got 'group'"):
         models.create("resnet18", 3, norm="group", frozen_norm=True)

@@ -68,7 +68,7 @@ def test_batches_that_cannot_be_paired_are_refused():
         mixed(DOMAINS, None)
     with pytest.raises(ValueError, match="equally many examples of 3 domains on a device, got 20"):
         mixed(3, jnp.asarray(ORDER % 3))
-    with pytest.raises(ValueError, match="num_domains must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_domains must be a whole number >= 1, got 0"):
         perturbations.domain_mixup(num_domains=0)
 
 

@@ -107,5 +107,5 @@ def test_examples_compete_over_the_whole_mapped_batch(problem):
 
 @pytest.mark.parametrize("option", ["drop_f", "drop_b"])
 def test_shares_outside_the_unit_interval_are_refused(option):
-    with pytest.raises(ValueError, match=rf"{option} must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=rf"{option} must be in \[0, 1\], got 1.5"):
         perturbations.rsc(**{option: 1.5})

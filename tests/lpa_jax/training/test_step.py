@@ -138,7 +138,7 @@ def test_contract_10_bad_label_is_refused_before_anything_is_computed(step, bad)
     labels = np.where(np.arange(LABELS.size) == 2, bad, LABELS).astype(np.int32)
     for as_array in (np.asarray, jnp.asarray):
         batch = {**toy.batch(), "label": as_array(labels)}
-        with pytest.raises(ValueError, match=rf"labels must lie in 0..3, got {bad} at position 2"):
+        with pytest.raises(ValueError, match=rf"labels must be in 0..3, got {bad} at position 2"):
             step(run("erm").state, batch, loss=loss)
 
 

@@ -1,0 +1,279 @@
+"""Checks of arguments on the host, with one form of error: `NAME must be ALLOWED, got VALUE`.
+
+Every check returns its value or raises a ValueError of one line. A traced value (a radius or rate
+that is an argument of a compiled step) cannot be read on the host: it passes and is used as it is.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+# The largest integer of NumPy and JAX. Anything larger overflows somewhere behind the check.
+LARGEST = 2**63 - 1
+
+
+def is_known(value: Any) -> bool:
+    """Whether the host can read the value, which it cannot while jit traces it.
+
+    Example:
+      >>> is_known(0.5), jax.eval_shape(lambda x: x if is_known(x) else x[None], 1.0).shape
+      (True, (1,))
+    """
+    return not isinstance(value, jax.core.Tracer)
+
+
+def vanishes(value: Any) -> bool:
+    """Whether the value is known to be 0, which turns a method off bitwise."""
+    return is_known(value) and value == 0
+
+
+def require(holds: bool, name: str, allowed: str, value: Any) -> None:
+    """Raises ValueError unless the condition holds.
+
+    Example:
+      >>> require(False, "low", "below high", 3.0)
+      Traceback (most recent call last):
+        ...
+      ValueError: low must be below high, got 3.0
+    """
+    if not holds:
+        _refuse(name, allowed, _shown(value))
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Any:
+    """The value, if it is a finite real number between two bounds, or traced.
+
+    Args:
+      name: What the error calls it.
+      value: A Python, NumPy or JAX scalar; no boolean.
+      low: Least value allowed.
+      high: Largest value allowed; infinity allows every finite number.
+      open_low: Whether `low` itself is refused.
+      open_high: Whether `high` itself is refused.
+
+    Raises:
+      ValueError: The value is no such number.
+
+    Example:
+      >>> number("rate", 0.5, 0.0, 1.0, open_high=True)
+      0.5
+      >>> number("radius", float("nan"))
+      Traceback (most recent call last):
+        ...
+      ValueError: radius must be finite and >= 0, got nan
+    """
+    if not is_known(value):
+        return value
+    known = _real(value)
+    above = known > low if open_low else known >= low
+    below = known < high if open_high else known <= high
+    allowed = f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    if high == math.inf:
+        allowed = _at_least(low, open_low)
+    require(math.isfinite(known) and above and below, name, allowed, value)
+    return value
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int = LARGEST) -> int:
+    """The value as a Python int, if it is an integer between two bounds.
+
+    Args:
+      name: What the error calls it.
+      value: A Python or NumPy integer; no boolean.
+      minimum: Least value allowed.
+      maximum: Largest value allowed.
+
+    Raises:
+      ValueError: The value is no such integer.
+
+    Example:
+      >>> integer("batch_size", np.int64(8), minimum=1)
+      8
+      >>> integer("steps", 2.5, minimum=0)
+      Traceback (most recent call last):
+        ...
+      ValueError: steps must be a whole number >= 0, got 2.5
+    """
+    try:
+        index = minimum - 1 if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        index = minimum - 1
+    allowed = f">= {minimum}" if index <= LARGEST else f">= {minimum} and below 2**63"
+    if maximum < LARGEST:
+        allowed = f"in {minimum}..{maximum}"
+    require(minimum <= index <= maximum, name, f"a whole number {allowed}", value)
+    return index
+
+
+def positive_integers(name: str, values: Any) -> None:
+    """Raises ValueError unless the values are an integer >= 1 or a non-empty tuple of such."""
+    if not isinstance(values, tuple):
+        integer(name, values, minimum=1)
+        return
+    try:
+        fit = bool(values) and all(integer(name, value, minimum=1) for value in values)
+    except ValueError:
+        fit = False
+    require(fit, name, "one or more whole numbers >= 1", values)
+
+
+def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raises ValueError unless the value is among those allowed.
+
+    Example:
+      >>> choice("norm", "l1", ("l2", "linf"))
+      Traceback (most recent call last):
+        ...
+      ValueError: norm must be one of l2, linf, got 'l1'
+    """
+    allowed = tuple(allowed)
+    require(value in allowed, name, f"one of {', '.join(map(str, allowed))}", value)
+
+
+def vector(name: str, values: ArrayLike, low: float = 0.0, *, open_low: bool = False) -> np.ndarray:
+    """The values as float64 [N], if they are one or more finite numbers of at least `low`.
+
+    Args:
+      name: What the error calls them.
+      values: Numbers that the host can read, [N].
+      low: Least value allowed.
+      open_low: Whether `low` itself is refused.
+
+    Raises:
+      ValueError: The values are no such vector.
+
+    Example:
+      >>> vector("counts", [3, 0], open_low=True)
+      Traceback (most recent call last):
+        ...
+      ValueError: counts must be finite and > 0, got 0 at position 1
+    """
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        _refuse(name, "a vector of numbers known on the host", type(values).__name__)
+    if array.ndim != 1 or array.size == 0:
+        _refuse(name, "a non-empty vector of numbers", f"shape {array.shape}")
+    bad = np.flatnonzero(~(np.isfinite(array) & (array > low if open_low else array >= low)))
+    if bad.size:
+        allowed = (
+            "finite" if low == -math.inf else f"finite and {'>' if open_low else '>='} {low:g}"
+        )
+        _refuse(name, allowed, f"{array[bad[0]]:g} at position {bad[0]}")
+    return array
+
+
+def label_array(labels: ArrayLike, num_classes: int | None = None) -> np.ndarray:
+    """Labels as a non-empty int32 vector [N] with values in 0..num_classes-1.
+
+    Args:
+      labels: Integers [N].
+      num_classes: C; None checks only that no label is negative.
+
+    Raises:
+      ValueError: Not a non-empty vector of integers, or a label out of range.
+
+    Example:
+      >>> label_array([0, 2, 1], num_classes=3)
+      array([0, 2, 1], dtype=int32)
+    """
+    return _index_vector("labels", labels, num_classes or 2**31).astype(np.int32)
+
+
+def index_array(indices: ArrayLike, size: int) -> np.ndarray:
+    """Indices as a non-empty int64 vector [M] with values in 0..size-1.
+
+    Args:
+      indices: Integers [M].
+      size: N, the length of what they index.
+
+    Raises:
+      ValueError: Not a non-empty vector of integers, or one out of range.
+
+    Example:
+      >>> index_array([2, 0], size=3)
+      array([2, 0])
+    """
+    return _index_vector("indices", indices, size).astype(np.int64)
+
+
+def check_labels(labels: ArrayLike, num_classes: int, name: str = "labels") -> None:
+    """Refuses labels outside 0..num_classes-1, which a device would silently clamp.
+
+    Traced labels have no values to check, so call this where a batch enters, on the host.
+
+    Args:
+      labels: Integers of any shape, on the host or on a device.
+      num_classes: C.
+      name: What the error calls them.
+
+    Raises:
+      ValueError: A label is out of range or no integer; the first one and its place are named.
+
+    Example:
+      >>> check_labels(np.array([0, 3]), num_classes=3)
+      Traceback (most recent call last):
+        ...
+      ValueError: labels must be in 0..2, got 3 at position 1
+    """
+    if not is_known(labels):
+        return
+    values = np.asarray(labels).reshape(-1)
+    if not np.issubdtype(values.dtype, np.integer):
+        _refuse(name, "integers", f"dtype {values.dtype}")
+    bad = np.flatnonzero((values < 0) | (values >= num_classes))
+    if bad.size:
+        _refuse(name, f"in 0..{num_classes - 1}", f"{values[bad[0]]} at position {bad[0]}")
+
+
+def _index_vector(name: str, values: ArrayLike, limit: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        got = f"shape {array.shape} and dtype {array.dtype}"
+        _refuse(name, "a non-empty vector of integers", got)
+    check_labels(array, limit, name)
+    return array
+
+
+def _at_least(low: float, is_open: bool) -> str:
+    return "finite" if low == -math.inf else f"finite and {'>' if is_open else '>='} {low:g}"
+
+
+def _real(value: Any) -> float:
+    """The value as a float; nan for what is no real scalar, infinity for what is too large."""
+    try:
+        unfit = isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value)
+        return math.nan if unfit else float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _refuse(name: str, allowed: str, got: str) -> NoReturn:
+    raise ValueError(f"{name} must be {allowed}, got {got}")
+
+
+def _shown(value: Any) -> str:
+    """The value in one line of at most 200 characters."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    try:
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        text = "an integer of more than 4300 digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
