@@ -5,8 +5,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-from absl import app
-
 from experiments.runtime import agreement
 from experiments.runtime import hosts as distributed
 from lpa_jax import workdir_lock
@@ -22,10 +20,7 @@ def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
       argv: the command line after flags are parsed, of which nothing may be left.
       work: called with what says whether to stop; it opens its block where that may be asked.
     """
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
-        )
+    refuse_arguments(argv)
     try:
         hosts = distributed.hosts_from_flags()
     except ValueError as error:
@@ -36,6 +31,15 @@ def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
     except KeyboardInterrupt:
         print(distributed.INTERRUPTED, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def refuse_arguments(argv: list[str]) -> None:
+    """Exits with one line if anything but flags was on the command line."""
+    if len(argv) > 1:
+        sys.exit(
+            f"error: unexpected argument {argv[1]!r}; write flags as --name=value, lists with "
+            "commas: --methods=erm,lpa"
+        )
 
 
 def _work(work: Callable[[Interrupts], None]) -> None:
