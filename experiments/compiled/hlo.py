@@ -1,11 +1,11 @@
-"""Reads the text of a compiled XLA program: what runs, what crosses the network, what multiplies.
+"""Reads the text of a compiled XLA program: instructions, collectives, convolutions and products.
 
     instructions = executed(compiled.as_text())
     sum(collective.bytes for collective in collectives(instructions))
 
-A fused computation counts once for every fusion that calls it, a loop's body once for the loop.
-Which part of backpropagation a convolution or matrix product belongs to is read from what it sums
-over (TPU programs hold matrix products as convolutions without a window):
+A fused computation counts once for every fusion that calls it, the body of a loop once. The part of
+backpropagation of a convolution or matrix product follows from the dimension that it sums over (TPU
+programs hold matrix products as convolutions without a window):
 
     forward           over the weight's inputs:      bf_io->bf,  b01f_01io->b01f
     input gradient    over the weight's outputs:     bf_oi->bf,  b01f_01oi->b01f
@@ -55,7 +55,7 @@ class Array(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Array":
-        """The array that prints as `text`.
+        """Reads an array as XLA prints it.
 
         >>> Array.parse("f32[10,64]")
         Array(dtype='f32', dims=(10, 64))
@@ -69,7 +69,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes without padding; a byte for types that are smaller."""
+        """Bytes without padding; types of less than a byte count as one byte."""
         bits = re.search(r"\d+", self.dtype)
         return self.size * max(int(bits[0]) // 8 if bits else 1, 1)
 
@@ -78,7 +78,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One instruction: its results (several for a tuple) and everything behind its operation."""
+    """One instruction: its results (several for a tuple) and the text after its operation."""
 
     name: str
     operation: str
@@ -87,25 +87,25 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """Path of the JAX operation that it comes from, "" where XLA does not say."""
+        """Path of its JAX operation, "" if XLA gives none."""
         found = _OP_NAME.search(self.rest)
         return found[1] if found else ""
 
 
 class Collective(NamedTuple):
-    """One exchange between devices and the arrays that it leaves on each."""
+    """One exchange between devices and the arrays that each device gets."""
 
     kind: str
     arrays: tuple[Array, ...]
 
     @property
     def bytes(self) -> int:
-        """Bytes of its arrays: for an all-reduce, what every device puts in and gets out."""
+        """Bytes of its arrays; for an all-reduce, those that each device sends and gets."""
         return sum(array.bytes for array in self.arrays)
 
 
 class Contraction(NamedTuple):
-    """One convolution or matrix product: its part in backpropagation, its result, its origin."""
+    """One convolution or matrix product: part in backpropagation, result, JAX operation."""
 
     role: str
     result: Array
@@ -113,7 +113,7 @@ class Contraction(NamedTuple):
 
 
 def executed(text: str) -> list[Instruction]:
-    """The instructions that the program runs, those of called computations once a call.
+    """The instructions that the program runs, those of a called computation once per call.
 
     Args:
       text: `compiled.as_text()`.
@@ -135,14 +135,14 @@ def executed(text: str) -> list[Instruction]:
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    """Splits `TYPE operation(operands), attributes`."""
+    """Parses `TYPE operation(operands), attributes`."""
     end = _type_length(rest)
     operation, _, behind = rest[end:].strip().partition("(")
     return Instruction(name, operation, tuple(_arrays(rest[:end])), behind)
 
 
 def _type_length(text: str) -> int:
-    """Characters of the type at the front: a tuple's holds brackets, commas and spaces."""
+    """Length of the type at the start of the text; tuple types hold brackets and spaces."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character in "({") - (character in ")}")
@@ -171,8 +171,8 @@ def _walk(computations: dict[str, list[Instruction]], name: str) -> Iterator[Ins
 def collectives(instructions: Iterable[Instruction]) -> list[Collective]:
     """The exchanges between devices.
 
-    One that runs beside computation counts once: as the second half of an asynchronous pair, or as
-    the first of the links that TPU programs put into the fusions which hide it.
+    An asynchronous exchange counts once: the second half of a pair, or the first link of a chain,
+    which TPU programs spread over the fusions that run meanwhile.
     """
     found = []
     chains = set()
@@ -213,7 +213,7 @@ def _role(instruction: Instruction) -> str:
 
 
 def layer_of(op_name: str, layers: Sequence[str]) -> str:
-    """The last of `layers` that stands in the path of a JAX operation, "" if none does.
+    """The last of `layers` in the path of a JAX operation, "" if there is none.
 
     >>> layer_of("jit(step)/transpose(jvp(ResNet))/stage3/block1/conv1", ("stage2", "stage3"))
     'stage3'
@@ -222,16 +222,9 @@ def layer_of(op_name: str, layers: Sequence[str]) -> str:
 
 
 def tally(found: Iterable[Contraction], layers: Sequence[str]) -> Counter:
-    """How many contractions there are of each (layer, role, result without axes of length 1)."""
-    return Counter(
-        (
-            layer_of(contraction.op_name, layers),
-            contraction.role,
-            str(contraction.result._replace(dims=_without_ones(contraction.result.dims))),
-        )
-        for contraction in found
-    )
-
-
-def _without_ones(dims: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(d for d in dims if d != 1)
+    """Number of contractions of each (layer, role, result without axes of length 1)."""
+    tallied = Counter()
+    for role, result, op_name in found:
+        squeezed = Array(result.dtype, tuple(d for d in result.dims if d != 1))
+        tallied[layer_of(op_name, layers), role, str(squeezed)] += 1
+    return tallied

@@ -1,7 +1,7 @@
-"""What a step of LPA promises about its compiled program, checked against the compiled text.
+"""Checks promises about the compiled step of LPA against the compiled text.
 
-Each promise compares multisets: of convolutions and matrix products by layer, part in
-backpropagation and result, or of exchanged arrays by type and number of elements.
+A check compares multisets: convolutions and matrix products by layer, part in backpropagation and
+result, or exchanged arrays by type and number of elements.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import lpa_jax
 from experiments.compiled import hlo, step_cost, tpu
-from experiments.methods import build as assembly
+from experiments.methods import build
 from lpa_jax.perturbations import Perturbation
 
 
@@ -33,13 +33,13 @@ class Method:
 
     @property
     def forward_passes(self) -> int:
-        """Passes that only go forward: carry reads the clean confidence, cold has it anyway."""
+        """Extra forward passes: mode carry needs one for the clean confidence."""
         return int(self.mode == "carry" and self.assignment == "confidence")
 
     def perturbations(self, setting: tpu.Setting) -> dict[str, Perturbation]:
-        """What `lpa_step` takes."""
-        # Equal class counts: there is no training set, and the cost does not depend on them.
-        rule = assembly.assignment(
+        """Perturbations by layer, as `lpa_step` takes them."""
+        # Equal class counts: the cost does not depend on them.
+        rule = build.assignment(
             assignment=self.assignment, counts=[setting.batch_size] * setting.num_classes
         )
         perturbation = lpa_jax.lpa(
@@ -49,8 +49,7 @@ class Method:
             mode=self.mode,
             geometry=self.geometry,
             shape=self.shape,
-            # Whether it fits is what the compiler is asked.
-            memory_limit=None,
+            memory_limit=None,  # the compiler finds out whether it fits
         )
         return {self.layer: perturbation}
 
@@ -65,8 +64,8 @@ class Result(NamedTuple):
     Attributes:
       setting, method: what was compiled.
       layers: the network's injection points from the input to the logits.
-      row: shape of one class's row in the class table.
-      memory: bytes of a device's memory.
+      row: shape of the row of one class in the class table.
+      memory: bytes of memory of a device.
       erm, gradient_pass, program: plain training, one gradient pass above the layer, the method.
     """
 
@@ -81,17 +80,17 @@ class Result(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether the compiler gave up one of the programs."""
+        """Whether the compiler refused one of the programs."""
         return any(p.refused for p in (self.erm, self.gradient_pass, self.program))
 
     @property
     def floor(self) -> float:
-        """The FLOP floor of the method over ERM, see `experiments.benchmark`."""
+        """FLOP floor of the method relative to ERM, see `experiments.benchmark`."""
         return step_cost.floor_ratio(self.erm.flops, self.gradient_pass.flops, self.method.passes)
 
 
 class Check(NamedTuple):
-    """A promise, whether the compiled program keeps it, and what was seen."""
+    """A promise, whether the compiled program keeps it, and the evidence."""
 
     claim: str
     passed: bool
@@ -99,7 +98,7 @@ class Check(NamedTuple):
 
 
 def checks(result: Result) -> list[Check]:
-    """All promises; those about the program's text only where there is one."""
+    """Checks all promises; those about the compiled text only if all programs compiled."""
     found = [
         _fits("ERM", result.erm, result.memory),
         _fits("the method", result.program, result.memory),
@@ -113,35 +112,29 @@ def checks(result: Result) -> list[Check]:
         forward = method.forward_passes if key[1] == hlo.FORWARD else 0
         passes[key] = count * (method.passes + forward)
 
-    def weights(layer, role):
-        return role == hlo.WEIGHT_GRADIENT
-
-    def encode(layer, role):
-        return layer in below
-
-    def decode(layer, role):
-        return layer not in below and role != hlo.WEIGHT_GRADIENT
+    def compare(claim, what, choose, extra):
+        return _compare(claim, what, _part(erm, choose) + extra, _part(own, choose))
 
     exchange = class_exchange(result.setting, method, result.row)
     return [
         *found,
-        _compare(
+        compare(
             "PGD forms no parameter gradients",
             "weight gradients",
-            _part(erm, weights),
-            _part(own, weights),
+            lambda layer, role: role == hlo.WEIGHT_GRADIENT,
+            Counter(),
         ),
-        _compare(
+        compare(
             "encode is not recomputed",
             "convolutions and products up to the layer",
-            _part(erm, encode),
-            _part(own, encode),
+            lambda layer, role: layer in below,
+            Counter(),
         ),
-        _compare(
+        compare(
             f"decode runs for PGD as often as its steps need it ({method.passes})",
             "convolutions and products above the layer",
-            _part(erm, decode) + passes,
-            _part(own, decode),
+            lambda layer, role: layer not in below and role != hlo.WEIGHT_GRADIENT,
+            passes,
         ),
         _compare(
             "beyond ERM, devices exchange the class table and nothing else",
@@ -153,17 +146,17 @@ def checks(result: Result) -> list[Check]:
 
 
 def class_exchange(setting: tpu.Setting, method: Method, row: tuple[int, ...]) -> list[hlo.Array]:
-    """The arrays that a step of the method must exchange beyond those of ERM.
+    """The arrays that devices exchange in a step of the method and not in one of ERM.
 
     Args:
-      setting: for C and the global batch.
-      method: for K, the half-space and the rule.
-      row: shape of one class's row in the class table.
+      setting: gives C and the global batch.
+      method: gives K, the half-space and the assignment.
+      row: shape of the row of one class in the class table.
     """
     classes = hlo.Array("f32", (setting.num_classes,))
     slots = min(setting.num_classes, setting.batch_size)
     table = hlo.Array("f32", (slots, *row))
-    # In mode free the one table is that of the training pass's own gradient.
+    # Mode free exchanges one table, of the gradient of the training pass.
     arrays = [table] * max(method.passes, 1)
     arrays += [table] if method.geometry != "free" else []
     arrays += [hlo.Array("f32", (slots,)), hlo.Array("f32", ())]
@@ -184,13 +177,7 @@ def _fits(name: str, program: tpu.Program, memory: int) -> Check:
 
 
 def _part(contractions: Counter, choose: Callable[[str, str], bool]) -> Counter:
-    return Counter(
-        {
-            (layer, role, result): count
-            for (layer, role, result), count in contractions.items()
-            if choose(layer, role)
-        }
-    )
+    return Counter({key: count for key, count in contractions.items() if choose(*key[:2])})
 
 
 def _exchanged(program: tpu.Program) -> Counter:
@@ -198,7 +185,7 @@ def _exchanged(program: tpu.Program) -> Counter:
 
 
 def _flat(array: hlo.Array) -> tuple[str]:
-    """Type and number of elements: the compiler may exchange an array in another shape."""
+    """Type and number of elements; the compiler may change the shape of an exchanged array."""
     return (str(hlo.Array(array.dtype, (array.size,))),)
 
 
