@@ -2,65 +2,64 @@ r"""Times training steps: what a perturbation costs above plain training (ERM), 
 
     python -m experiments.benchmark --layers=stage1,stage2,stage3 --methods=lpa,lpa:carry,lpa:free
 
-A timing benchmark, nothing is learned: the images are random normal numbers, the labels random
-classes. In every round one ERM step and one step of the method run, in alternating order, each
-waited for, so that a machine whose speed drifts slows both; the ratio is the median of the rounds'
-ratios. The method `erm` times ERM against itself: how far its ratio is from 1 is the noise.
+The batch is random and nothing is learned. In every round one ERM step and one step of the method
+run, in alternating order, and each is waited for. The ratio is the median of the ratios of the
+rounds, so that a machine whose speed drifts slows both. The method `erm` times ERM against itself:
+the distance of its ratio from 1 is the noise.
 
-Next to the time stands the floor of the arithmetic, from XLA's cost analysis,
+The table also gives the floor of the arithmetic, from XLA's cost analysis,
 
     floor = ( flops(ERM step) + K flops(decode forward + decode backward to the activation) )
             / flops(ERM step),
 
 for K gradient passes above the layer (`free` and random methods: 0), every term compiled on its
-own. `flops` is what the compiled step really does, over ERM: above the floor, work is wasted. The
-time can stay below the floor, since weight gradients, which PGD does not need, cost more time per
-FLOP than the rest.
+own. `flops` is that of the compiled step relative to ERM: above the floor, work is wasted. The time
+can be below the floor, since weight gradients, which PGD does not need, cost more time per FLOP
+than the rest.
 
-The defaults (ResNet-20, batch 128, all layers, 36 rows of 11 rounds) should take about 15 minutes
-on two idle CPU cores, a quarter of it compilation; on busy ones 7 rounds took 27.
+The defaults (ResNet-20, batch 128, all layers, 36 rows of 11 rounds) take about 15 minutes on two
+idle CPU cores, a quarter of it for compilation.
 """
 
-import csv
-import dataclasses
 import functools
-import io
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import pandas as pd
 from absl import app, flags
 
 import lpa_jax
-from experiments.compiled import step_cost
-from experiments.methods import build as assembly
-from experiments.methods import names as methods
+from experiments.compiled import step_cost, timing
+from experiments.methods import build, names
+from experiments.reporting import tables
 from experiments.runtime import files
+from experiments.runtime import main as entry_point
 from lpa_jax import injection, models, perturbations
 from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
-ERM = methods.ERM
+ERM = names.ERM
 
 
 def define_flags() -> None:
-    """Flags of this module."""
+    """Defines the flags of this module."""
     flags.DEFINE_enum("model", "resnet20", models.names(), "Network.")
-    flags.DEFINE_list("layers", [], "Injection points, such as stem,stage2; all if empty.")
+    flags.DEFINE_list("layers", [], "Injection points, such as stem,stage2; empty: all.")
     flags.DEFINE_list(
         "methods",
         [ERM, "lpa", "lpa:carry", "lpa:free"],
         f"Methods to compare with ERM: {ERM} (shows the noise), "
         f"{', '.join(perturbations.names())}; lpa:MODE is lpa in mode {', '.join(MODES)}.",
     )
-    flags.DEFINE_list("steps", ["1", "3", "5"], "PGD steps, of methods that leave them free.")
+    flags.DEFINE_list("steps", ["1", "3", "5"], "PGD steps, for methods that take a number.")
     flags.DEFINE_enum(
         "assignment",
         "frequency",
-        methods.ASSIGNMENTS,
+        names.ASSIGNMENTS,
         "Which classes get which sign, for lpa and lpl; confidence costs lpa:carry a forward pass.",
     )
     flags.DEFINE_integer("batch_size", 128, "Examples in a step.", lower_bound=1)
@@ -69,17 +68,17 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_classes", 10, "Number of classes.", lower_bound=2)
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
     flags.DEFINE_integer("rounds", 11, "Rounds of one ERM and one method step.", lower_bound=1)
-    flags.DEFINE_string("csv", None, "File for the table, beside printing it.")
+    flags.DEFINE_string("csv", None, "CSV file to write the table to.")
 
 
 class Case(NamedTuple):
     """One row to measure.
 
     Attributes:
-      method: as given on the command line.
+      method: as on the command line.
       layer: injection point, "-" for ERM.
       passes: K, gradient passes above the layer before the training pass.
-      perturbations: what `lpa_step` takes.
+      perturbations: by layer, as `lpa_step` takes them.
     """
 
     method: str
@@ -88,20 +87,19 @@ class Case(NamedTuple):
     perturbations: Mapping[str, Perturbation]
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table: milliseconds a step, ratios to ERM, compilation, memory.
+class Row(NamedTuple):
+    """One row of the table.
 
     Attributes:
-      method, layer, steps: what was measured; `steps` is K.
-      erm_ms, erm_min, erm_max: ERM step, median and range over the rounds.
-      step_ms, step_min, step_max: the method's step in the same rounds.
+      method, layer, steps: the case; `steps` is K.
+      erm_ms, erm_min, erm_max: milliseconds of an ERM step, median and range over the rounds.
+      step_ms, step_min, step_max: those of a step of the method in the same rounds.
       ratio: median over the rounds of method time / ERM time.
       floor: the FLOP floor of that ratio.
       ratio_to_floor: ratio / floor.
       flops: FLOPs of the compiled method step / FLOPs of the compiled ERM step.
-      compile_s: tracing and compiling the method's step.
-      memory_mb: arguments, results and temporaries of the method's step, shared ones once.
+      compile_s: seconds of tracing and compiling the step of the method.
+      memory_mb: 1e6 bytes of arguments, results and temporaries, donated ones once.
     """
 
     method: str
@@ -121,42 +119,49 @@ class Row:
     memory_mb: float
 
 
+# Header and format of each printed column.
+COLUMNS = (
+    *(("method", "{method}"), ("layer", "{layer}"), ("steps", "{steps}")),
+    *(("ERM_ms", "{erm_ms:.2f}"), ("[min..max]", "[{erm_min:.2f}..{erm_max:.2f}]")),
+    *(("step_ms", "{step_ms:.2f}"), ("[min..max]", "[{step_min:.2f}..{step_max:.2f}]")),
+    *(("ratio", "{ratio:.3f}"), ("floor", "{floor:.3f}"), ("ratio/floor", "{ratio_to_floor:.3f}")),
+    *(("flops", "{flops:.3f}"), ("compile_s", "{compile_s:.1f}"), ("memory_MB", "{memory_mb:.1f}")),
+)
+
+
 def make_cases(
-    method_names: Sequence[str],
+    methods: Sequence[str],
     layers: Sequence[str],
     steps: Sequence[int],
     assignment: lpa_jax.Assignment,
 ) -> list[Case]:
-    """The rows to measure: every method at every layer with every number of steps it leaves free.
+    """Every method at every layer, with every number of PGD steps if it takes one.
 
     Raises:
       ValueError: unknown method or mode.
     """
-    cases = []
-    for method in method_names:
-        if method == ERM:
-            cases.append(Case(ERM, "-", 0, {}))
-            continue
-        for layer in layers:
-            cases += [
-                Case(method, layer, passes, {layer: perturbation})
-                for passes, perturbation in _variants(method, steps, assignment)
-            ]
-    return cases
+    return [
+        Case(method, layer, passes, {} if perturbation is None else {layer: perturbation})
+        for method in methods
+        for layer in (["-"] if method == ERM else layers)
+        for passes, perturbation in _variants(method, steps, assignment)
+    ]
 
 
 def _variants(
     method: str, steps: Sequence[int], assignment: lpa_jax.Assignment
-) -> list[tuple[int, Perturbation]]:
-    """(K, perturbation) for every number of steps that `method` is to be measured with."""
+) -> list[tuple[int, Perturbation | None]]:
+    """(K, perturbation) for every number of steps to measure `method` with."""
+    if method == ERM:
+        return [(0, None)]
     name, _, mode = method.partition(":")
     if name not in perturbations.names():
         known = ", ".join((ERM, *perturbations.names()))
-        raise ValueError(f"--methods: unknown method {method!r}; known: {known} and lpa:MODE")
+        raise ValueError(f"--methods must be among {known} and lpa:MODE, got {method!r}")
     takes = perturbations.options(name)
     if ":" in method and ("mode" not in takes or mode not in MODES):
         raise ValueError(
-            f"--methods: unknown mode in {method!r}; only lpa has modes: {', '.join(MODES)}"
+            f"--methods: MODE in lpa:MODE must be one of {', '.join(MODES)}, got {method!r}"
         )
     fixed: dict[str, Any] = {"mode": mode} if mode else {}
     fixed |= {"radius": step_cost.RADIUS} if "radius" in takes else {}
@@ -169,8 +174,10 @@ def _variants(
     return [(count, create(steps=count)) for count in steps]
 
 
-def measure(state: lpa_jax.TrainState, batch: step_cost.Batch, cases: Sequence[Case], rounds: int):
-    """Yields one `Row` a case; ERM and each layer's gradient pass are compiled once."""
+def measure(
+    state: lpa_jax.TrainState, batch: step_cost.Batch, cases: Sequence[Case], rounds: int
+) -> Iterator[Row]:
+    """Yields one row per case; compiles ERM and the gradient pass of each layer once."""
     erm, erm_seconds = step_cost.compile_step(state, batch, {})
 
     @functools.cache
@@ -184,60 +191,23 @@ def measure(state: lpa_jax.TrainState, batch: step_cost.Batch, cases: Sequence[C
         step, seconds = erm, erm_seconds
         if case.perturbations:
             step, seconds = step_cost.compile_step(own_state, batch, case.perturbations)
-        rounds_ms = step_cost.alternate((erm, state), (step, own_state), batch, rounds)
-        erm_ms, step_ms = zip(*rounds_ms, strict=True)
-        ratio = statistics.median(own / plain for plain, own in rounds_ms)
+        times = timing.time_steps((erm, state), (step, own_state), batch, rounds)
         erm_flops, step_flops = step_cost.flops(erm), step_cost.flops(step)
         floor = step_cost.floor_ratio(erm_flops, pass_flops(case.layer), case.passes)
+        spread = [f(ms) for ms in times for f in (statistics.median, min, max)]
         yield Row(
-            case.method, case.layer, case.passes,
-            statistics.median(erm_ms), min(erm_ms), max(erm_ms),
-            statistics.median(step_ms), min(step_ms), max(step_ms),
-            ratio, floor, ratio / floor, step_flops / erm_flops, seconds, step_cost.memory_mb(step),
+            case.method, case.layer, case.passes, *spread, times.ratio, floor, times.ratio / floor,
+            step_flops / erm_flops, seconds, step_cost.memory_mb(step),
         )  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text; a range stands behind its median as [min..max]."""
-    header = (
-        "method", "layer", "steps", "ERM_ms", "[min..max]", "step_ms", "[min..max]", "ratio",
-        "floor", "ratio/floor", "flops", "compile_s", "memory_MB",
-    )  # fmt: skip
-    cells = [header]
-    cells += [
-        (
-            row.method, row.layer, str(row.steps),
-            f"{row.erm_ms:.2f}", f"[{row.erm_min:.2f}..{row.erm_max:.2f}]",
-            f"{row.step_ms:.2f}", f"[{row.step_min:.2f}..{row.step_max:.2f}]",
-            f"{row.ratio:.3f}", f"{row.floor:.3f}", f"{row.ratio_to_floor:.3f}",
-            f"{row.flops:.3f}", f"{row.compile_s:.1f}", f"{row.memory_mb:.1f}",
-        )
-        for row in rows
-    ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """The rows with all digits, under the names of `Row`'s fields."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)])
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    return text.getvalue()
-
-
 def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
-    """What the flags ask for.
+    """State, batch and cases from the flags.
 
     Raises:
       ValueError: naming the flag or option that is out of range.
     """
-    if not all(text.strip().isdecimal() and int(text) > 0 for text in FLAGS.steps):
-        raise ValueError(f"--steps must be whole numbers >= 1, got {','.join(FLAGS.steps)!r}")
+    steps = timing.whole_numbers("steps", FLAGS.steps, low=1)
     if not FLAGS.methods:
         raise ValueError("--methods must name at least one method, got none")
     if FLAGS.csv is not None:
@@ -246,53 +216,44 @@ def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
     layers = FLAGS.layers or model.layers
     for layer in layers:
         injection.check_layer(model.layers, layer)
-    # Equal class counts: there is no training set, and the rule's cost does not depend on them.
-    rule = assembly.assignment(
-        assignment=FLAGS.assignment, counts=[FLAGS.batch_size] * FLAGS.num_classes
-    )
-    steps = [int(text) for text in FLAGS.steps]
+    # Equal class counts: the cost does not depend on them.
+    counts = [FLAGS.batch_size] * FLAGS.num_classes
+    rule = build.assignment(assignment=FLAGS.assignment, counts=counts)
     cases = make_cases(FLAGS.methods, layers, steps, rule)
     return *step_cost.make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels), cases
 
 
 def main(argv: list[str]) -> None:
-    """Measures every case, prints the table, writes it where asked."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
-        )
+    """Measures every case, prints the table and writes it to --csv."""
+    entry_point.refuse_arguments(argv)
     try:
         state, batch, cases = set_up()
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(
         f"{FLAGS.model}, synthetic batch {batch['image'].shape}, {FLAGS.num_classes} classes, "
-        f"{FLAGS.dtype}, {jax.device_count()} x {jax.devices()[0].device_kind}, jax "
-        f"{jax.__version__}, {FLAGS.rounds} rounds",
+        f"{FLAGS.dtype}, {timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds",
         flush=True,
     )
     if jax.config.jax_compilation_cache_dir:
-        print("note: a compilation cache is on; compile_s may be the time of reading it")
+        print("note: a compilation cache is on; compile_s may be the time of reading from it")
     rows, failure = [], None
     try:
         for row in measure(state, batch, cases, FLAGS.rounds):
             rows.append(row)
-            print(
-                f"[{len(rows)}/{len(cases)}] {row.method} {row.layer} {row.steps}: "
-                f"ratio {row.ratio:.3f}, floor {row.floor:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            found = f"{row.method} {row.layer} {row.steps}: ratio {row.ratio:.3f}, "
+            timing.progress(f"[{len(rows)}/{len(cases)}] {found}floor {row.floor:.3f}")
     except ValueError as error:
         failure = f"error: {cases[len(rows)].method} at {cases[len(rows)].layer}: {error}"
     except KeyboardInterrupt:
         failure = "interrupted: the table holds what was measured"
-    print(table(rows))
+    cells = [[text.format(**row._asdict()) for _, text in COLUMNS] for row in rows]
+    print(tables.aligned_table([[header for header, _ in COLUMNS], *cells]), end="")
     if failure:
         sys.exit(failure)
     if FLAGS.csv:
         try:
-            files.write_text(FLAGS.csv, as_csv(rows))
+            files.write_text(FLAGS.csv, pd.DataFrame(rows).to_csv(index=False))
         except OSError as error:
             sys.exit(f"error: --csv: {error}")
 

@@ -1,29 +1,27 @@
-r"""A TPU pod without a TPU: compiles the real training step for one and reads what it would do.
+r"""Compiles the training step for a TPU slice on a machine without TPUs, and checks the program.
 
     python -m experiments.compile_check --topology=v5e:16x16 --model=resnet32 --layer=stage2
 
-needs the extra `tpu-check` (libtpu) and no TPU. For plain training (ERM) and for LPA side by side
-it prints, for every device of the slice, the FLOPs and their floor (see `experiments.benchmark`),
-the bytes read and written, the memory, every collective with its bytes and the compile time, and
-checks in the compiled text what the method promises:
+needs the extra `tpu-check` (libtpu). For plain training (ERM) and LPA it prints, per device, the
+FLOPs and their floor (see `experiments.benchmark`), the bytes read and written, the memory, every
+collective with its bytes and the compile time, and checks in the compiled text what the method
+promises:
 
   * it fits the memory of the device;
-  * PGD forms no parameter gradients: weight gradients are those of ERM, by shape;
+  * PGD forms no parameter gradients: the weight gradients are those of ERM, by shape;
   * encode is not recomputed: below the layer, every convolution and product is one of ERM;
   * decode runs for K gradient passes more than in ERM, and no more;
-  * what the devices exchange beyond ERM is the class table, [slots, *S] float32 once a gradient
-    pass and once for the class means, with slots = min(C, batch), the class counts, the mean norm,
-    and, where slots < C, the labels; nothing else.
+  * beyond ERM, the devices exchange nothing but the class table ([slots, *S] float32, once per
+    gradient pass and once for the class means, with slots = min(C, batch)), the class counts, the
+    mean norm and, if slots < C, the labels.
 
-Flags that are lists are multiplied out. `--output` keeps every compiled program, so that a stopped
-run goes on where it was (`experiments.program_store`). `--grid` fills the flags that are not given:
-`full` with every combination (320 cases), `star` with a base case and the others that differ from
-it in one thing (22 cases), so that each level is seen once; the more telling ones come first. With
-`--nocompile --markdown` it is the table of what has been compiled so far, in which a row with a
-program that today's code would not give any more is marked.
+Flags that are lists are multiplied out. --grid fills those that are not given: `full` with every
+combination (320 cases), `star` with a base case and the cases that differ from it in one value (22
+cases). --output keeps every compiled program (`experiments.compiled.store`), so that a stopped run
+resumes; with --nocompile only cases whose programs it holds are printed.
 
-It exits with status 1 if a check fails. A program takes between one and ten minutes on two idle CPU
-cores, more for more examples a device; no timing of the steps comes out.
+The exit status is 1 if a check fails. Compiling a program takes between one and ten minutes on two
+idle CPU cores, longer for more examples a device. Nothing printed is a timing of the step.
 """
 
 import dataclasses
@@ -31,22 +29,24 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 from absl import app, flags
 
-from experiments.compiled import hlo, tpu
+from experiments.compiled import hlo, timing, tpu
 from experiments.compiled.promises import Check, Method, Result, checks
 from experiments.compiled.store import Programs
 from experiments.methods import names as methods
+from experiments.reporting import tables
 from experiments.runtime import files
+from experiments.runtime import main as entry_point
 from lpa_jax import models, pgd
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
+Case = tuple[tpu.Setting, Method]
 DTYPES = ("float32", "bfloat16")
-# What --grid puts in the place of flags that are not given.
+# Values of --grid for flags that are not given.
 GRID = {
     "topology": ["v5e:4x4", "v5e:16x16"],
     "model": ["resnet32", "wrn_28_10"],
@@ -56,8 +56,8 @@ GRID = {
     "steps": ["1", "3", "5"],
     "shape": list(pgd.SHAPES),
 }
-# The middle of --grid=star for each model, and in which order its rays come. A device's share is
-# smallest on the larger slice, which compiles in half the time.
+# The base case of --grid=star for each model, and the flags that vary around it, in that order. The
+# larger slice compiles in half the time, since each device has fewer examples.
 BASE = {
     "topology": "v5e:16x16",
     "dtype": "float32",
@@ -70,14 +70,14 @@ RAYS = ("shape", "mode", "topology", "dtype", "steps", "num_classes")
 
 
 def define_flags() -> None:
-    """Flags of this module."""
+    """Defines the flags of this module."""
     flags.DEFINE_list("topology", ["v5e:16x16"], "TPU slices, KIND:AxB or KIND:AxBxC.")
     flags.DEFINE_list("model", ["resnet32"], f"Networks: {', '.join(models.names())}.")
     flags.DEFINE_list("dtype", ["float32"], "Types of the computation: float32, bfloat16.")
     flags.DEFINE_list("num_classes", ["100"], "Numbers of classes.")
     flags.DEFINE_list("layer", ["stage2"], "Injection points.")
     flags.DEFINE_list("mode", ["cold"], f"Modes of lpa: {', '.join(MODES)}.")
-    flags.DEFINE_list("steps", ["3"], "PGD steps of mode cold; the others take 1.")
+    flags.DEFINE_list("steps", ["3"], "PGD steps of mode cold; other modes take 1.")
     flags.DEFINE_list("shape", ["full"], f"Shapes of the perturbation: {', '.join(pgd.SHAPES)}.")
     flags.DEFINE_enum("geometry", "signed", pgd.GEOMETRIES, "Half-space of the perturbation.")
     flags.DEFINE_enum(
@@ -87,54 +87,39 @@ def define_flags() -> None:
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
     flags.DEFINE_integer("channels", 3, "Channels of the images.", lower_bound=1)
     flags.DEFINE_enum(
-        "grid", None, ["full", "star"], "Fills the flags that are not given with a grid."
+        "grid", None, ["full", "star"], "Fills the list flags that are not given with a grid."
     )
     flags.DEFINE_string("output", None, "JSON file that keeps compiled programs between runs.")
-    flags.DEFINE_bool("compile", True, "Compile what --output lacks; if not, leave it out.")
-    flags.DEFINE_bool("markdown", False, "Print one Markdown table instead of a report a case.")
+    flags.DEFINE_bool("compile", True, "Compile programs that --output lacks; if not, skip them.")
+    flags.DEFINE_bool("markdown", False, "Print one Markdown table instead of a report per case.")
 
 
-class Keys(NamedTuple):
-    """Under which names `Programs` keeps the programs of a case."""
-
-    erm: str
-    gradient_pass: str
-    program: str
-
-    @classmethod
-    def of(cls, setting: tpu.Setting, method: Method) -> "Keys":
-        """The names for one case."""
-        # One device's gradient pass is the same program in every slice of its kind.
-        kind, share = tpu.topology(setting.topology).kind, tpu.share(setting)
-        alone = dataclasses.replace(setting, topology=kind, batch_size=share)
-        return cls(
-            f"{setting} erm",
-            f"{alone} gradient pass above {method.layer}",
-            f"{setting} {method}, {method.geometry}, {method.assignment}",
-        )
-
-
-def compile_case(setting: tpu.Setting, method: Method, programs: Programs) -> Result:
-    """Compiles ERM, one gradient pass and the method, as far as `programs` has them not."""
-    keys = Keys.of(setting, method)
+def compile_case(setting: tpu.Setting, method: Method, programs: Programs) -> Result | None:
+    """ERM, one gradient pass and the method; None if `programs` lacks one and must not compile."""
+    # The gradient pass on one device is the same program in every slice of its kind.
+    kind, share = tpu.topology(setting.topology).kind, tpu.share(setting)
+    alone = dataclasses.replace(setting, topology=kind, batch_size=share)
+    found = (
+        programs.get((setting, "erm"), lambda: tpu.lower_step(setting, {})),
+        programs.get((alone, method.layer), lambda: tpu.lower_gradient_pass(setting, method.layer)),
+        programs.get(
+            (setting, method), lambda: tpu.lower_step(setting, method.perturbations(setting))
+        ),
+    )
+    if None in found:
+        return None
     return Result(
         setting,
         method,
-        layers=models.create(setting.model, setting.num_classes).layers,
-        row=tpu.table_row(setting, method.layer, method.shape),
-        memory=tpu.topology(setting.topology).memory,
-        erm=programs.get(keys.erm, lambda: tpu.lower_step(setting, {})),
-        gradient_pass=programs.get(
-            keys.gradient_pass, lambda: tpu.lower_gradient_pass(setting, method.layer)
-        ),
-        program=programs.get(
-            keys.program, lambda: tpu.lower_step(setting, method.perturbations(setting))
-        ),
+        models.create(setting.model, setting.num_classes).layers,
+        tpu.table_row(setting, method.layer, method.shape),
+        tpu.topology(setting.topology).memory,
+        *found,
     )
 
 
 def report(result: Result, outcome: Sequence[Check]) -> str:
-    """One case as text: numbers side by side, collectives, checks."""
+    """One case as text: costs of ERM and the method, collectives, checks."""
     setting, method = result.setting, result.method
     slice_ = tpu.topology(setting.topology)
     lines = [
@@ -187,40 +172,30 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def markdown(results: Sequence[tuple[Result, Sequence[Check]]], doubtful: Sequence[int]) -> str:
-    """All cases as one Markdown table; `checks` is the number passed of the number made.
-
-    Args:
-      results: the cases and their checks.
-      doubtful: positions of those with a program that does not hold any more.
-    """
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    for position, (result, outcome) in enumerate(results):
-        setting, method, erm, own = result.setting, result.method, result.erm, result.program
-        steps = f" K={method.steps}" if method.mode == "cold" else ""
-        cells = [
-            tpu.topology(setting.topology).chips, setting.model, setting.dtype,
-            setting.num_classes, f"{method.mode}{steps} at {method.layer}", method.shape,
+def _cells(result: Result, outcome: Sequence[Check]) -> list[str]:
+    """A case below `COLUMNS`; `checks` is the number passed of the number made."""
+    setting, method, erm, own = result.setting, result.method, result.erm, result.program
+    steps = f" K={method.steps}" if method.mode == "cold" else ""
+    case = (
+        tpu.topology(setting.topology).chips, setting.model, setting.dtype, setting.num_classes,
+        f"{method.mode}{steps} at {method.layer}", method.shape,
+    )  # fmt: skip
+    if result.refused:
+        costs = ["does not fit", *["-"] * (len(COLUMNS) - len(case) - 2)]
+    else:
+        costs = [
+            f"{own.flops / 1e9:.1f}", f"{own.flops / erm.flops:.3f}", f"{result.floor:.3f}",
+            f"{own.bytes_accessed / 1e9:.2f}", f"{own.bytes_accessed / erm.bytes_accessed:.2f}",
+            f"{own.exchanged_bytes / 1e6:.2f}", f"{erm.exchanged_bytes / 1e6:.2f}",
+            str(len(own.collectives)),
+            f"{own.memory_bytes / 2**20:.0f}", f"{erm.memory_bytes / 2**20:.0f}",
+            f"{own.compile_s:.0f}",
         ]  # fmt: skip
-        if result.refused:
-            cells += ["does not fit", *["-"] * (len(COLUMNS) - len(cells) - 2)]
-        else:
-            cells += [
-                f"{own.flops / 1e9:.1f}", f"{own.flops / erm.flops:.3f}", f"{result.floor:.3f}",
-                f"{own.bytes_accessed / 1e9:.2f}",
-                f"{own.bytes_accessed / erm.bytes_accessed:.2f}",
-                f"{own.exchanged_bytes / 1e6:.2f}", f"{erm.exchanged_bytes / 1e6:.2f}",
-                len(own.collectives),
-                f"{own.memory_bytes / 2**20:.0f}", f"{erm.memory_bytes / 2**20:.0f}",
-                f"{own.compile_s:.0f}",
-            ]  # fmt: skip
-        passed = f"{sum(check.passed for check in outcome)}/{len(outcome)}"
-        cells += [f"{passed}, older code" if position in doubtful else passed]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    passed = f"{sum(check.passed for check in outcome)}/{len(outcome)}"
+    return [*map(str, case), *costs, passed]
 
 
-def make_cases(values: Mapping[str, Sequence[str]]) -> list[tuple[tpu.Setting, Method]]:
+def make_cases(values: Mapping[str, Sequence[str]]) -> list[Case]:
     """All combinations of the values of the flags in `GRID` and `layer`.
 
     Raises:
@@ -228,16 +203,10 @@ def make_cases(values: Mapping[str, Sequence[str]]) -> list[tuple[tpu.Setting, M
     """
     allowed = {"model": models.names(), "dtype": DTYPES, "mode": MODES, "shape": pgd.SHAPES}
     for flag, texts in values.items():
-        if not texts:
-            raise ValueError(f"--{flag} must name at least one, got none")
-        for text in texts:
-            if text not in allowed.get(flag, (text,)):
-                raise ValueError(
-                    f"--{flag} must be one of {', '.join(allowed[flag])}, got {text!r}"
-                )
-            low = {"num_classes": 2, "steps": 1}.get(flag, 0)
-            if low and not (text.isdecimal() and int(text) >= low):
-                raise ValueError(f"--{flag} must be a whole number >= {low}, got {text!r}")
+        if flag in ("num_classes", "steps"):
+            timing.whole_numbers(flag, texts, low=2 if flag == "num_classes" else 1)
+        else:
+            timing.among(flag, texts, allowed.get(flag, texts))
     variants = [
         (mode, int(steps))
         for mode in values["mode"]
@@ -259,8 +228,8 @@ def make_cases(values: Mapping[str, Sequence[str]]) -> list[tuple[tpu.Setting, M
     ]  # fmt: skip
 
 
-def make_star(values: Mapping[str, Sequence[str]]) -> list[tuple[tpu.Setting, Method]]:
-    """For each model the base case, then those that differ from it in one of `RAYS`.
+def make_star(values: Mapping[str, Sequence[str]]) -> list[Case]:
+    """For each model the base case, then the cases that differ from it in one of `RAYS`.
 
     Raises:
       ValueError: as `make_cases`.
@@ -276,17 +245,16 @@ def make_star(values: Mapping[str, Sequence[str]]) -> list[tuple[tpu.Setting, Me
     return list(dict.fromkeys(itertools.chain(*by_model)))
 
 
-def set_up() -> tuple[list[tuple[tpu.Setting, Method]], Programs]:
-    """What the flags ask for.
+def set_up() -> tuple[list[Case], Programs]:
+    """Cases and stored programs from the flags.
 
     Raises:
-      ValueError: naming the flag that is out of range; nothing has been compiled or written then.
+      ValueError: naming the flag that is out of range, before anything is compiled or written.
     """
     names = (*GRID, "layer")
     filled = {name: GRID[name] for name in GRID if FLAGS.grid and not FLAGS[name].present}
     values = {name: filled.get(name, FLAGS[name].value) for name in names}
-    # All combinations also for the star, whose levels are checked with them.
-    cases = make_cases(values)
+    cases = make_cases(values)  # for the star, too: it checks all values
     if FLAGS.grid == "star":
         cases = make_star(values)
     for setting, method in cases:
@@ -297,8 +265,7 @@ def set_up() -> tuple[list[tuple[tpu.Setting, Method]], Programs]:
                 f"got {method.layer!r}"
             )
         tpu.share(setting)
-    # Tracing takes seconds, and what does not fit a model does not fit it with any number of
-    # classes.
+    # One case per model, since tracing takes seconds: the number of classes does not matter.
     for setting, method in {setting.model: (setting, method) for setting, method in cases}.values():
         tpu.abstract_state(setting, method.perturbations(setting))
     if FLAGS.output is not None:
@@ -308,36 +275,30 @@ def set_up() -> tuple[list[tuple[tpu.Setting, Method]], Programs]:
 
 def main(argv: list[str]) -> None:
     """Compiles every case and prints it."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
-        )
-    # The CPU also where a TPU is, which is not needed; no cache, which would spoil compile times.
+    entry_point.refuse_arguments(argv)
+    # The CPU even if there is a TPU, which is not needed. A cache would spoil compile times.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         cases, programs = set_up()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if not FLAGS.compile:
-        cases = [case for case in cases if all(key in programs for key in Keys.of(*case))]
-    results, doubtful = [], []
+    rows, failed = [], 0
     for number, (setting, method) in enumerate(cases, start=1):
-        print(
+        timing.progress(
             f"[{number}/{len(cases)}] {setting.topology} {setting.model} {setting.dtype} "
-            f"C={setting.num_classes} {method}",
-            file=sys.stderr,
-            flush=True,
+            f"C={setting.num_classes} {method}"
         )
         result = compile_case(setting, method, programs)
-        results.append((result, checks(result)))
-        if not all(map(programs.holds, Keys.of(setting, method))):
-            doubtful.append(number - 1)
+        if result is None:
+            continue
+        outcome = checks(result)
+        failed += sum(not check.passed for check in outcome)
+        rows.append(_cells(result, outcome))
         if not FLAGS.markdown:
-            print(report(*results[-1]), end="\n\n", flush=True)
+            print(report(result, outcome), end="\n\n", flush=True)
     if FLAGS.markdown:
-        print(markdown(results, doubtful))
-    failed = sum(not check.passed for _, outcome in results for check in outcome)
+        print(tables.markdown_table([COLUMNS, *rows]), end="")
     if failed:
         sys.exit(f"{failed} checks failed")
 

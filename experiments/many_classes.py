@@ -1,28 +1,30 @@
-r"""Many classes: what the table of class perturbations costs in memory and time, as C grows.
+r"""Many classes: memory and time of the table of class perturbations, as C grows.
 
     python -m experiments.many_classes --model=resnet8 --layer=stage3 --classes=10,1000,8142
 
-A benchmark on random images, nothing is learned. A batch holds few of the many classes; a step must
-not pay for the others beyond the memory of their rows. Every row of the table is one (C, mode,
-shape): the size of the table that training keeps, the memory of the compiled step beside that of
-plain training (ERM) with the same C, and the time of a step as a ratio to an ERM step of the same
-round (`experiments.benchmark` says how that is measured). The classifier itself grows with C; ERM
-pays for it too, so the ratio shows what LPA adds.
+The batch is random and nothing is learned. It holds few of the many classes; beyond the memory of
+their rows, a step must not pay for the others. Every row of the table is one (C, mode, shape): the
+memory of the table that training keeps, the memory of the compiled step beside that of plain
+training (ERM) with the same C, and the time of a step relative to an ERM step of the same round
+(see `experiments.benchmark`). The classifier grows with C for ERM too, so the ratio shows what LPA
+adds.
 
-Where a table does not fit into --memory_limit, its row says so instead of being measured. The
-defaults take about ten minutes on two CPU cores, most of it compilation.
+If a table exceeds --memory_limit, its row is empty and the reason follows the table. The defaults
+take about ten minutes on two CPU cores, most of it for compilation.
 """
 
-import dataclasses
+import itertools
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import app, flags
 
 import lpa_jax
-from experiments.compiled import step_cost
+from experiments.compiled import step_cost, timing
+from experiments.reporting import tables
+from experiments.runtime import main as entry_point
 from lpa_jax import injection, models, pgd
 from lpa_jax.perturbations.lpa import MODES
 
@@ -30,7 +32,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Flags of this module."""
+    """Defines the flags of this module."""
     flags.DEFINE_enum("model", "resnet8", models.names(), "Network.")
     flags.DEFINE_string("layer", "stage3", "Injection point.")
     flags.DEFINE_list("classes", ["10", "100", "1000", "8142"], "Numbers of classes C.")
@@ -44,17 +46,16 @@ def define_flags() -> None:
     flags.DEFINE_float("memory_limit", 1024.0, "MB that a table may take.", lower_bound=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table.
+class Row(NamedTuple):
+    """One row of the table.
 
     Attributes:
       classes: C.
       mode, shape: options of lpa.
-      table_mb: perturbations that training keeps, 1e6 bytes.
-      memory_mb: memory of the compiled step, 1e6 bytes: arguments, results and temporaries.
-      erm_memory_mb: that of the ERM step.
-      erm_ms, step_ms: medians of a step's time.
+      table_mb: perturbations that training keeps, in 1e6 bytes.
+      memory_mb: arguments, results and temporaries of the compiled step, in 1e6 bytes.
+      erm_memory_mb: those of the ERM step.
+      erm_ms, step_ms: milliseconds of a step, medians over the rounds.
       ratio: median over the rounds of LPA time / ERM time.
       extra_ms: median over the rounds of LPA time - ERM time.
     """
@@ -71,62 +72,13 @@ class Row:
     extra_ms: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """A line of the table that was not measured, and why."""
-
-    classes: int
-    mode: str
-    shape: str
-    reason: str
-
-
-def numbers(flag: str, texts: Sequence[str]) -> list[int]:
-    """Whole numbers >= 2 from a list flag.
-
-    Raises:
-      ValueError: naming the flag.
-    """
-    if not texts or not all(text.strip().isdecimal() and int(text) > 1 for text in texts):
-        raise ValueError(f"--{flag} must be whole numbers >= 2, got {','.join(texts)!r}")
-    return [int(text) for text in texts]
-
-
-def chosen(flag: str, texts: Sequence[str], allowed: Sequence[str]) -> list[str]:
-    """Names from a list flag.
-
-    Raises:
-      ValueError: naming the flag.
-    """
-    if not texts or not set(texts) <= set(allowed):
-        raise ValueError(f"--{flag} must be among {', '.join(allowed)}, got {','.join(texts)!r}")
-    return list(texts)
-
-
-def measure_all(classes: Sequence[int], modes: Sequence[str], shapes: Sequence[str]) -> Iterator:
-    """Yields a `Row` or a `Refusal` for every combination; ERM is compiled once for each C."""
-    for num_classes in classes:
-        model = models.create(FLAGS.model, num_classes)
-        injection.check_layer(model.layers, FLAGS.layer)
-        state, batch = step_cost.make_state(
-            model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels
-        )
-        erm, _ = step_cost.compile_step(state, batch, {})
-        for mode in modes:
-            for shape in shapes:
-                try:
-                    yield measure(state, batch, erm, mode, shape)
-                except ValueError as error:
-                    yield Refusal(num_classes, mode, shape, str(error))
-
-
 def measure(state: lpa_jax.TrainState, batch, erm, mode: str, shape: str) -> Row:
-    """Compiles and times one combination against the ERM step.
+    """Compiles one combination and times it against the ERM step.
 
     Raises:
-      ValueError: the table does not fit.
+      ValueError: the table exceeds --memory_limit.
     """
-    # Equal class counts: the rule's cost does not depend on them.
+    # Equal class counts: the cost does not depend on them.
     rule = lpa_jax.by_frequency([1] * state.num_classes)
     perturbation = lpa_jax.lpa(
         step_cost.RADIUS,
@@ -139,8 +91,7 @@ def measure(state: lpa_jax.TrainState, batch, erm, mode: str, shape: str) -> Row
     plan = {FLAGS.layer: perturbation}
     own_state = step_cost.with_perturbations(state, batch, plan)
     step, _ = step_cost.compile_step(own_state, batch, plan)
-    rounds = step_cost.alternate((erm, state), (step, own_state), batch, FLAGS.rounds)
-    erm_ms, step_ms = zip(*rounds, strict=True)
+    times = timing.time_steps((erm, state), (step, own_state), batch, FLAGS.rounds)
     return Row(
         classes=state.num_classes,
         mode=mode,
@@ -148,50 +99,55 @@ def measure(state: lpa_jax.TrainState, batch, erm, mode: str, shape: str) -> Row
         table_mb=sum(leaf.nbytes for leaf in jax.tree.leaves(own_state.perturbation_state)) / 1e6,
         memory_mb=step_cost.memory_mb(step),
         erm_memory_mb=step_cost.memory_mb(erm),
-        erm_ms=statistics.median(erm_ms),
-        step_ms=statistics.median(step_ms),
-        ratio=statistics.median(own / plain for plain, own in rounds),
-        extra_ms=statistics.median(own - plain for plain, own in rounds),
+        erm_ms=statistics.median(times.first),
+        step_ms=statistics.median(times.second),
+        ratio=times.ratio,
+        extra_ms=statistics.median(own - plain for plain, own in zip(*times, strict=True)),
     )
 
 
-def table(rows: Sequence[Row | Refusal]) -> str:
-    """The rows in Markdown; a refused one has its reason below the table."""
-    names = [field.name for field in dataclasses.fields(Row)]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    reasons = []
-    for row in rows:
-        cells = [str(getattr(row, name)) for name in names[:3]]
-        if isinstance(row, Refusal):
-            cells += ["-"] * (len(names) - 3)
-            reasons.append(f"{row.classes} {row.mode} {row.shape}: {row.reason}")
-        else:
-            cells += [f"{getattr(row, name):.4g}" for name in names[3:]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *reasons])
+def measure_all() -> tuple[list[list[str]], list[str]]:
+    """The rows of the table as text, and the reasons of those that are empty.
+
+    Raises:
+      ValueError: naming the flag that is out of range.
+    """
+    classes = timing.whole_numbers("classes", FLAGS.classes, low=2)
+    modes = timing.among("modes", FLAGS.modes, MODES)
+    shapes = timing.among("shapes", FLAGS.shapes, pgd.SHAPES)
+    rows, reasons = [], []
+    for num_classes in classes:
+        model = models.create(FLAGS.model, num_classes)
+        injection.check_layer(model.layers, FLAGS.layer)
+        state, batch = step_cost.make_state(
+            model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels
+        )
+        erm, _ = step_cost.compile_step(state, batch, {})
+        for mode, shape in itertools.product(modes, shapes):
+            name = [str(num_classes), mode, shape]
+            try:
+                numbers = measure(state, batch, erm, mode, shape)[len(name) :]
+                rows.append(name + [f"{number:.4g}" for number in numbers])
+            except ValueError as error:
+                rows.append(name + ["-"] * (len(Row._fields) - len(name)))
+                reasons.append(f"{' '.join(name)}: {error}")
+            timing.progress(" ".join(name))
+    return rows, reasons
 
 
 def main(argv: list[str]) -> None:
-    """Measures every combination, prints the table."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
-        )
-    rows: list[Row | Refusal] = []
+    """Measures every combination and prints the table."""
+    entry_point.refuse_arguments(argv)
     try:
-        classes = numbers("classes", FLAGS.classes)
-        modes = chosen("modes", FLAGS.modes, MODES)
-        shapes = chosen("shapes", FLAGS.shapes, pgd.SHAPES)
-        for row in measure_all(classes, modes, shapes):
-            rows.append(row)
-            print(f"{row.classes} {row.mode} {row.shape}", file=sys.stderr, flush=True)
+        rows, reasons = measure_all()
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(
         f"{FLAGS.model} at {FLAGS.layer}, batch {FLAGS.batch_size}, {FLAGS.steps} cold steps, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, {FLAGS.rounds} rounds\n"
+        f"{timing.devices()}, {FLAGS.rounds} rounds\n"
     )
-    print(table(rows))
+    print(tables.markdown_table([Row._fields, *rows]))
+    print("\n".join(reasons))
 
 
 if __name__ == "__main__":

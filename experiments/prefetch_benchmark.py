@@ -1,26 +1,25 @@
-r"""Times training with and without the next batch being read and placed while a step runs.
+r"""Times training with and without prefetching: reading and placing batches while a step runs.
 
     python -m experiments.prefetch_benchmark --model=resnet8 --image_size=32
 
-A benchmark on random images, nothing is learned. Three sources: arrays in memory, JPEG files that
-are decoded when they are asked for, and the same files read ahead in threads, as the experiments
-do it. In every round the same steps run once with `lpa_jax.data.prefetch.Prefetched` and once
-without, in alternating order, and the last one is waited for. The ratio is the median of the
-rounds' ratios, so that a machine whose speed drifts slows both.
+The images are random and nothing is learned. The batches have three sources: arrays in memory, JPEG
+files that are decoded on demand, and the same files read ahead in threads, as the experiments do
+it. In every round the same steps run once with `lpa_jax.data.prefetch.Prefetched` and once without,
+in alternating order, and the last one is waited for. The ratio is the median of the ratios of the
+rounds, so that a machine whose speed drifts slows both.
 
-Where the devices are the processor's own cores, reading ahead takes its time from the step; what
-it gains on an accelerator is not to be read from a row measured there.
+On CPU devices, reading ahead competes with the step for the cores; such a row does not show the
+gain on an accelerator.
 """
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -29,15 +28,20 @@ import PIL.Image
 from absl import app, flags
 
 import lpa_jax
+from experiments.compiled import timing
+from experiments.reporting import tables
+from experiments.runtime import main as entry_point
 from lpa_jax import data, models, parallel
 from lpa_jax.data.prefetch import Prefetched
 
 FLAGS = flags.FLAGS
 CLASSES = 10
+HEADER = ("source", "steps/s without", "with", "ratio", "range")
+Batches = data.Batches | data.ReadAhead
 
 
 def define_flags() -> None:
-    """Flags of this module."""
+    """Defines the flags of this module."""
     flags.DEFINE_enum("model", "resnet8", models.names(), "Network.")
     flags.DEFINE_integer("image_size", 32, "Height and width that a step sees.", lower_bound=1)
     flags.DEFINE_integer("file_size", 256, "Height and width of the files.", lower_bound=1)
@@ -47,35 +51,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 7, "Rounds of one timing each way.", lower_bound=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-      source: where batches come from.
-      plain: steps a second without prefetching, median over the rounds.
-      prefetched: steps a second with it.
-      ratio: median over the rounds of the second over the first.
-      lowest, highest: range of that ratio.
-    """
-
-    source: str
-    plain: float
-    prefetched: float
-    ratio: float
-    lowest: float
-    highest: float
-
-
 @contextlib.contextmanager
-def sources() -> Iterator[dict[str, Callable[[], data.Batches | data.ReadAhead]]]:
-    """What makes the batches of each source; the files are gone after the block."""
+def sources() -> Iterator[dict[str, Callable[[], Batches]]]:
+    """Functions that make the batches of each source; the files exist within the block."""
     rng = np.random.default_rng(0)
     labels = np.arange(FLAGS.images, dtype=np.int32) % CLASSES
     with tempfile.TemporaryDirectory() as folder:
         names = [f"{number}.jpg" for number in range(FLAGS.images)]
         for name in names:
-            # Noise of a few pixels: as hard to decode as a photograph, about as large a file.
+            # Blocks of noise take about as long to decode as a photograph.
             coarse = rng.integers(0, 256, (FLAGS.file_size // 4 + 1,) * 2 + (3,), np.uint8)
             pixels = coarse.repeat(4, axis=0).repeat(4, axis=1)
             PIL.Image.fromarray(pixels[: FLAGS.file_size, : FLAGS.file_size]).save(
@@ -94,43 +78,30 @@ def sources() -> Iterator[dict[str, Callable[[], data.Batches | data.ReadAhead]]
 
 
 def make_step() -> tuple[parallel.MappedStep, lpa_jax.TrainState]:
-    """A step of plain training, which is compiled once for all sources, and its first state."""
+    """A step of plain training, which all sources share, and its first state."""
     step = parallel.map_step(
         functools.partial(lpa_jax.lpa_step, augment=_scaled), num_classes=CLASSES
     )
     example = {"image": np.zeros((FLAGS.batch_size, FLAGS.image_size, FLAGS.image_size, 3), "f4")}
     model = models.create(FLAGS.model, CLASSES)
-    # A rate so small that random labels cannot drive a long run out of range.
+    # So small that training on random labels does not diverge.
     return step, lpa_jax.TrainState.create(model, optax.sgd(1e-3), jax.random.key(0), example)
 
 
 def measure(
-    source: str,
-    make_batches: Callable[[], data.Batches | data.ReadAhead],
-    step: parallel.MappedStep,
-    state: lpa_jax.TrainState,
-) -> Row:
-    """Times the steps both ways, in turn, after one round that is not counted."""
-    rounds = []
-    for number in range(1 + FLAGS.rounds):
-        rates = {}
-        for prefetch in (False, True) if number % 2 else (True, False):
-            with contextlib.ExitStack() as stack:
-                batches = make_batches()
-                if prefetch:
-                    batches = stack.enter_context(Prefetched(batches, step.place))
-                rates[prefetch] = _steps_a_second(step, state, batches)
-        rounds.append((rates[False], rates[True]))
-    plain, prefetched = zip(*rounds[1:], strict=True)
-    ratios = [there / here for here, there in rounds[1:]]
-    return Row(
-        source,
-        statistics.median(plain),
-        statistics.median(prefetched),
-        statistics.median(ratios),
-        min(ratios),
-        max(ratios),
-    )
+    make_batches: Callable[[], Batches], step: parallel.MappedStep, state: lpa_jax.TrainState
+) -> timing.Rounds:
+    """Steps a second without and with prefetching, by round."""
+
+    def steps_a_second(prefetch):
+        with contextlib.ExitStack() as stack:
+            batches = make_batches()
+            if prefetch:
+                batches = stack.enter_context(Prefetched(batches, step.place))
+            return _steps_a_second(step, state, batches)
+
+    without, with_ = (functools.partial(steps_a_second, prefetch) for prefetch in (False, True))
+    return timing.in_turn(without, with_, FLAGS.rounds, warm_up=1)
 
 
 def _scaled(rng, images, positions):
@@ -148,43 +119,38 @@ def _steps_a_second(step, state, batches) -> float:
     return FLAGS.steps / (time.perf_counter() - started)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
-    lines = ["| source | steps/s without | with | ratio | range |", "|" + " --- |" * 5]
-    lines += [
-        f"| {row.source} | {row.plain:.2f} | {row.prefetched:.2f} | {row.ratio:.3f} | "
-        f"{row.lowest:.2f} to {row.highest:.2f} |"
-        for row in rows
+def _cells(source: str, rates: timing.Rounds) -> list[str]:
+    return [
+        source,
+        *(f"{statistics.median(rate):.2f}" for rate in rates),
+        f"{rates.ratio:.3f}",
+        f"{min(rates.ratios):.2f} to {max(rates.ratios):.2f}",
     ]
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    """Measures every source, prints the table."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; options are flags, --help lists them"
-        )
+    """Measures every source and prints the table."""
+    entry_point.refuse_arguments(argv)
     if FLAGS.batch_size % jax.device_count():
         sys.exit(
-            f"error: --batch_size={FLAGS.batch_size} must be a multiple of the "
-            f"{jax.device_count()} devices"
+            f"error: --batch_size must be a multiple of the {jax.device_count()} devices, "
+            f"got {FLAGS.batch_size}"
         )
     rows = []
     try:
         with sources() as found:
             step, state = make_step()
             for source, make_batches in found.items():
-                rows.append(measure(source, make_batches, step, state))
-                print(source, file=sys.stderr, flush=True)
+                rows.append(_cells(source, measure(make_batches, step, state)))
+                timing.progress(source)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(
         f"{FLAGS.model}, batch {FLAGS.batch_size}, files of {FLAGS.file_size} pixels a side to "
         f"{FLAGS.image_size}, {FLAGS.steps} steps a timing, {FLAGS.rounds} rounds, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}\n"
+        f"{timing.devices()}\n"
     )
-    print(table(rows))
+    print(tables.markdown_table([HEADER, *rows]), end="")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Compiles training steps for TPUs that are not there, with libtpu's compiler, on the CPU.
+"""Compiles training steps for a TPU slice on a machine without TPUs, with libtpu's compiler.
 
-What comes out is what a pod would run: the same XLA passes, the same collectives, the same memory.
-How long it would run does not come out.
+The result is the program that the slice would run: the same XLA passes, collectives and memory. It
+gives no timing of the step.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import os
 import time
@@ -25,7 +24,7 @@ from lpa_jax import models, parallel
 from lpa_jax.perturbations import Perturbation
 
 GIB = 2**30
-# Published memory of one chip by the name of its kind, which may hold two devices.
+# Published memory of one chip by device kind. A chip of some kinds holds two devices.
 CHIP_GIB = {
     "TPU v2": 16,
     "TPU v3": 32,
@@ -34,8 +33,7 @@ CHIP_GIB = {
     "TPU v5": 95,
     "TPU v6 lite": 32,
 }
-# Keep libtpu from asking a cloud which machine this is, from reserving devices that it does not
-# use, and its log out of the report.
+# libtpu must neither ask a cloud which machine this is nor reserve devices nor write a log.
 _NO_DEVICE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -51,8 +49,8 @@ class Topology:
 
     Attributes:
       name: such as v5e:16x16.
-      devices: all of its devices; abstract, no array can be put on them.
-      chips: number of chips, of which some kinds hold two devices.
+      devices: all of its devices; they are abstract and hold no arrays.
+      chips: number of chips; a chip of some kinds holds two devices.
     """
 
     name: str
@@ -61,24 +59,24 @@ class Topology:
 
     @property
     def kind(self) -> str:
-        """The devices' kind, such as TPU v5 lite."""
+        """Device kind, such as TPU v5 lite."""
         return self.devices[0].device_kind
 
     @property
     def memory(self) -> int:
-        """Bytes of one device's memory; the compiler reserves a little of it."""
+        """Bytes of memory of one device; the compiler reserves a little of it."""
         return CHIP_GIB[self.kind] * GIB * self.chips // len(self.devices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What plain training and the method share.
+    """What plain training and the method have in common.
 
     Attributes:
       topology: name of the slice.
       model, dtype, num_classes: the network.
       batch_size: examples in a step over all devices.
-      image_size, channels: of the images.
+      image_size, channels: shape of an image, [image_size, image_size, channels].
     """
 
     topology: str
@@ -92,16 +90,16 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler says of one program, per device.
+    """Costs of one compiled program, per device.
 
     Attributes:
       flops, bytes_accessed: from XLA's cost analysis.
-      memory: bytes of arguments, results, aliased (arguments whose place results take),
+      memory: bytes of arguments, results, aliased (arguments whose memory results reuse),
         temporaries and code.
       collectives: every exchange between devices, in the order of the program's text.
-      contractions: how many there are of each (layer, role, result), see `hlo.tally`.
-      compile_s: tracing, lowering and compiling.
-      refused: why the compiler gave up, "" if it did not; then everything above is empty.
+      contractions: number of each (layer, role, result), see `hlo.tally`.
+      compile_s: seconds of tracing, lowering and compiling.
+      refused: why the compiler failed, "" if it did not; if it did, all fields above are empty.
     """
 
     flops: float = float("nan")
@@ -114,7 +112,7 @@ class Program:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory that one call needs, aliased arrays once."""
+        """Bytes of memory of one call; aliased arrays count once."""
         return sum(self.memory.values()) - 2 * self.memory["aliased"]
 
     @property
@@ -123,7 +121,7 @@ class Program:
         return sum(exchange.bytes for exchange in self.collectives)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file, which `from_dict` reads."""
+        """Plain values for a JSON file; `from_dict` reads them."""
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "collectives": [
@@ -134,7 +132,7 @@ class Program:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Program":
-        """The program that `as_dict` wrote; JSON has no NaN, null stands for it."""
+        """The program that `as_dict` wrote. JSON has no NaN; null is read as NaN."""
         plain = {key: float("nan") if value is None else value for key, value in values.items()}
         plain["collectives"] = [
             hlo.Collective(kind, tuple(map(hlo.Array.parse, arrays)))
@@ -148,25 +146,27 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A program before the compiler, which is where the time goes.
+    """A traced and lowered program; compiling it takes most of the time.
 
     Attributes:
-      lowered: of `jax.stages`.
+      lowered: the `jax.stages.Lowered`.
+      target: the devices to compile for, a topology or a device kind.
       layers: the network's injection points.
-      seconds: that tracing and lowering took.
+      seconds: time of tracing and lowering.
     """
 
     lowered: Any
+    target: str
     layers: Sequence[str]
     seconds: float
 
     @property
-    def fingerprint(self) -> str:
-        """Of the text that the compiler gets: equal texts compile to equal programs."""
-        return hashlib.sha256(self.lowered.as_text().encode()).hexdigest()[:16]
+    def text(self) -> str:
+        """The StableHLO text. With the target it is all that the compiler gets."""
+        return self.lowered.as_text()
 
     def compile(self) -> Program:
-        """What the compiler makes of it; that it does not fit the device is an answer too."""
+        """The compiled program. One that does not fit the device is returned as `refused`."""
         start = time.perf_counter()
         try:
             with _no_compilation_cache():
@@ -197,10 +197,10 @@ class Lowered:
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    """A kept program could not be loaded: that takes a device."""
+    """Turns JAX's compilation cache off: loading a program from it needs a device."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    # Whether a cache is used is decided once a process.
+    # JAX decides once per process whether it uses a cache.
     compilation_cache.reset_cache()
     try:
         yield
@@ -211,10 +211,10 @@ def _no_compilation_cache() -> Iterator[None]:
 
 @functools.cache
 def topology(name: str) -> Topology:
-    """The TPU slice called `name`, KIND:AxB or KIND:AxBxC.
+    """The TPU slice of a name, KIND:AxB or KIND:AxBxC.
 
     Raises:
-      ValueError: libtpu is not installed, or knows no such slice.
+      ValueError: libtpu is not installed or has no such slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
@@ -232,15 +232,18 @@ def topology(name: str) -> Topology:
         ) from None
     devices = tuple(found.devices)
     if devices[0].device_kind not in CHIP_GIB:
-        raise ValueError(f"--topology: the memory of {devices[0].device_kind!r} is not known")
+        known = ", ".join(CHIP_GIB)
+        raise ValueError(
+            f"--topology must be a slice of {known}, got one of {devices[0].device_kind}"
+        )
     return Topology(name, devices, len({tuple(device.coords) for device in devices}))
 
 
 def share(setting: Setting) -> int:
-    """Examples of one device.
+    """Examples in a step on each device.
 
     Raises:
-      ValueError: the batch does not split evenly, or `topology` refuses.
+      ValueError: no such topology, or the batch does not split evenly.
     """
     devices = len(topology(setting.topology).devices)
     if setting.batch_size % devices:
@@ -254,7 +257,7 @@ def share(setting: Setting) -> int:
 def abstract_state(
     setting: Setting, perturbations: Mapping[str, Perturbation]
 ) -> tuple[lpa_jax.TrainState, Mapping[str, jax.ShapeDtypeStruct]]:
-    """Shapes of the train state and of one device's share of the batch.
+    """Shapes of the train state and of the batch of one device.
 
     Raises:
       ValueError: the model or a perturbation does not fit.
@@ -271,7 +274,7 @@ def abstract_state(
 
 
 def lower_step(setting: Setting, perturbations: Mapping[str, Perturbation]) -> Lowered:
-    """The training step, mapped over all devices by `parallel.pmapped`; its state is given away."""
+    """Lowers the training step, mapped over all devices; it donates its state."""
     start = time.perf_counter()
     devices = topology(setting.topology).devices
     state, batch = abstract_state(setting, perturbations)
@@ -281,19 +284,21 @@ def lower_step(setting: Setting, perturbations: Mapping[str, Perturbation]) -> L
     }
     step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations)
     lowered = parallel.pmapped(step, devices, donate_state=True).lower(state, batch, ())
-    return Lowered(lowered, state.network.layers, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Lowered(lowered, setting.topology, state.network.layers, seconds)
 
 
 def lower_gradient_pass(setting: Setting, layer: str) -> Lowered:
-    """One gradient pass above `layer` with one device's share: see `experiments.benchmark`."""
+    """Lowers one gradient pass above `layer` on one device: see `experiments.benchmark`."""
     start = time.perf_counter()
-    place = jax.sharding.SingleDeviceSharding(topology(setting.topology).devices[0])
+    slice_ = topology(setting.topology)
+    place = jax.sharding.SingleDeviceSharding(slice_.devices[0])
     state, batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract_state(setting, {}),
     )
     lowered = step_cost.lower_gradient_pass(state, batch, layer)
-    return Lowered(lowered, state.network.layers, time.perf_counter() - start)
+    return Lowered(lowered, slice_.kind, state.network.layers, time.perf_counter() - start)
 
 
 def table_row(setting: Setting, layer: str, shape: str) -> tuple[int, ...]:

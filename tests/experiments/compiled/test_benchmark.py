@@ -12,7 +12,7 @@ from absl import flags
 
 import lpa_jax
 from experiments import benchmark
-from experiments.compiled import step_cost
+from experiments.compiled import step_cost, timing
 from tests.helpers.module_call import run_main
 
 FLAGS = flags.FLAGS
@@ -110,7 +110,7 @@ def test_the_floor_is_that_of_the_matmuls_and_the_compiled_step_reaches_it(
     assert step_cost.flops(step) / step_cost.flops(erm) == pytest.approx(floor, rel=0.05)
 
 
-def test_steps_alternate_in_order_and_leave_the_callers_states_alone():
+def test_steps_alternate_in_order_and_leave_the_states_of_the_caller_unchanged():
     calls = []
 
     def step_of(name):
@@ -126,19 +126,30 @@ def test_steps_alternate_in_order_and_leave_the_callers_states_alone():
         return step
 
     state = jnp.zeros((), jnp.int32)
-    rounds = step_cost.alternate((step_of("a"), state), (step_of("b"), state), "batch", rounds=3)
-    assert len(rounds) == 3 and min(min(pair) for pair in rounds) > 0
+    times = timing.time_steps((step_of("a"), state), (step_of("b"), state), "batch", rounds=3)
+    assert len(times.first) == len(times.second) == 3 and min(times.first + times.second) > 0
     assert [name for name, _ in calls] == list("abbaabbaab")
     assert [count for name, count in calls if name == "b"] == [0, 1, 2, 3, 4]
     assert int(state) == 0
 
 
+def test_each_number_belongs_to_its_measurement_whichever_came_first():
+    numbers = iter(range(1, 9))
+    first, second = (lambda: next(numbers)), (lambda: -next(numbers))
+    times = timing.in_turn(first, second, rounds=3, warm_up=1)
+    assert times == ((4, 5, 8), (-3, -6, -7))
+    assert times.ratio == -7 / 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--methods=ermm"], "--methods: unknown method 'ermm'"),
-        (["--methods=dropout:free"], "--methods: unknown mode in 'dropout:free'; only lpa has"),
-        (["--methods=lpa:warm"], "--methods: unknown mode in 'lpa:warm'"),
+        (["--methods=ermm"], "--methods must be among erm, adversarial, dropout, "),
+        (["--methods=dropout:free"], "one of cold, carry, free, got 'dropout:free'"),
+        (
+            ["--methods=lpa:warm"],
+            "--methods: MODE in lpa:MODE must be one of cold, carry, free, got 'lpa:warm'",
+        ),
         (["--methods="], "--methods must name at least one method"),
         (["--methods=mixstyle"], "mixstyle at hidden2: mixstyle needs an activation"),
         (["--layers=stage1"], "unknown layer 'stage1'; the injection points are: input, hidden1"),

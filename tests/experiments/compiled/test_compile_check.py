@@ -13,8 +13,7 @@ import pytest
 from absl import flags
 
 from experiments import compile_check
-from experiments.compiled import hlo, promises, step_cost, tpu
-from experiments.compiled import store as program_store
+from experiments.compiled import hlo, promises, step_cost, store, tpu
 from lpa_jax.perturbations import Site
 from tests.helpers.commands import parsed
 from tests.helpers.module_call import run_main
@@ -268,12 +267,12 @@ TINY = ("--topology=v5e:2x2", "--model=mlp", "--layer=hidden2", "--batch_size=64
     ("arguments", "expected"),
     [
         (["--layer=stage9"], "--layer must be one of input, hidden1, hidden2, hidden3, logits for"),
-        (["--model=mlpp"], "--model must be one of mlp, small_cnn"),
-        (["--dtype=int8"], "--dtype must be one of float32, bfloat16, got 'int8'"),
-        (["--mode=warm"], "--mode must be one of cold, carry, free, got 'warm'"),
-        (["--steps=0"], "--steps must be a whole number >= 1, got '0'"),
-        (["--num_classes=ten"], "--num_classes must be a whole number >= 2, got 'ten'"),
-        (["--shape="], "--shape must name at least one, got none"),
+        (["--model=mlpp"], "--model must be among mlp, small_cnn"),
+        (["--dtype=int8"], "--dtype must be among float32, bfloat16, got 'int8'"),
+        (["--mode=warm"], "--mode must be among cold, carry, free, got 'warm'"),
+        (["--steps=0"], "--steps must be whole numbers >= 1, got '0'"),
+        (["--num_classes=ten"], "--num_classes must be whole numbers >= 2, got 'ten'"),
+        (["--shape="], "--shape must be among full, channel, got ''"),
         (["--batch_size=0"], "--batch_size=0"),
         pytest.param(
             ["--topology=v5e:3x5"], "--topology must be a TPU slice such as", marks=needs_libtpu
@@ -317,13 +316,9 @@ def test_a_small_pod_keeps_every_promise_and_a_second_run_compiles_nothing(
     assert message is None
     assert out.count("pass  ") == 12 and "FAIL" not in out
     assert "method: all-reduce" in out and "s32[64]" in out
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    assert len(kept["programs"]) == 6 and kept["versions"]["jax"] == jax.__version__
-    gradient_pass, erm, method = (
-        tpu.Program.from_dict(entry["program"])
-        for key, entry in kept["programs"].items()
-        if "num_classes=10," in key
-    )
+    kept = json.loads(path.read_text(encoding="utf-8"))["compiled_programs"]
+    assert len(kept) == 6
+    erm, gradient_pass, method, *_ = map(tpu.Program.from_dict, kept.values())
     # The forward pass, the gradient of every product's input but the images', of every weight.
     sizes = (16, 256, 256, 128, 10)
     products = [2 * 16 * a * b for a, b in itertools.pairwise(sizes)]
@@ -334,27 +329,17 @@ def test_a_small_pod_keeps_every_promise_and_a_second_run_compiles_nothing(
     assert method.flops == pytest.approx(erm.flops + 2 * gradient_pass.flops, rel=0.05)
     assert method.exchanged_bytes == erm.exchanged_bytes + 4 * (3 * 10 * 256 + 10 + 1)
 
-    # Other sources, the same steps: traced again, not compiled again, and then not traced either.
-    monkeypatch.setattr(program_store, "sources", lambda: "other")
+    # Neither compiles: the second run finds the programs in the file.
     monkeypatch.setattr(tpu.Lowered, "compile", None)
-    assert run(*arguments)[0] is None
-    monkeypatch.setattr(tpu, "lower_step", None)
-    message, out = run(*arguments, "--markdown", "--nocompile", "--mode=cold,carry")
-    assert message is None
-    assert [line.split(" | ")[-1] for line in out.splitlines()[2:]] == ["6/6 |"] * 2
+    assert run(*arguments) == (None, out)
+    message, table = run(*arguments, "--markdown", "--nocompile", "--mode=cold,carry")
+    assert message is None, "a case that is not in the file is left out"
+    assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["6/6 |"] * 2
 
-
-@needs_libtpu
-def test_a_program_of_another_step_is_marked_in_the_table_and_compiled_again(
-    run, tmp_path, monkeypatch
-):
-    arguments = (*TINY, f"--output={tmp_path / 'programs.json'}", "--mode=free", "--markdown")
-    assert run(*arguments)[1].endswith("6/6 |\n")
-    monkeypatch.setattr(program_store, "sources", lambda: "other")
+    # Another step is another program, which the file does not hold.
     monkeypatch.setattr(step_cost, "RADIUS", 0.06)
-    assert run(*arguments, "--nocompile")[1].endswith("6/6, older code |\n")
-    assert run(*arguments)[1].endswith("6/6 |\n")
-    assert run(*arguments, "--nocompile")[1].endswith("6/6 |\n")
+    _, table = run(*arguments, "--markdown", "--nocompile")
+    assert len(table.splitlines()) == 2
 
 
 @needs_libtpu
@@ -374,62 +359,58 @@ class Lowered:
 
     compiled = 0
 
-    def __init__(self, text):
-        self.fingerprint = text
+    def __init__(self, text, target="v5e:2x2"):
+        self.text, self.target = text, target
 
     def compile(self):
         Lowered.compiled += 1
         return kept().erm
 
 
-def test_a_program_is_compiled_again_where_its_text_or_its_reading_changed_and_nowhere_else(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def get(tmp_path, monkeypatch):
+    """(lowered, **options of Programs) -> what a new process gets, and how often one compiled."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
     monkeypatch.setattr(Lowered, "compiled", 0)
-    path = str(tmp_path / "programs.json")
 
-    def get(text, compiled, **changes):
-        for name, value in changes.items():
-            monkeypatch.setattr(program_store, name, value)
-        programs = program_store.Programs(path)
-        assert programs.get("a", lambda: Lowered(text)) == kept().erm
-        assert programs.holds("a") and not programs.holds("b") and Lowered.compiled == compiled
+    def get_in_new_process(lowered, **options):
+        programs = store.Programs(str(tmp_path / "programs.json"), **options)
+        return programs.get("name", lambda: lowered), Lowered.compiled
 
-    get("one", 1)
-    get("not looked at while the sources are the same", 1)
-    get("one", 1, sources=lambda: "second")
-    get("two", 2, sources=lambda: "third")
-    get("two", 3, READING=program_store.READING + 1)
-    monkeypatch.setattr(program_store, "sources", lambda: "fourth")
-    old = program_store.Programs(path, compile_missing=False)
-    assert old.get("a", lambda: Lowered("three")) == kept().erm
-    assert "a" in old and not old.holds("a") and Lowered.compiled == 3
+    return get_in_new_process
 
 
-def test_a_file_of_other_versions_or_of_something_else_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
-    path = tmp_path / "programs.json"
-    program_store.Programs(str(path)).get("a", lambda: Lowered("one"))
+def test_a_program_is_compiled_once_and_again_only_if_what_decides_it_changed(get, monkeypatch):
+    program = kept().erm
+    assert get(Lowered("one")) == (program, 1)
+    assert get(Lowered("one")) == (program, 1), "read from the file"
+    assert get(Lowered("two")) == (program, 2), "another text"
+    assert get(Lowered("one", "v6e:2x2")) == (program, 3), "other devices"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=true")
+    assert get(Lowered("one")) == (program, 4), "another flag of the compiler"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.0")
-    with pytest.raises(ValueError, match=r"--output: .* holds programs of .*1.0.*, this is .*2.0"):
-        program_store.Programs(str(path))
-    for text in ("[]", path.read_text(encoding="utf-8")[:-20]):
+    assert get(Lowered("one")) == (program, 5), "another version of it"
+    monkeypatch.setattr(hlo, "__file__", __file__)
+    assert get(Lowered("one")) == (program, 6), "another reader of its text"
+    assert get(Lowered("three"), compile_missing=False) == (None, 6)
+
+
+def test_a_program_of_the_same_name_is_lowered_once_a_process():
+    programs, lowered = store.Programs(None), []
+    for _ in range(2):
+        assert programs.get("name", lambda: lowered.append(1) or Lowered("text")) == kept().erm
+    assert lowered == [1]
+
+
+def test_a_file_of_something_else_is_refused(get, tmp_path):
+    path = tmp_path / "programs.json"
+    get(Lowered("one"))
+    old = '{"versions": {"jax": "0.10.2"}, "programs": {}}'
+    damaged = '{"compiled_programs": {"key": {"flops": 1.0}}}'
+    for text in ("[]", old, damaged, path.read_text(encoding="utf-8")[:-20]):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match=r"--output: .* is not a file of this program"):
-            program_store.Programs(str(path))
-
-
-def test_sources_differ_by_what_runs_and_not_by_what_is_said_about_it():
-    texts = {
-        name: program_store.fingerprint_source(text)
-        for name, text in {
-            "plain": "class A:\n    def f(self):\n        return 1\n",
-            "said": 'class A:\n    "A."\n    def f(self):  # one\n        "F."\n        return 1\n',
-            "other": "class A:\n    def f(self):\n        return 2\n",
-        }.items()
-    }
-    assert texts["plain"] == texts["said"] != texts["other"]
+        with pytest.raises(ValueError, match=r"--output must name a file of compile_check, got '"):
+            store.Programs(str(path))
 
 
 def test_the_star_has_each_level_of_the_grid_once_around_the_base_case():

@@ -1,0 +1,114 @@
+"""Times two programs in turn, so that a machine whose speed drifts slows both."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lpa_jax
+from experiments.compiled.step_cost import Batch, Compiled
+
+WARM_UP_ROUNDS = 2
+
+
+class Rounds(NamedTuple):
+    """Measurements of two programs that took turns: of each one number a round."""
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Second / first, by round.
+
+        >>> Rounds((2.0, 4.0), (3.0, 5.0)).ratios
+        [1.5, 1.25]
+        """
+        return [second / first for first, second in zip(*self, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios, each of two measurements that were made one after the other."""
+        return statistics.median(self.ratios)
+
+
+def in_turn(
+    first: Callable[[], float], second: Callable[[], float], rounds: int, warm_up: int
+) -> Rounds:
+    """Calls two measurements once a round; which of them goes first alternates.
+
+    Args:
+      first: returns what it measured.
+      second: the same of the other.
+      rounds: number of rounds to return.
+      warm_up: number of rounds before those.
+    """
+    measured = []
+    for number in range(warm_up + rounds):
+        one, other = (first, second) if number % 2 == 0 else (second, first)
+        pair = one(), other()
+        measured.append(pair if number % 2 == 0 else pair[::-1])
+    return Rounds(*zip(*measured[warm_up:], strict=True))
+
+
+def time_steps(
+    first: tuple[Compiled, lpa_jax.TrainState],
+    second: tuple[Compiled, lpa_jax.TrainState],
+    batch: Batch,
+    rounds: int,
+) -> Rounds:
+    """Milliseconds of one training step of each, by round, in the same process.
+
+    Each step starts from the state that its last one returned and is waited for.
+    """
+    return in_turn(_timed(*first, batch), _timed(*second, batch), rounds, WARM_UP_ROUNDS)
+
+
+def _timed(step: Compiled, state: lpa_jax.TrainState, batch: Batch) -> Callable[[], float]:
+    state = jax.tree.map(jnp.copy, state)  # steps donate their state; the caller keeps the original
+
+    def milliseconds():
+        nonlocal state
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        return 1e3 * (time.perf_counter() - start)
+
+    return milliseconds
+
+
+def devices() -> str:
+    """Number and kind of the devices, such as `8 x TPU v4`."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def progress(line: str) -> None:
+    """Prints a line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def whole_numbers(flag: str, texts: Sequence[str], low: int) -> list[int]:
+    """Values of a list flag as whole numbers.
+
+    Raises:
+      ValueError: there is none, or one is no whole number >= low.
+    """
+    if not texts or not all(text.strip().isdecimal() and int(text) >= low for text in texts):
+        raise ValueError(f"--{flag} must be whole numbers >= {low}, got {','.join(texts)!r}")
+    return [int(text) for text in texts]
+
+
+def among(flag: str, texts: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    """Values of a list flag that are all among the allowed ones.
+
+    Raises:
+      ValueError: there is none, or one is not allowed.
+    """
+    if not texts or not set(texts) <= set(allowed):
+        raise ValueError(f"--{flag} must be among {', '.join(allowed)}, got {','.join(texts)!r}")
+    return list(texts)
