@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpa_jax import checks
+from lpa_jax.data import optional
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.example_stream import ExampleStream
 
@@ -276,7 +277,7 @@ def grain_batches(
       >>> grain_batches(source, seed=0, batch_size=2)[2]["label"]
       array([0, 2], dtype=int32)
     """
-    import grain  # a second of import that sets in memory do without
+    grain = optional.package("grain")  # a second of import that sets in memory do without
 
     batch_size = checks.integer("batch_size", batch_size, minimum=1)
     positions = _host_positions(batch_size, host_slice)

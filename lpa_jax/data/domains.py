@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable
 
 import numpy as np
-import PIL.Image
 
 from lpa_jax import checks
-from lpa_jax.data import domain_folders, random_order, sources
+from lpa_jax.data import domain_folders, optional, random_order, sources
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.image_files import ImageFiles
 
@@ -82,8 +81,9 @@ def rotate(images: np.ndarray, degrees: float) -> np.ndarray:
       array([[2, 4],
              [1, 3]], dtype=uint8)
     """
+    pillow = optional.package("PIL.Image")
     rotated = [
-        PIL.Image.fromarray(image[..., 0]).rotate(degrees, PIL.Image.Resampling.BILINEAR)
+        pillow.fromarray(image[..., 0]).rotate(degrees, pillow.Resampling.BILINEAR)
         for image in images
     ]
     return np.stack([np.asarray(image) for image in rotated])[..., None]

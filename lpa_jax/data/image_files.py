@@ -10,14 +10,17 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 from numpy.typing import ArrayLike
 
 from lpa_jax import checks
+from lpa_jax.data import optional
 from lpa_jax.data.file_crops import FileCrop
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 # Extensions of torchvision's ImageFolder, which DomainBed reads with.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -166,14 +169,15 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
         more than 8 bits a channel.
 
     Example:
-      >>> import tempfile
+      >>> import tempfile, PIL.Image
       >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
       ...     PIL.Image.new("L", (10, 20), 7).save(file.name)
       ...     decode(file.name, image_size=2).tolist()
       [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
     """
+    pillow = optional.package("PIL.Image")
     try:
-        with PIL.Image.open(path, formats=_FORMATS) as image:
+        with pillow.open(path, formats=_FORMATS) as image:
             return np.asarray(_fitted(_rgb(image), image_size, fit))
     except MemoryError:
         raise
@@ -198,11 +202,13 @@ def fitted(pixels: np.ndarray, image_size: int) -> np.ndarray:
     >>> fitted(np.full((10, 20, 1), 7, np.uint8), image_size=2).tolist()
     [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
     """
-    image = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image = optional.package("PIL.Image").fromarray(
+        pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    )
     return np.asarray(_fitted(_rgb(image), image_size, "crop"))
 
 
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def _rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     width, height = image.size
     if width * height > _MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, must be at most {_MAX_PIXELS}")
@@ -213,7 +219,7 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _fitted(image: PIL.Image.Image, image_size: int, fit: str | Placing) -> PIL.Image.Image:
+def _fitted(image: "PIL.Image.Image", image_size: int, fit: str | Placing) -> "PIL.Image.Image":
     width, height = image.size
     if callable(fit):
         # Not resize(box=...), whose antialiasing looks at pixels outside the box.
@@ -224,7 +230,8 @@ def _fitted(image: PIL.Image.Image, image_size: int, fit: str | Placing) -> PIL.
         side = min(width, height) * 7 / 8
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-    return image.resize((image_size, image_size), PIL.Image.Resampling.BILINEAR, box=box)
+    bilinear = optional.package("PIL.Image").Resampling.BILINEAR
+    return image.resize((image_size, image_size), bilinear, box=box)
 
 
 def open_image_files(

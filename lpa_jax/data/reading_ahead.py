@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from lpa_jax import checks
+from lpa_jax.data import optional
 from lpa_jax.data.batching import Batch, Batches, EvaluationBatches
 from lpa_jax.data.domain_batching import DomainBatches
 
@@ -41,7 +42,7 @@ class ReadAhead:
         return batch
 
     def _read_from(self, step: int) -> Iterator[Batch]:
-        import grain  # a second of import that sets in memory do without
+        grain = optional.package("grain")  # a second of import that sets in memory do without
 
         last = len(self._batches) if isinstance(self._batches, EvaluationBatches) else _ENDLESS
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._ahead)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpa_jax import checks
+from lpa_jax.data import optional
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.image_files import ImageFiles, fitted
 
@@ -224,7 +225,7 @@ def prepare(name: str, data_dir: PathLike | None = None) -> str:
 def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder":
     if not isinstance(name, str) or not name:
         raise ValueError(f"dataset={name!r}: {_known_names()}")
-    import tensorflow_datasets as tfds  # half a second, which other data does not need
+    tfds = optional.package("tensorflow_datasets")  # half a second, which other data does not need
 
     from lpa_jax.data.builders import BUILDERS
 

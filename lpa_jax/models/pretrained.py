@@ -21,9 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from lpa_jax.data import optional
 from lpa_jax.models.base import StagedModel
 from lpa_jax.models.resnet import ResNet
 
@@ -59,13 +58,15 @@ def read(path: str | os.PathLike) -> Weights:
         ValueError: It cannot be read, is cut short, or is not such a file.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, safetensors.numpy
         >>> with tempfile.NamedTemporaryFile() as file:
         ...     _ = file.write(safetensors.numpy.save({"fc.bias": np.zeros(2, np.float32)}))
         ...     file.flush()
         ...     read(file.name).tensors["fc.bias"]
         array([0., 0.], dtype=float32)
     """
+    safetensors = optional.package("safetensors")
+    optional.package("safetensors.numpy")
     try:
         content = pathlib.Path(path).read_bytes()
     except OSError as error:

@@ -94,7 +94,7 @@ def test_the_core_brings_jax_flax_optax_and_no_package_of_an_extra():
 
 
 def test_the_experiments_ask_for_every_package_of_their_extra():
-    lines = [line for extra in ("experiments", "data", "checkpoints") for line in extras()[extra]]
+    lines = [line for extra in ("experiments", "data") for line in extras()[extra]]
     listed = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines} - {"lpa-jax"}
     brought = importlib.metadata.packages_distributions()
     asked = {normal(name) for package in experiments._PACKAGES for name in brought[package]}
@@ -108,6 +108,41 @@ def test_an_experiment_without_its_extra_says_in_one_line_how_to_install_it(miss
     assert done.returncode == 1
     assert f"{missing} is missing: pip install -e '.[experiments]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_library_imports_with_the_core_alone():
+    # The builders are classes of TFDS; `lpa_jax.data.load` imports them.
+    paths = (ROOT / "lpa_jax").rglob("*.py")
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    names = [name.removesuffix(".__init__") for name in names if "builders" not in name]
+    done = run_without(
+        modules("experiments", "test") - modules(""),
+        "import importlib\nfor name in sys.argv[1].split(','): importlib.import_module(name)",
+        ",".join(names),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+NEED_DATA = {
+    "tensorflow_datasets": "data.load('digits', 'test')",
+    "grain": "data.grain_batches([{'image': 0, 'label': 0}], 0, 1)",
+    "PIL": "data.image_files.decode('image.png', 8)",
+    "safetensors": "models.pretrained.read('weights')",
+}
+
+
+def test_what_needs_the_extra_data_names_the_command_that_installs_it():
+    attempts = """
+from lpa_jax import data, models
+for code in sys.argv[1:]:
+    try:
+        eval(code)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    done = run_without(NEED_DATA, attempts, *NEED_DATA.values())
+    expected = [f"{package} is missing: pip install 'lpa_jax[data]'" for package in NEED_DATA]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def test_a_wheel_holds_the_library_alone_and_its_types(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lpa_jax.data import optional
 from lpa_jax.data.builders import packaged
 
 
@@ -21,7 +22,6 @@ class Digits(packaged.PackagedBuilder):
     HOMEPAGE = "https://scikit-learn.org/stable/datasets/toy_dataset.html"
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        from sklearn.datasets import load_digits  # half a second that reading back does without
-
-        digits = load_digits()
+        # half a second of import that reading back does without
+        digits = optional.package("sklearn.datasets").load_digits()
         return digits.images.astype(np.uint8)[..., None], digits.target

