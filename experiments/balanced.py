@@ -13,18 +13,16 @@ takes WRN-28-10, 240 epochs and the rest of the recipe from `experiments.data_se
 override single values of it, --recipe=none all of them.
 """
 
-from absl import app, flags
+from absl import flags
 
 from experiments.images import compare as comparison
-from experiments.training import flags as run_flags
+from experiments.runtime import main as entry_point
 
 
 def define_flags() -> None:
     """Flags of this module."""
     comparison.define_flags("balanced", profile="none")
     flags.FLAGS.set_default("assignment", "confidence")
-    flags.adopt_module_key_flags(comparison)
-    flags.adopt_module_key_flags(run_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -33,5 +31,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import pandas as pd
-from absl import app, flags
+from absl import flags
 
 import lpa_jax
 from experiments.compiled import step_cost, timing
@@ -259,5 +259,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

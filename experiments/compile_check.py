@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from experiments.compiled import hlo, timing, tpu
 from experiments.compiled.promises import Check, Method, Result, checks
@@ -304,5 +304,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

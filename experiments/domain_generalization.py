@@ -29,18 +29,19 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from experiments.domains import flags as domain_flags
 from experiments.domains import selection as domain_selection
 from experiments.domains.networks import Network, Trainings
 from experiments.domains.selection import Selected, Training
 from experiments.domains.settings import DomainSettings, DomainSource
+from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import search
 from experiments.methods import tuned as tuned_file
 from experiments.reporting import domain_report
-from experiments.runtime import agreement, files
+from experiments.runtime import files, hosts
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
@@ -66,8 +67,6 @@ def define_flags() -> None:
         "File of tuned hyperparameters from experiments.domain_tune; auto takes the one that comes "
         "with the project for this data set and model, none takes the methods' defaults.",
     )
-    flags.adopt_module_key_flags(domain_flags)
-    flags.adopt_module_key_flags(run_flags)
 
 
 class Run(NamedTuple):
@@ -114,7 +113,7 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: tuned_file.Tuned
     if FLAGS.draws > 1 and FLAGS.hparams not in ("auto", "none"):
         raise ValueError(f"--draws={FLAGS.draws} draws hyperparameters: --hparams must be none")
     methods.check_different(FLAGS.methods)
-    hidden = run_flags.searched_layers(settings.model)
+    hidden = method_flags.searched_layers(settings.model)
     ranges = domain_flags.search_ranges()
 
     def options(method, seed, test, draw):
@@ -193,7 +192,7 @@ def train_all(
     configs = {id(run): configuration(run, settings) for run in runs}
     found = {id(run): earlier_result(run, configs[id(run)], workdir) for run in runs}
     missing = [run for run in runs if found[id(run)] is None]
-    agreement.check(workdir, [configs[id(run)] for run in missing], agreement.UNFINISHED)
+    hosts.check(workdir, [configs[id(run)] for run in missing], hosts.UNFINISHED)
     todo = _check_all(trainings, missing, source.names)
     progress = RunProgress(todo, settings.intervals, FLAGS.quiet or not first)
     with run_folder.held(workdir), interrupts, progress:
@@ -323,5 +322,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

@@ -17,14 +17,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from experiments.domains import flags as domain_flags
 from experiments.domains import selection as domain_selection
 from experiments.domains.networks import Network, Trainings
 from experiments.domains.settings import DomainSettings, DomainSource
+from experiments.methods import flags as method_flags
 from experiments.methods import search
-from experiments.runtime import agreement, files
+from experiments.runtime import files, hosts
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
@@ -39,9 +40,6 @@ def define_flags() -> None:
     """Flags of this module."""
     domain_flags.define_flags("runs/domain_tune")
     search_loop.define_flags(trials=12, seeds="100-100")
-    flags.adopt_module_key_flags(search_loop)
-    flags.adopt_module_key_flags(domain_flags)
-    flags.adopt_module_key_flags(run_flags)
 
 
 class Trial(NamedTuple):
@@ -58,7 +56,7 @@ class Trial(NamedTuple):
 
 def trial_options(settings: DomainSettings, method: str, trial: int) -> dict[str, Any]:
     """What a trial draws, and what flags fix for all."""
-    hidden = run_flags.searched_layers(settings.model)
+    hidden = method_flags.searched_layers(settings.model)
     drawn = search.draw(method, trial, hidden, FLAGS.search_seed, domain_flags.search_ranges())
     return domain_flags.options_for(method, drawn, settings.train_steps)
 
@@ -126,7 +124,7 @@ def tune(interrupts: Interrupts) -> None:
         if trainings.finished(trial.network) is None and search_loop.is_mine(trial.number):
             todo.append(trial.network)
     planned = files.plain([network._asdict() for network in todo])
-    agreement.check(workdir, planned, agreement.UNFINISHED)
+    hosts.check(workdir, planned, hosts.UNFINISHED)
     quiet = FLAGS.quiet or not multihost.is_first_host()
     progress = RunProgress(len(todo), settings.intervals, quiet)
     with search_loop.held(workdir, search_loop.share(workdir)), interrupts, progress:
@@ -188,5 +186,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

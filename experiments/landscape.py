@@ -22,16 +22,16 @@ model, of an eigenvalue its Lanczos residual. Finished measurements are kept bes
 repeated only when a flag that decides them changes.
 """
 
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments.images import compare as comparison
+from experiments.images import flags as image_flags
 from experiments.measuring import models as trained
 from experiments.measuring.measurements import MEASUREMENTS
 from experiments.measuring.settings import Measuring
@@ -43,11 +43,10 @@ from experiments.reporting import (
     spectrum_plots,
     summary,
 )
-from experiments.runtime import files
+from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
-from lpa_jax import pgd, workdir_lock
-from lpa_jax.diagnostics import corruptions
+from lpa_jax import workdir_lock
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
@@ -69,92 +68,26 @@ Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def define_flags() -> None:
-    """Flags of this module; the defaults of what to measure are those of `Measuring`."""
+    """Flags of this module."""
     trained.define_flags("landscape")
-    how = Measuring()
     flags.DEFINE_list("parts", list(PARTS), f"What to measure: {', '.join(PARTS)}.")
-    flags.DEFINE_enum(
-        "measure_on",
-        how.measure_on,
-        ["train", "evaluation"],
-        "Images of all parts but calibration, which takes the evaluation images.",
-    )
-    flags.DEFINE_integer("measure_batches", how.measure_batches, "Batches of them, at random.")
-    flags.DEFINE_integer("measure_batch_size", how.measure_batch_size, "Images in each.")
-    flags.DEFINE_list(
-        "measure_layers", [], "Layers of activation and geometry; unset: all hidden ones."
-    )
-    flags.DEFINE_integer("eigenvalues", how.eigenvalues, "Largest Hessian eigenvalues to find.")
-    flags.DEFINE_integer(
-        "lanczos_steps",
-        how.lanczos_steps,
-        "Hessian products to find them by, and those of each probe of the spectrum.",
-    )
-    flags.DEFINE_integer("probes", how.probes, "Random vectors for the trace.")
-    flags.DEFINE_integer(
-        "spectrum_probes", how.spectrum_probes, "Random vectors for the spectral density."
-    )
-    flags.DEFINE_float(
-        "sharpness_radius",
-        how.sharpness_radius,
-        "Ball of the worst case, in units of the weights or (normalised) of the filters' norms.",
-    )
-    flags.DEFINE_float(
-        "average_radius", how.average_radius, "Sphere of the average sharpness, same units."
-    )
-    flags.DEFINE_float(
-        "activation_radius", how.activation_radius, "Ball at activations, relative to mean ||h||."
-    )
-    flags.DEFINE_integer("directions", how.directions, "Random lines through the weights.")
-    flags.DEFINE_integer(
-        "resolution", how.resolution, "Points a side of the plane; twice as many and 1 on a line."
-    )
-    flags.DEFINE_float("span", how.span, "Reach of lines and plane, in filter norms.")
-    flags.DEFINE_float(
-        "probe_radius",
-        how.probe_radius,
-        "Radius of the perturbations of amplification and geometry, relative to mean ||h||.",
-    )
-    flags.DEFINE_list(
-        "probe_geometries",
-        list(how.probe_geometries),
-        f"Forms of LPA that geometry measures, among {', '.join(pgd.GEOMETRIES)}.",
-    )
-    flags.DEFINE_integer(
-        "power_iterations", how.power_iterations, "Most power iterations for a local bound."
-    )
-    flags.DEFINE_list(
-        "corruptions", list(how.corruptions), f"Among {', '.join(corruptions.names())}."
-    )
-    flags.DEFINE_list("severities", [str(s) for s in how.severities], "From 1 (weak) to 5.")
-    flags.adopt_module_key_flags(comparison)
-    flags.adopt_module_key_flags(run_flags)
+    fields.define(Measuring)
 
 
 def measuring(model: str) -> Measuring:
     """How to measure, from the parsed flags.
 
     Raises:
-      ValueError: naming the first flag that is out of range.
+      ValueError: naming the first flag that is out of bounds.
     """
     for part in FLAGS.parts:
         if part not in PARTS:
             raise ValueError(f"--parts must be among {', '.join(PARTS)}, got {part!r}")
     if not FLAGS.parts:
         raise ValueError("--parts must name at least one")
-    try:
-        severities = tuple(int(text) for text in FLAGS.severities)
-    except ValueError:
-        given = ",".join(FLAGS.severities)
-        raise ValueError(f"--severities must be whole numbers, got {given!r}") from None
-    # The probes go by the rule of the training, where the flags name one.
-    given = {"severities": severities, "probe_assignment": FLAGS.assignment or "frequency"}
-    names = [field.name for field in dataclasses.fields(Measuring)]
-    values = {name: FLAGS[name].value for name in names if name not in given} | given
-    values |= {
-        name: tuple(values[name]) for name in ("measure_layers", "probe_geometries", "corruptions")
-    }
-    return Measuring(**values).check(model)
+    # The probes follow the rule of the training, where the flags name one.
+    rule = FLAGS.assignment or "frequency"
+    return fields.read(Measuring, probe_assignment=rule).check(model)
 
 
 def measure(
@@ -232,11 +165,11 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
 
 def run(interrupts: Interrupts) -> None:
     """Does what the flags say."""
-    settings = run_flags.settings()
+    settings = image_flags.settings()
     how = measuring(settings.model)
     run_flags.apply_runtime_flags()
     options = comparison.resolve_options(trained.tuned_hparams(settings))
-    run_flags.prepare_data()
+    image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     models = trained.train_or_load(settings, options, workdir, interrupts)
     with workdir_lock.hold(workdir), interrupts:
@@ -256,5 +189,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

@@ -28,11 +28,12 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.images import compare as comparison
+from experiments.images import flags as image_flags
 from experiments.images.settings import Settings
 from experiments.measuring import models as trained
+from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.reporting import geometry_plots, measure_plots, measure_tables, summary
 from experiments.runtime import files
@@ -61,8 +62,6 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "cka_images", 2000, "Evaluation images for CKA, at random, >= 4; its cost is their square."
     )
-    flags.adopt_module_key_flags(comparison)
-    flags.adopt_module_key_flags(run_flags)
 
 
 def layers_to_sweep(settings: Settings) -> tuple[str, ...]:
@@ -141,14 +140,14 @@ def resolve_options(
     methods.check_different(FLAGS.methods)
     if FLAGS.cka_images < 4:
         raise ValueError(f"--cka_images must be >= 4, got {FLAGS.cka_images}")
-    explicit, radii = run_flags.explicit_options(), layer_radii(layers)
-    run_options = run_flags.explicit_run_options()
+    explicit, radii = method_flags.explicit_options(), layer_radii(layers)
+    run_options = method_flags.explicit_run_options()
     options = {ERM: methods.options_for(ERM, tuned.get(ERM, {}), explicit) | run_options}
     for method in FLAGS.methods:
         for layer in layers:
             placed = place(method, layer)
             given = explicit | ({"radius": radii[layer]} if layer in radii else {})
-            chosen = tuned.get(placed) or tuned.get(method) or run_flags.recipe_options(method)
+            chosen = tuned.get(placed) or tuned.get(method) or image_flags.recipe_options(method)
             found = dict(chosen)
             for name in _movable():
                 found.pop(f"{name}.layer", None)  # where it was tuned, not where it stands
@@ -242,11 +241,11 @@ def _in_order(values) -> list[str]:
 
 def sweep(interrupts: Interrupts) -> None:
     """Does what the flags say."""
-    settings = run_flags.settings()
+    settings = image_flags.settings()
     run_flags.apply_runtime_flags()
     layers = layers_to_sweep(settings)
     options = resolve_options(layers, trained.tuned_hparams(settings))
-    run_flags.prepare_data()
+    image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     found = trained.train_or_load(settings, options, workdir, interrupts)
     with workdir_lock.hold(workdir), interrupts:
@@ -270,5 +269,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

@@ -11,18 +11,13 @@ single values of it, --recipe=none all of them):
     python -m experiments.long_tail --dataset=cifar10 --prepare --layer=stage3
 """
 
-from absl import app, flags
-
 from experiments.images import compare as comparison
-from experiments.training import flags as run_flags
+from experiments.runtime import main as entry_point
 
 
 def define_flags() -> None:
     """Flags of this module."""
     comparison.define_flags("long_tail", profile="exponential")
-    # --helpshort shows the flags that a module adopts.
-    flags.adopt_module_key_flags(comparison)
-    flags.adopt_module_key_flags(run_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -31,5 +26,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

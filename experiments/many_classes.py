@@ -19,7 +19,7 @@ import sys
 from typing import NamedTuple
 
 import jax
-from absl import app, flags
+from absl import flags
 
 import lpa_jax
 from experiments.compiled import step_cost, timing
@@ -151,5 +151,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

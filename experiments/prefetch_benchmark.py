@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import optax
 import PIL.Image
-from absl import app, flags
+from absl import flags
 
 import lpa_jax
 from experiments.compiled import timing
@@ -154,5 +154,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

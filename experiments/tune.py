@@ -14,12 +14,14 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments.images import flags as image_flags
 from experiments.images.settings import Settings, TaskSource
+from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import search
-from experiments.runtime import files
+from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import (
@@ -54,14 +56,11 @@ def define_flags() -> None:
         "warm-up on the first seed.",
     )
     flags.DEFINE_string("workdir", "runs/tune", "Folder of the trials.")
-    run_flags.define_data_flags(dataset="mnist5k", profile="exponential")
-    run_flags.define_training_flags()
-    run_flags.define_search_flags()
+    image_flags.define()
+    fields.define(method_flags.Searching)
+    fields.define(method_flags.Perturbing)
     run_flags.define_console_flags()
-    run_flags.define_perturbation_flags()
     FLAGS.set_default("evaluate_on", "validation")
-    flags.adopt_module_key_flags(run_flags)
-    flags.adopt_module_key_flags(search_loop)
 
 
 def run_trial(
@@ -84,14 +83,14 @@ def run_trial(
     drawn = search.draw(
         method,
         trial,
-        run_flags.searched_layers(settings.model),
+        method_flags.searched_layers(settings.model),
         FLAGS.search_seed,
-        run_flags.searched_space(),
+        method_flags.searched_space(),
     )
     if suggestions is not None:
         drawn = suggestions.recentred(method, drawn)
-    options = methods.options_for(method, drawn, run_flags.explicit_options())
-    options |= run_flags.explicit_run_options()
+    options = methods.options_for(method, drawn, method_flags.explicit_options())
+    options |= method_flags.explicit_run_options()
     accuracies = []
     try:
         for seed, task in tasks.items():
@@ -154,15 +153,15 @@ def describe(settings: Settings, seeds: list[int]) -> dict[str, Any]:
       ValueError: a layer or a range that this search cannot draw.
     """
     # Refuse bad names and ranges before anything is written.
-    run_flags.searched_layers(settings.model)
-    ranges = run_flags.searched_space()
+    method_flags.searched_layers(settings.model)
+    ranges = method_flags.searched_space()
     for name in {*methods.COMPILED_RUN_OPTIONS} & {*ranges}:
         raise ValueError(f"--space: {name} is drawn in domain generalization alone")
     setting = {
         "settings": settings.as_dict() | {"data_dir": None, "image_root": None},
         "seeds": seeds,
         "search_seed": FLAGS.search_seed,
-        "fixed_options": run_flags.explicit_options() | run_flags.explicit_run_options(),
+        "fixed_options": method_flags.explicit_options() | method_flags.explicit_run_options(),
     }
     if FLAGS.search_layers:
         setting["search_layers"] = FLAGS.search_layers
@@ -186,7 +185,7 @@ def run_missing(
     suggestions = None
     if FLAGS.radius_center == "suggest":
         first = min(tasks)
-        explicit = run_flags.explicit_options() | run_flags.explicit_run_options()
+        explicit = method_flags.explicit_options() | method_flags.explicit_run_options()
         suggestions = radius_center.Suggestions(settings, tasks[first], first, explicit)
     todo = [
         (method, trial)
@@ -211,12 +210,12 @@ def run_missing(
 
 def tune(interrupts: Interrupts) -> None:
     """Runs this worker's missing trials; writes the choice when no trial is missing."""
-    settings = run_flags.settings()
+    settings = image_flags.settings()
     run_flags.apply_runtime_flags()
     if settings.evaluate_on != "validation":
         raise ValueError("--evaluate_on must be validation: test images choose nothing")
     search_loop.check_flags()
-    run_flags.prepare_data()
+    image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
@@ -242,5 +241,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main)

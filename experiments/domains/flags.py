@@ -6,11 +6,11 @@ from typing import Any
 from absl import flags
 
 from experiments.domains.settings import DomainSettings
+from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods.search import ADAM_LARGE, ADAM_SMALL, Choice, LogUniform, Space
+from experiments.runtime import fields
 from experiments.training import flags as run_flags
-from experiments.training import image_flags
-from lpa_jax import data, models, optimizers
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
 FLAGS = flags.FLAGS
@@ -24,100 +24,38 @@ MIXUP_ALPHA = 0.2
 
 
 def define_flags(workdir: str) -> None:
-    """Data, protocol, training, perturbations."""
+    """Defines the flags of data, protocol, training and perturbations."""
     flags.DEFINE_list(
         "methods",
         ["erm", "coral", "lpa", "coral+lpa"],
         "Methods: erm, any perturbation, penalty or loss, or sums such as coral+lpa.",
     )
-    flags.DEFINE_list("test_domains", ["all"], "Domains to hold out, each in turn; all of them.")
+    flags.DEFINE_list(
+        "test_domains", ["all"], "Domains to hold out, one at a time; all means every domain."
+    )
     flags.DEFINE_string("workdir", workdir, "Folder for everything that is written.")
-    flags.DEFINE_enum(
-        "dataset",
-        "RotatedMNIST",
-        data.DOMAIN_SETS,
-        "RotatedMNIST and ColoredMNIST are embedded, of 5000 images; the others stand in "
-        "--data_dir in DomainBed's folders.",
-    )
-    flags.DEFINE_string("data_dir", None, "Folder that holds the data set's folder.")
-    flags.DEFINE_integer(
-        "deal_seed", 0, "Which MNIST image falls to which domain; the same for all seeds."
-    )
-    flags.DEFINE_integer("image_size", None, "Pixels a side; unset: DomainBed's, 28 or 224.")
-    flags.DEFINE_integer(
-        "images_per_domain", None, "Images of every domain to use; unset: all. For trials."
-    )
-    flags.DEFINE_float("holdout_fraction", 0.2, "Share of every domain that validation takes.")
     flags.DEFINE_list(
         "learning_rate_range",
         [],
         "LOW,HIGH of the learning rates that are drawn; unset: DomainBed's for adamw, those of "
         "the other experiments for sgd.",
     )
-    run_flags.define_search_flags()
-    _define_training_flags()
+    fields.define(DomainSettings)
+    fields.define(method_flags.Searching)
+    # Classes are balanced, or nearly so: their sizes decide no signs.
+    fields.define(method_flags.Perturbing, assignment="confidence")
     run_flags.define_runtime_flags()
-    run_flags.define_perturbation_flags()
-    # Classes are balanced, or nearly so: their sizes say nothing.
-    FLAGS.set_default("assignment", "confidence")
-
-
-def _define_training_flags() -> None:
-    flags.DEFINE_enum("model", "small_cnn", models.names(), "Network architecture.")
-    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
-    flags.DEFINE_integer("train_steps", 300, "Steps of training; DomainBed: 5000.")
-    flags.DEFINE_integer(
-        "batch_size", 16, "Examples of EACH training domain in a step; DomainBed: 32, MNIST 64."
-    )
-    flags.DEFINE_enum(
-        "optimizer", "adamw", optimizers.names(), "Optimiser; adamw without decay is Adam."
-    )
-    flags.DEFINE_float(
-        "learning_rate", None, "Unset: tuned or drawn, else DomainBed's 1e-3 (MNIST) or 5e-5."
-    )
-    flags.DEFINE_float("weight_decay", None, "Unset: tuned or drawn, else 0.")
-    flags.DEFINE_bool("decay_biases_and_norms", False, "Decay biases and norm scales, too.")
-    flags.DEFINE_float("clip_norm", 0.0, "Bound of the gradient's global norm; 0 does not clip.")
-    flags.DEFINE_enum(
-        "schedule",
-        "constant",
-        ("constant", "cosine"),
-        "Learning rate schedule; DomainBed has none.",
-    )
-    image_flags.define_flags(DomainSettings)
-    flags.adopt_module_key_flags(image_flags)
-    flags.DEFINE_integer("evaluate_every", 50, "Steps between checkpoints; divides --train_steps.")
 
 
 def settings() -> DomainSettings:
     """`DomainSettings` from the parsed flags.
 
     Raises:
-      ValueError: naming the first flag that is out of range.
+      ValueError: naming the first flag that is out of bounds or does not fit.
     """
-    rate = FLAGS.learning_rate
-    if rate is None:
-        rate = 5e-5 if FLAGS.dataset in FOLDER_SETS else 1e-3
-    return DomainSettings(
-        dataset=FLAGS.dataset,
-        data_dir=FLAGS.data_dir,
-        deal_seed=FLAGS.deal_seed,
-        image_size=FLAGS.image_size,
-        images_per_domain=FLAGS.images_per_domain,
-        holdout_fraction=FLAGS.holdout_fraction,
-        model=FLAGS.model,
-        dtype=FLAGS.dtype,
-        train_steps=FLAGS.train_steps,
-        batch_size=FLAGS.batch_size,
-        optimizer=FLAGS.optimizer,
-        learning_rate=rate,
-        weight_decay=FLAGS.weight_decay or 0.0,
-        decay_biases_and_norms=FLAGS.decay_biases_and_norms,
-        clip_norm=FLAGS.clip_norm or None,
-        schedule=FLAGS.schedule,
-        evaluate_every=FLAGS.evaluate_every,
-        **image_flags.values(),
-    ).check()
+    of_files = FLAGS.learning_rate is None and FLAGS.dataset in FOLDER_SETS
+    given = {"learning_rate": 5e-5} if of_files else {}
+    return fields.read(DomainSettings, **given).check()
 
 
 def domains_to_test(names: tuple[str, ...]) -> list[str]:
@@ -152,7 +90,7 @@ def search_ranges() -> dict[str, Space]:
         ranges |= ADAM_LARGE if FLAGS.dataset in FOLDER_SETS else ADAM_SMALL
     annealing = Choice(tuple(round(share * FLAGS.train_steps) for share in ANNEALED_SHARES))
     ranges |= {f"{name}.anneal_steps": annealing for name in ANNEALED}
-    ranges |= run_flags.searched_space()
+    ranges |= method_flags.searched_space()
     if not FLAGS.learning_rate_range:
         return ranges
     try:
@@ -184,11 +122,11 @@ def options_for(method: str, found: Mapping[str, Any], train_steps: int) -> dict
     usual = dict.fromkeys(annealed, int(ANNEALED_SHARE * train_steps))
     if methods.MIXUP in names:
         usual[f"{methods.MIXUP}.alpha"] = MIXUP_ALPHA
-    options = methods.options_for(method, usual | dict(found), run_flags.explicit_options())
+    options = methods.options_for(method, usual | dict(found), method_flags.explicit_options())
     for key in annealed:
         if isinstance(options[key], int | float) and options[key] >= train_steps:
             raise ValueError(
                 f"--option={key} must be below --train_steps={train_steps}, or the penalty never "
                 f"reaches its weight, got {options[key]}"
             )
-    return options | run_flags.explicit_run_options()
+    return options | method_flags.explicit_run_options()

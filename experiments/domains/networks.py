@@ -161,7 +161,7 @@ class Trainings:
           trainer.NonFiniteLossError: the loss diverged, and that may not be.
           CheckpointError: no room to save, or no intact checkpoint to go on
           from.
-          agreement.DifferingHostsError: processes would not go on from the same.
+          hosts.DifferingHostsError: processes would not go on from the same.
           InterruptedRunError: it was asked to stop; the same call goes on from there.
         """
         place = self.place(network)

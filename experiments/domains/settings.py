@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from experiments.methods.names import COMPILED_RUN_OPTIONS
-from experiments.training.settings import ImageSettings
-from lpa_jax import data, models, optimizers
+from experiments.runtime.fields import changed, setting
+from experiments.training.settings import RunSettings
+from lpa_jax import data
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
 # Up to this many bytes of images a set is decoded once and kept, not read anew in every epoch.
@@ -17,85 +18,96 @@ IN_MEMORY_LIMIT = 4 * 2**30
 UNIT_RANGE = 255.0
 
 
-@dataclasses.dataclass(frozen=True)
-class DomainSettings(ImageSettings):
-    """Settings of a domain generalization run; the flags of the same names explain them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DomainSettings(RunSettings):
+    """Settings of a domain generalization run."""
 
-    dataset: str = "RotatedMNIST"
-    data_dir: str | None = None
-    deal_seed: int = 0
-    image_size: int | None = None
-    images_per_domain: int | None = None
-    holdout_fraction: float = 0.2
-    model: str = dataclasses.field(default="small_cnn", kw_only=True)
-    # DomainBed's for photographs.
-    crop_scale: tuple[float, float] = dataclasses.field(default=(0.7, 1.0), kw_only=True)
-    jitter: tuple[float, float, float, float] = dataclasses.field(
-        default=(0.3, 0.3, 0.3, 0.3), kw_only=True
+    dataset: str = setting(
+        "RotatedMNIST",
+        "RotatedMNIST and ColoredMNIST are embedded, with 5000 images; the others are read from "
+        "--data_dir, in DomainBed's folders.",
+        allowed=data.DOMAIN_SETS,
     )
-    train_steps: int = 300
-    batch_size: int = 16
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    decay_biases_and_norms: bool = False
-    clip_norm: float | None = None
-    schedule: str = "constant"
-    evaluate_every: int = 50
+    data_dir: str | None = setting(None, "Folder that holds the data set's folder.")
+    deal_seed: int = setting(
+        0, "Seed that assigns MNIST's images to domains; the same for all runs.", low=0
+    )
+    image_size: int | None = setting(
+        None,
+        "Height and width in pixels; unset: DomainBed's, 28 or 224.",
+        low=1,
+        high=2**14,
+    )
+    images_per_domain: int | None = setting(
+        None, "Images of every domain to use; unset: all. For quick trials.", low=1
+    )
+    holdout_fraction: float = setting(
+        0.2, "Share of every domain that validation takes.", above=0, below=1
+    )
+    model: str = changed(RunSettings, "model", "small_cnn")
+    # DomainBed's for photographs.
+    crop_scale: tuple[float, float] = changed(RunSettings, "crop_scale", (0.7, 1.0))
+    jitter: tuple[float, float, float, float] = changed(RunSettings, "jitter", (0.3, 0.3, 0.3, 0.3))
+    train_steps: int = setting(300, "Steps of training; DomainBed: 5000.", low=1, high=10**9)
+    batch_size: int = changed(
+        RunSettings,
+        "batch_size",
+        16,
+        help="Examples of EACH training domain in a step; DomainBed: 32, MNIST 64.",
+    )
+    optimizer: str = changed(
+        RunSettings, "optimizer", "adamw", help="Optimizer; adamw without weight decay is Adam."
+    )
+    learning_rate: float = changed(
+        RunSettings,
+        "learning_rate",
+        1e-3,
+        help="Unset: tuned or drawn, else DomainBed's 1e-3 (MNIST) or 5e-5.",
+    )
+    weight_decay: float = changed(
+        RunSettings, "weight_decay", 0.0, help="Unset: tuned or drawn, else 0."
+    )
+    clip_norm: float | None = changed(RunSettings, "clip_norm", None, flag_default=0.0)
+    schedule: str = changed(
+        RunSettings,
+        "schedule",
+        "constant",
+        help="Learning rate schedule; DomainBed has none.",
+        # The step schedule goes by epochs, which DomainBed's protocol does not count.
+        allowed=("constant", "cosine"),
+    )
+    evaluate_every: int = changed(
+        RunSettings,
+        "evaluate_every",
+        50,
+        help="Steps between checkpoints; must divide --train_steps.",
+    )
+
+    @property
+    def of_files(self) -> bool:
+        """Whether the images are files, in DomainBed's folders."""
+        return self.dataset in FOLDER_SETS
 
     @property
     def intervals(self) -> int:
         """Stretches of training between evaluations."""
         return self.train_steps // self.evaluate_every
 
-    def check(self) -> "DomainSettings":
+    def check(self) -> Self:
         """Returns itself.
 
         Raises:
-          ValueError: one line naming the first flag that is out of range.
+          ValueError: one line naming the first flag that is out of bounds or does not fit.
         """
-        for name, allowed in (
-            ("dataset", data.DOMAIN_SETS),
-            ("model", models.names()),
-            ("dtype", ("float32", "bfloat16")),
-            ("optimizer", optimizers.names()),
-            # The step schedule of the other experiments has no place in DomainBed.
-            ("schedule", ("constant", "cosine")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name, low in (
-            ("deal_seed", 0),
-            ("train_steps", 1),
-            ("batch_size", 1),
-            ("evaluate_every", 1),
-            ("learning_rate", 0),
-            ("weight_decay", 0),
-            ("crop_padding", 0),
-        ):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value >= low):
-                raise ValueError(f"--{name} must be finite and >= {low}, got {value!r}")
-        if not 0 < self.holdout_fraction < 1:
-            raise ValueError(
-                f"--holdout_fraction must lie in (0, 1), got {self.holdout_fraction!r}"
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"--clip_norm must be >= 0, got {self.clip_norm!r}")
+        super().check()
         if self.train_steps % self.evaluate_every:
             raise ValueError(
                 f"--evaluate_every must divide --train_steps={self.train_steps}, "
                 f"got {self.evaluate_every}"
             )
-        for name in ("image_size", "images_per_domain"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be >= 1, got {value!r}")
-        return self.check_images(of_files=self.dataset in FOLDER_SETS)
+        return self
 
-    def with_options(self, options: Mapping[str, Any]) -> "DomainSettings":
+    def with_options(self, options: Mapping[str, Any]) -> Self:
         """These settings, batch size and dropout being a method's own if it has them.
 
         Raises:
@@ -159,7 +171,7 @@ class DomainSource:
     @property
     def normalization(self) -> data.Normalization:
         """The same for all domains, whichever is held out: nothing is fitted to the data."""
-        if self._settings.dataset in FOLDER_SETS:
+        if self._settings.of_files:
             return data.IMAGENET_NORMALIZATION
         channels = self.image_shape[-1]
         return data.Normalization((0.0,) * channels, (UNIT_RANGE,) * channels)

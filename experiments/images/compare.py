@@ -11,12 +11,14 @@ from typing import Any
 
 from absl import flags
 
+from experiments.images import flags as image_flags
 from experiments.images.settings import Settings, TaskSource
+from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import tuned as tuned_file
 from experiments.reporting import figures as plots
 from experiments.reporting import geometry_plots, summary, tables
-from experiments.runtime import files
+from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
@@ -59,20 +61,19 @@ def define_flags(experiment: str, profile: str) -> None:
         "full adds histograms of the weights and of what is logged by class, and a figure of the "
         "classes' accuracy, at every evaluation.",
     )
-    run_flags.define_data_flags(dataset="mnist5k", profile=profile)
-    run_flags.define_training_flags()
+    image_flags.define(profile)
+    fields.define(method_flags.Perturbing)
     run_flags.define_runtime_flags()
-    run_flags.define_perturbation_flags()
 
 
 def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Options of every chosen method: defaults, then tuned or else the recipe's, then flags."""
     methods.check_different(FLAGS.methods)
-    explicit = run_flags.explicit_options()
-    run_options = run_flags.explicit_run_options()
+    explicit = method_flags.explicit_options()
+    run_options = method_flags.explicit_run_options()
     return {
         method: methods.options_for(
-            method, pooled.get(method) or run_flags.recipe_options(method), explicit
+            method, pooled.get(method) or image_flags.recipe_options(method), explicit
         )
         | run_options
         for method in FLAGS.methods
@@ -173,7 +174,7 @@ def run(experiment: str, argv: list[str]) -> None:
     """Does what the flags say; exits with one line where they are wrong or the user interrupts."""
 
     def compare(interrupts):
-        settings = run_flags.settings()
+        settings = image_flags.settings()
         run_flags.apply_runtime_flags()
         hparams = tuned_file.find(FLAGS.hparams, experiment, settings)
         options = resolve_options(hparams.pooled)
@@ -181,7 +182,7 @@ def run(experiment: str, argv: list[str]) -> None:
         run_flags.say(f"Hyperparameters: {hparams.origin}")
         if notes:
             run_flags.say(" ".join(notes))
-        run_flags.prepare_data()
+        image_flags.prepare_data()
         workdir = pathlib.Path(FLAGS.workdir)
         report(train_all(settings, options, workdir, interrupts), settings, workdir, notes)
 

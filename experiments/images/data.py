@@ -13,43 +13,6 @@ _READ_INTO_MEMORY = 2 * 2**30
 Images = data.Dataset | data.ImageFiles
 
 
-def are_listed(settings: "Settings") -> bool:
-    """Whether the images are files that a list names."""
-    return settings.train_list is not None or _is_published(settings)
-
-
-def check_flags(settings: "Settings") -> None:
-    """Refuses list flags that do not fit together.
-
-    Raises:
-      ValueError: naming the flag.
-    """
-    published, listed = _is_published(settings), are_listed(settings)
-    if settings.eval_list is not None and settings.train_list is None:
-        raise ValueError(f"--eval_list={settings.eval_list} needs --train_list")
-    if settings.image_root is not None and not listed:
-        raise ValueError(
-            f"--image_root={settings.image_root} needs --train_list or --dataset="
-            f"{'|'.join(data.PUBLISHED)}"
-        )
-    if settings.image_size < 1:
-        raise ValueError(f"--image_size must be >= 1, got {settings.image_size!r}")
-    if not listed:
-        return
-    if published and settings.data_dir is None:
-        first = data.PUBLISHED[settings.dataset].lists["train"]
-        raise ValueError(f"--data_dir must be the folder that holds {first}, got none")
-    if not published and settings.image_root is None:
-        raise ValueError("--image_root must be the folder that --train_list starts from, got none")
-    if not published and settings.evaluate_on == "test" and settings.eval_list is None:
-        raise ValueError("--eval_list must be set with --train_list and --evaluate_on=test")
-    if settings.profile != "none":
-        raise ValueError(
-            f"--profile must be none with list files, which say how many images a class has; "
-            f"got {settings.profile!r}"
-        )
-
-
 def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
     """The training split and the evaluation split; None where it is to be carved from training.
 
@@ -58,7 +21,7 @@ def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
     """
     if settings.train_list is not None:
         return _listed(settings)
-    if settings.dataset in data.PUBLISHED:
+    if settings.published:
         return _published(settings)
     name, size = settings.dataset, settings.image_size
     train = data.load(name, "train", settings.data_dir, size)
@@ -72,7 +35,7 @@ def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
 
 def normalization(train: Images, settings: "Settings") -> data.Normalization:
     """That of the training split; of ImageNet for image files, which need not be read for it."""
-    if are_listed(settings):
+    if settings.of_files:
         return data.IMAGENET_NORMALIZATION
     return data.Normalization.fit(train.images)
 
@@ -87,10 +50,6 @@ def evaluation_batches(dataset: Images, batch_size: int) -> data.EvaluationBatch
     """This host's evaluation batches by number, read ahead where they come from files."""
     batches = data.evaluation_batches(dataset, batch_size, host_slice=multihost.host_slice())
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
-
-
-def _is_published(settings: "Settings") -> bool:
-    return settings.dataset in data.PUBLISHED and settings.train_list is None
 
 
 def _listed(settings: "Settings") -> tuple[Images, Images | None]:

@@ -1,98 +1,125 @@
-"""What defines a run, apart from its method and seed: data, model, optimiser, loss."""
+"""What defines a classification run, apart from its method and seed: data, training, loss."""
 
 import dataclasses
+from typing import Any, Self
 
 import numpy as np
 
 from experiments.images import data as task_data
-from experiments.training.settings import ImageSettings
-from lpa_jax import data, losses, metrics, models, optimizers
+from experiments.runtime.fields import setting
+from experiments.training.settings import RunSettings
+from lpa_jax import data, losses, metrics
 from lpa_jax.data import long_tail
 
 EVALUATION_SPLITS = ("test", "validation")
 PROFILES = ("none", *long_tail.PROFILES)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings(ImageSettings):
-    """Settings of a classification run; the flags of the same names explain them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """Settings of a classification run."""
 
-    dataset: str = "mnist5k"
-    data_dir: str | None = None
-    train_list: str | None = None
-    eval_list: str | None = None
-    image_root: str | None = None
-    image_size: int = 224
-    evaluate_on: str = "test"
-    validation_fraction: float = 0.2
-    profile: str = "exponential"
-    imbalance: float = 100.0
-    per_class: int | None = None
-    split_seed: int | None = None
-    epochs: int = 60
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    learning_rate: float = 0.02
-    weight_decay: float = 5e-4
-    decay_biases_and_norms: bool = False
-    clip_norm: float | None = 5.0
-    schedule: str = "cosine"
-    warmup_epochs: float = 0.0
-    milestones: tuple[float, ...] = ()
-    decay_factor: float = 0.2
-    loss: str = "cross_entropy"
-    drw_epoch: int | None = None
-    evaluate_every: int = 5
+    dataset: str = setting(
+        "mnist5k",
+        f"Data set: {', '.join(data.EMBEDDED)} (embedded), or any TFDS image classification set "
+        "of up to 8 GiB that is prepared in --data_dir, such as cifar10, cifar100, svhn_cropped; "
+        f"{', '.join(data.PUBLISHED)} from the published list files in --data_dir; with "
+        "--train_list any name.",
+    )
+    data_dir: str | None = setting(
+        None,
+        "Folder of prepared TFDS sets, TFDS's default if unset; or of the published list files.",
+    )
+    train_list: str | None = setting(
+        None, "File of training images, one a line: path within --image_root, label."
+    )
+    eval_list: str | None = setting(None, "With --train_list: the same for the test images.")
+    image_root: str | None = setting(
+        None, "Folder of the images that lists name; for published lists --data_dir."
+    )
+    image_size: int = setting(
+        224,
+        "Height and width in pixels of images from lists, and of TFDS images that differ in size.",
+        low=1,
+        high=2**14,
+    )
+    evaluate_on: str = setting(
+        "test",
+        "test, or validation: a part held out from the training split; test images stay unread.",
+        allowed=EVALUATION_SPLITS,
+    )
+    validation_fraction: float = setting(
+        0.2, "Share of the training split that validation takes.", above=0, below=1
+    )
+    profile: str = setting(
+        "exponential",
+        "How the number of images falls from class to class; none keeps the whole set.",
+        allowed=PROFILES,
+    )
+    imbalance: float = setting(100.0, "Size of the largest class over the smallest.", low=1)
+    per_class: int | None = setting(
+        None, "Training images of each class to keep, before any long tail; unset: all.", low=1
+    )
+    split_seed: int | None = setting(
+        None, "Seed of the training subset; unset: the run's own seed.", low=0
+    )
+    epochs: int = setting(60, "Passes over the training set.", low=1, high=10**6)
+    warmup_epochs: float = setting(0.0, "Epochs of linear warm-up.", low=0, high=10**6)
+    milestones: tuple[float, ...] = setting(
+        (),
+        "Where the step schedule decays, as fractions of the run: 0.3,0.6,0.8.",
+        above=0,
+        below=1,
+    )
+    decay_factor: float = setting(
+        0.2, "What each milestone multiplies the learning rate by.", above=0, high=1
+    )
+    loss: str = setting("cross_entropy", "Training loss.", allowed=losses.names)
 
-    def check(self) -> "Settings":
+    @property
+    def published(self) -> bool:
+        """Whether the data set has published list files."""
+        return self.dataset in data.PUBLISHED and self.train_list is None
+
+    @property
+    def of_files(self) -> bool:
+        """Whether the images are files that a list names."""
+        return self.train_list is not None or self.published
+
+    def check(self) -> Self:
         """Returns itself.
 
         Raises:
-          ValueError: one line naming the first flag that is out of range.
+          ValueError: one line naming the first flag that is out of bounds or does not fit.
         """
-        for name, allowed in (
-            ("evaluate_on", EVALUATION_SPLITS),
-            ("profile", PROFILES),
-            ("model", models.names()),
-            ("dtype", ("float32", "bfloat16")),
-            ("optimizer", optimizers.names()),
-            ("schedule", optimizers.SCHEDULES),
-            ("loss", losses.names()),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name, low in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("evaluate_every", 1),
-            ("imbalance", 1),
-            ("learning_rate", 0),
-            ("weight_decay", 0),
-            ("warmup_epochs", 0),
-            ("crop_padding", 0),
-        ):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value >= low):
-                raise ValueError(f"--{name} must be finite and >= {low}, got {value!r}")
-        if not 0 < self.validation_fraction < 1:
+        super().check()
+        if self.eval_list is not None and self.train_list is None:
+            raise ValueError(f"--eval_list={self.eval_list} needs --train_list")
+        if self.image_root is not None and not self.of_files:
             raise ValueError(
-                f"--validation_fraction must lie in (0, 1), got {self.validation_fraction!r}"
+                f"--image_root={self.image_root} needs --train_list or --dataset="
+                f"{'|'.join(data.PUBLISHED)}"
             )
-        if self.per_class is not None and self.per_class < 1:
-            raise ValueError(f"--per_class must be >= 1, got {self.per_class!r}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"--clip_norm must be > 0 or none, got {self.clip_norm!r}")
-        if self.drw_epoch is not None and not 0 < self.drw_epoch < self.epochs:
+        if not self.of_files:
+            return self
+        if self.published and self.data_dir is None:
+            first = data.PUBLISHED[self.dataset].lists["train"]
+            raise ValueError(f"--data_dir must be the folder that holds {first}, got none")
+        if not self.published and self.image_root is None:
+            raise ValueError("--image_root must be the folder of --train_list's images, got none")
+        if not self.published and self.evaluate_on == "test" and self.eval_list is None:
+            raise ValueError("--eval_list must be set with --train_list and --evaluate_on=test")
+        if self.profile != "none":
             raise ValueError(
-                f"--drw_epoch must lie in 1..{self.epochs - 1} (--epochs - 1), "
-                f"got {self.drw_epoch!r}"
+                f"--profile must be none with list files, which fix the number of images of each "
+                f"class, got {self.profile!r}"
             )
-        if self.drw_epoch is not None and self.loss != "ldam":
-            raise ValueError(f"--drw_epoch needs --loss=ldam, got --loss={self.loss}")
-        task_data.check_flags(self)
-        return self.check_images(of_files=task_data.are_listed(self))
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by name, as `RunSettings.as_dict` gives them."""
+        # Runs made while there was a setting of this name can be resumed.
+        return super().as_dict() | {"drw_epoch": None}
 
 
 @dataclasses.dataclass(frozen=True)

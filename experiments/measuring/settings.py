@@ -1,13 +1,14 @@
-"""What `landscape` measures with: the settings behind its flags."""
+"""What `landscape` measures with."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
 
 from experiments.measuring import models as trained
 from experiments.measuring.models import Model
+from experiments.runtime import fields
+from experiments.runtime.fields import named, setting
 from lpa_jax import models, pgd
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.injection import check_layer
@@ -17,76 +18,87 @@ Batches = Sequence[Mapping[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Measuring:
-    """How to measure; the flags of the same names explain the fields."""
+    """How to measure."""
 
-    measure_on: str = "train"
-    measure_batches: int = 4
-    measure_batch_size: int = 256
-    measure_layers: tuple[str, ...] = ()
-    eigenvalues: int = 3
-    lanczos_steps: int = 25
-    probes: int = 32
-    spectrum_probes: int = 4
-    sharpness_radius: float = 0.05
-    average_radius: float = 1.0
-    activation_radius: float = 0.1
-    directions: int = 3
-    resolution: int = 15
-    span: float = 1.0
-    probe_radius: float = 0.1
-    probe_geometries: tuple[str, ...] = ("signed", "free")
+    measure_on: str = setting(
+        "train",
+        "Images of all parts but calibration, which takes the evaluation images.",
+        allowed=("train", "evaluation"),
+    )
+    measure_batches: int = setting(4, "Number of batches of them, drawn at random.", low=1)
+    measure_batch_size: int = setting(256, "Images in each batch.", low=2, high=2**20)
+    measure_layers: tuple[str, ...] = setting(
+        (), "Layers of activation and geometry; unset: all hidden layers."
+    )
+    eigenvalues: int = setting(3, "Number of largest Hessian eigenvalues.", low=1, high=1000)
+    lanczos_steps: int = setting(
+        25,
+        "Hessian products for the eigenvalues, and for each probe of the spectrum.",
+        low=1,
+        high=10**4,
+    )
+    probes: int = setting(32, "Random vectors for the trace.", low=2)
+    spectrum_probes: int = setting(4, "Random vectors for the spectral density.", low=2)
+    sharpness_radius: float = setting(
+        0.05,
+        "Radius of the worst case, in units of the weights or (normalised) of the filters' norms.",
+        above=0,
+    )
+    average_radius: float = setting(
+        1.0, "Radius of the sphere of the average sharpness, in the same units.", above=0
+    )
+    activation_radius: float = setting(
+        0.1, "Radius at activations, relative to mean ||h||.", above=0
+    )
+    directions: int = setting(3, "Random lines through the weights.", low=1)
+    resolution: int = setting(
+        15,
+        "Points on a side of the plane; a line has twice as many and 1.",
+        low=3,
+        high=1000,
+    )
+    span: float = setting(1.0, "Length of lines and plane to each side, in filter norms.", above=0)
+    probe_radius: float = setting(
+        0.1,
+        "Radius of the perturbations of amplification and geometry, relative to mean ||h||.",
+        above=0,
+    )
+    probe_geometries: tuple[str, ...] = setting(
+        ("signed", "free"),
+        f"Forms of LPA that geometry measures, among {', '.join(pgd.GEOMETRIES)}.",
+        allowed=pgd.GEOMETRIES,
+        nonempty=True,
+    )
+    # The rule of the training, where a flag names one; not a flag of its own.
     probe_assignment: str = "frequency"
-    power_iterations: int = 30
-    corruptions: tuple[str, ...] = corruptions.names()
-    severities: tuple[int, ...] = (1, 3, 5)
+    power_iterations: int = setting(
+        30, "Most power iterations for a local bound.", low=1, high=10**6
+    )
+    corruptions: tuple[str, ...] = setting(
+        corruptions.names(),
+        f"Among {', '.join(corruptions.names())}.",
+        allowed=corruptions.names,
+        nonempty=True,
+    )
+    severities: tuple[int, ...] = setting(
+        (1, 3, 5), "From 1 (weak) to 5.", low=1, high=5, nonempty=True
+    )
 
     def check(self, model: str) -> "Measuring":
         """Returns itself, with all hidden layers of the model where none is named.
 
         Raises:
-          ValueError: one line naming the first flag that is out of range.
+          ValueError: one line naming the first flag that is out of bounds.
         """
-        for name, low in (
-            ("measure_batches", 1),
-            ("measure_batch_size", 2),
-            ("eigenvalues", 1),
-            ("lanczos_steps", self.eigenvalues),
-            ("probes", 2),
-            ("spectrum_probes", 2),
-            ("directions", 1),
-            ("resolution", 3),
-            ("power_iterations", 1),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(f"--{name} must be >= {low}, got {getattr(self, name)}")
-        for name in (
-            "sharpness_radius", "average_radius", "activation_radius", "span", "probe_radius"
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"--{name} must be finite and > 0, got {value!r}")
-        for name in self.probe_geometries:
-            if name not in pgd.GEOMETRIES:
-                known = ", ".join(pgd.GEOMETRIES)
-                raise ValueError(f"--probe_geometries must be among {known}, got {name!r}")
-        if not self.probe_geometries:
-            raise ValueError("--probe_geometries must name at least one")
-        for name in self.corruptions:
-            if name not in corruptions.names():
-                known = ", ".join(corruptions.names())
-                raise ValueError(f"--corruptions must be among {known}, got {name!r}")
-        for severity in self.severities:
-            if severity not in range(1, 6):
-                raise ValueError(f"--severities must be from 1 to 5, got {severity}")
-        if not (self.corruptions and self.severities):
-            empty = "severities" if self.corruptions else "corruptions"
-            raise ValueError(f"--{empty} must name at least one")
+        fields.check(self)
+        if self.lanczos_steps < self.eigenvalues:
+            raise ValueError(
+                f"--lanczos_steps must be >= {self.eigenvalues} (--eigenvalues), "
+                f"got {self.lanczos_steps}"
+            )
         layers = models.create(model, 2).layers
         for layer in self.measure_layers:
-            try:
-                check_layer(layers, layer)
-            except ValueError as error:
-                raise ValueError(f"--measure_layers: {error}") from None
+            named("measure_layers", lambda layer=layer: check_layer(layers, layer))
         return dataclasses.replace(self, measure_layers=self.measure_layers or layers[1:-1])
 
     def batches(self, model: Model) -> Batches:

@@ -10,7 +10,7 @@ from experiments.reporting import contrasts, summary
 from experiments.reporting import sections as report_tables
 from experiments.reporting.runs import Problem, Run, Setting
 from experiments.reporting.sections import Section
-from experiments.runtime.environment import environment
+from experiments.runtime import files
 
 # More different values than this are counted instead of listed.
 MOST_VALUES = 4
@@ -154,7 +154,7 @@ def _environments(runs: Sequence[Run]) -> list[str]:
     recorded = {_text(run.result["environment"]): run.result["environment"]
                 for run in runs if isinstance(run.result.get("environment"), dict)}  # fmt: skip
     parts = [_environment("Runs", found) for found in recorded.values()]
-    return [*parts, _environment("This page", environment())]
+    return [*parts, _environment("This page", files.environment())]
 
 
 def _environment(title: str, values: Mapping[str, Any]) -> str:

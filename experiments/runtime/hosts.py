@@ -1,4 +1,8 @@
-"""Experiments on many hosts: flags, and an end in one plain line when another process is lost.
+"""Experiments on many hosts: flags, equal findings, one plain line when a process is lost.
+
+Each process reads checkpoints and results for itself. One that sees no checkpoint, or takes the
+newest for damaged, would begin at another step than the others; their collectives would match all
+the same, and average gradients of different parameters. So they compare what they found (`check`).
 
 When a process dies or stops, JAX's runtime ends the others from C++: a stack trace on standard
 error, then SIGABRT; no Python code runs. So that a user still reads what happened, everything
@@ -8,20 +12,27 @@ which outlives this one, lets all other lines through and says in one line what 
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
-from experiments.runtime import runtime_log
+from experiments.runtime import fields, runtime_log
+from experiments.runtime.fields import setting
 from lpa_jax import multihost
 
 FLAGS = flags.FLAGS
@@ -30,45 +41,65 @@ LOST_SIGNS = ("Gloo", "coordination service", "CoordinationService", "NCCL", "UN
 # Seconds beyond --initialization_timeout after which the runtime gives up waiting, too. It takes up
 # to six more and prints a stack trace, so the wait is ended here, on time.
 RUNTIME_PATIENCE = 30
-INTERRUPTED = "interrupted: the same command goes on from there"
+INTERRUPTED = "interrupted: the same command resumes the run"
+# In place of a checkpoint's step, where it is not asked for yet.
+FINISHED, UNFINISHED = -1, -2
+_RECORD = struct.Struct("<q32s32s")
+_REMEDY = "--workdir must be on a file system that all hosts share"
 LOST = "lost the connection to another process of the run, which died, stopped or cannot be reached"
-
-
-def define_flags() -> None:
-    """Flags that join several processes to one run."""
-    flags.DEFINE_bool(
-        "multihost",
-        False,
-        "Join the processes of a TPU pod, Slurm or Open MPI job, which the environment describes.",
-    )
-    flags.DEFINE_string(
-        "coordinator_address", None, "host:port of process 0, where no environment tells it."
-    )
-    flags.DEFINE_integer("num_processes", None, "Processes of the run, one a host.")
-    flags.DEFINE_integer("process_id", None, "This process, from 0.")
-    flags.DEFINE_integer(
-        "initialization_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
-    )
-    flags.DEFINE_integer(
-        "heartbeat_timeout",
-        100,
-        "Seconds of silence after which a process counts as dead.",
-        lower_bound=1,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
     """How the processes of a run find each other; see `multihost.connect`."""
 
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    initialization_timeout: int = 300
-    heartbeat_timeout: int = 100
+    coordinator_address: str | None = setting(
+        None, "host:port of process 0, where the environment does not give it."
+    )
+    num_processes: int | None = setting(
+        None, "Number of processes of the run, one on each host.", low=1
+    )
+    process_id: int | None = setting(None, "Index of this process, from 0.", low=0)
+    initialization_timeout: int = setting(
+        300, "Seconds to wait for the other processes to start.", low=1
+    )
+    heartbeat_timeout: int = setting(
+        100, "Seconds of silence after which a process counts as dead.", low=1
+    )
 
 
-def hosts_from_flags() -> Hosts | None:
+class DifferingHostsError(RuntimeError):
+    """Processes of a run found different things; all raise it, before anything is written.
+
+    The message is one line that names the processes and what each found.
+    """
+
+
+class Found(NamedTuple):
+    """What a process found of a run.
+
+    Attributes:
+      step: of the checkpoint that it would resume from, 0 without any; or FINISHED, UNFINISHED.
+      run: digest of what it is about to train.
+      checkpoint: digest of that checkpoint.
+    """
+
+    step: int
+    run: bytes
+    checkpoint: bytes
+
+
+def define_flags() -> None:
+    """Defines the flags that join several processes to one run."""
+    flags.DEFINE_bool(
+        "multihost",
+        False,
+        "Join the processes of a TPU pod, Slurm or Open MPI job, which the environment describes.",
+    )
+    fields.define(Hosts)
+
+
+def from_flags() -> Hosts | None:
     """What the flags ask for; None for a run of one process.
 
     Raises:
@@ -85,7 +116,9 @@ def hosts_from_flags() -> Hosts | None:
             f"--{missing[0]} is missing: a run of several processes needs "
             f"{', '.join(f'--{name}' for name in names)}, or --multihost on a TPU pod or cluster"
         )
-    return Hosts(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(Hosts)})
+    hosts = fields.read(Hosts)
+    fields.check(hosts)
+    return hosts
 
 
 @contextlib.contextmanager
@@ -124,6 +157,66 @@ def session(hosts: Hosts | None) -> Iterator[None]:
             _leave(error)
     if end is not None:
         raise end
+
+
+def check(
+    folder: pathlib.Path,
+    run: Any,
+    step: int,
+    checkpoint: str = "",
+    rejected: Sequence[str] = (),
+) -> None:
+    """Compares what all processes found; each of them must ask. One process agrees with itself.
+
+    Args:
+      folder: where it was found, for the message.
+      run: what is about to be trained, as JSON values.
+      step: see `Found`.
+      checkpoint: what tells a checkpoint from others of the same step.
+      rejected: lines about newer checkpoints that this process takes for damaged.
+
+    Raises:
+      ValueError: there are other processes, and this one has not joined them.
+      DifferingHostsError: they differ.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"--multihost is missing: this is one of {jax.process_count()} processes that share "
+            "an accelerator, and each would write what one of them must"
+        )
+    found = Found(step, _digest(json.dumps(run, sort_keys=True)), _digest(checkpoint))
+    differing = difference(_from_all(found))
+    if differing is not None:
+        reasons = f" ({'; '.join(rejected)})" if rejected else ""
+        raise DifferingHostsError(f"{folder}: {differing}{reasons}")
+
+
+def difference(found: Sequence[Found]) -> str | None:
+    """Who differs from process 0 in what, and what to do about it; None where nobody does.
+
+    Args:
+      found: what the processes found, in their order.
+
+    >>> start = Found(0, b"run", b"")
+    >>> difference([start, start])
+    >>> difference([start, start._replace(step=8)]).partition(";")[0]
+    'process 0 finds no checkpoint (step 0), process 1 the checkpoint of step 8'
+    """
+    first = found[0]
+    differing = [number for number, other in enumerate(found) if other != first]
+    if not differing:
+        return None
+    number = differing[0]
+    other = found[number]
+    if other.run != first.run:
+        return (
+            f"processes 0 and {number} are about to train different things; "
+            f"all need the same flags and data, and {_REMEDY}"
+        )
+    if other.step == first.step:
+        two = f"processes 0 and {number} find different checkpoints"
+        return f"{two} of step {first.step}; {_REMEDY}"
+    return f"process 0 finds {_words(first)}, process {number} {_words(other)}; {_REMEDY}"
 
 
 @contextlib.contextmanager
@@ -196,3 +289,23 @@ def _plain_runtime_log() -> Iterator[None]:
         sys.stderr.close()
         sys.stderr = python_stderr
         reader.wait()
+
+
+def _words(found: Found) -> str:
+    special = {
+        FINISHED: "a finished run",
+        UNFINISHED: "an unfinished run",
+        0: "no checkpoint (step 0)",
+    }
+    return special.get(found.step, f"the checkpoint of step {found.step}")
+
+
+def _from_all(found: Found) -> list[Found]:
+    """What every process found, in their order."""
+    own = np.frombuffer(_RECORD.pack(*found), np.uint8)
+    records = multihost_utils.process_allgather(own)
+    return [Found(*_RECORD.unpack(record.tobytes())) for record in records]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

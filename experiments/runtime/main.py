@@ -1,36 +1,34 @@
-"""What every experiment's `main` does around its work: arguments, errors and signals."""
+"""What every experiment's `main` does around its work: flags, arguments, errors and signals."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
 
-from experiments.runtime import agreement
-from experiments.runtime import hosts as distributed
+from absl import app, flags
+
+from experiments.runtime import hosts
 from lpa_jax import workdir_lock
-from lpa_jax.checkpoints import checkpoints as checkpoint
+from lpa_jax.checkpoints import checkpoints
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
-from lpa_jax.training import loop as trainer
+from lpa_jax.training import loop
+
+FLAGS = flags.FLAGS
 
 
-def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
-    """Does the work; exits with one line where the flags are wrong or the user interrupts.
+def start(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
+    """Runs an experiment from the command line.
 
     Args:
-      argv: the command line after flags are parsed, of which nothing may be left.
-      work: called with what says whether to stop; it opens its block where that may be asked.
+      define_flags: defines the experiment's flags, all of which --helpshort then shows.
+      main: does the work; called with the command line after flags are parsed.
     """
-    refuse_arguments(argv)
-    try:
-        hosts = distributed.hosts_from_flags()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    try:
-        with distributed.session(hosts):
-            _work(work)
-    except KeyboardInterrupt:
-        print(distributed.INTERRUPTED, file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    define_flags()
+    for module, defined in FLAGS.flags_by_module_dict().items():
+        if module.startswith("experiments."):
+            for flag in defined:
+                FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    app.run(main)
 
 
 def refuse_arguments(argv: list[str]) -> None:
@@ -42,6 +40,26 @@ def refuse_arguments(argv: list[str]) -> None:
         )
 
 
+def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
+    """Does the work; exits with one line if a flag is wrong or the user interrupts.
+
+    Args:
+      argv: the command line after flags are parsed, of which nothing may be left.
+      work: called with the `Interrupts` of the run, whose block it enters itself.
+    """
+    refuse_arguments(argv)
+    try:
+        of_run = hosts.from_flags()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    try:
+        with hosts.session(of_run):
+            _work(work)
+    except KeyboardInterrupt:
+        print(hosts.INTERRUPTED, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
 def _work(work: Callable[[Interrupts], None]) -> None:
     interrupts = Interrupts(_announce)
     try:
@@ -49,17 +67,17 @@ def _work(work: Callable[[Interrupts], None]) -> None:
     except (
         ValueError,
         OSError,
-        trainer.NonFiniteLossError,
-        checkpoint.CheckpointError,
+        loop.NonFiniteLossError,
+        checkpoints.CheckpointError,
         workdir_lock.LockedError,
     ) as error:
         sys.exit(f"error: {error}")
-    except agreement.DifferingHostsError as error:
-        # All processes raise it: a status without words has them end together, each with its line.
+    except hosts.DifferingHostsError as error:
+        # All processes raise it: a status without a message ends them together.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except InterruptedRunError as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        print(f"{stop}; the same command resumes it", file=sys.stderr)
         sys.exit(interrupts.exit_status)
 
 

@@ -5,8 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from experiments.runtime import agreement, files
-from experiments.runtime.environment import environment
+from experiments.runtime import files, hosts
 from experiments.training.saving import Saving
 from lpa_jax import multihost, workdir_lock
 from lpa_jax.checkpoints import manifest
@@ -105,13 +104,13 @@ class RunFolder:
 
         Raises:
           ValueError: the folder holds a run with another configuration.
-          agreement.DifferingHostsError: other processes say otherwise, or ask about another run.
+          hosts.DifferingHostsError: other processes say otherwise, or ask about another run.
         """
         if self._path is None:
             return None
         result = finished_result(self._path, self._config, self._names, say)
-        found = agreement.UNFINISHED if result is None else agreement.FINISHED
-        agreement.check(self._path, self._config, found)
+        found = hosts.UNFINISHED if result is None else hosts.FINISHED
+        hosts.check(self._path, self._config, found)
         # A kill may have come between the result and the end of the checkpoints.
         if result is not None and not result.get("checkpoints_kept", True):
             self._checkpoints.remove()
@@ -125,13 +124,13 @@ class RunFolder:
         Raises:
           CheckpointError: there are checkpoints, but none is intact.
           ValueError: they are of a run with another configuration.
-          agreement.DifferingHostsError: processes would not go on from the same.
+          hosts.DifferingHostsError: processes would not go on from the same.
         """
         fresh = Restored(0, state, None, {}, ())
         if self._path is None:
             return fresh
         restored = self._checkpoints.restore(state) or fresh
-        agreement.check(self._path, self._config, restored.step, restored.digest, restored.rejected)
+        hosts.check(self._path, self._config, restored.step, restored.digest, restored.rejected)
         for line in restored.rejected:
             say(line)
         files.write_json(self._path / self._names.config, self._config)
@@ -167,7 +166,7 @@ class RunFolder:
         result = files.plain(
             {
                 **result,
-                "environment": environment(),
+                "environment": files.environment(),
                 "checkpoints_kept": self._saving.keep_finished,
             }
         )

@@ -240,6 +240,4 @@ def _rate(settings: Settings, steps_per_epoch: int, options: Mapping[str, Any]) 
 
 
 def _loss_stages(settings: Settings, counts) -> tuple[tuple[int, losses.Loss], ...]:
-    if settings.drw_epoch is not None:
-        return losses.drw_stages(counts, settings.drw_epoch)
     return ((0, losses.create(settings.loss, counts)),)

@@ -79,7 +79,7 @@ def run(
       ValueError: the folder holds another run.
       trainer.NonFiniteLossError: the loss diverged; nothing counts as a result then.
       CheckpointError: no room to save, or no intact checkpoint to go on from.
-      agreement.DifferingHostsError: processes would not go on from the same.
+      hosts.DifferingHostsError: processes would not go on from the same.
       InterruptedRunError: `should_stop` said so; the same call goes on from there.
     """
     run_folder = RunFolder(folder, configuration(program, seed, task), saving)

@@ -1,38 +1,48 @@
-"""How often runs save checkpoints, and what remains of them."""
+"""How often runs save checkpoints, and which checkpoints remain."""
 
 import dataclasses
 import re
 from collections.abc import Callable
 
-from lpa_jax.checkpoints import checkpoints as checkpoint
+from experiments.runtime import fields
+from experiments.runtime.fields import setting
+from lpa_jax.checkpoints import checkpoints
 
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(step|epoch|minute)s?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """When and how many checkpoints; a run that is interrupted saves one in any case.
-
-    Attributes:
-      every: the interval, such as 5minutes, 2epochs or 200steps, or never.
-      keep: newest checkpoints that are kept while a run lasts, besides the best.
-      keep_finished: whether the last and the best outlive the run.
+    """When to save, and how many checkpoints to keep; an interrupted run always saves one.
 
     Raises:
-      ValueError: naming the flag that is out of range.
+      ValueError: naming the flag that is out of bounds.
     """
 
-    every: str = "5minutes"
-    keep: int = 2
-    keep_finished: bool = False
+    every: str = setting(
+        "5minutes",
+        "Interval between checkpoints: minutes, epochs or steps, such as 5minutes, 2epochs or "
+        "200steps; with never, only a run that is interrupted saves one.",
+        flag="checkpoint_every",
+    )
+    keep: int = setting(
+        2,
+        "Number of newest checkpoints to keep, in addition to the best one.",
+        flag="keep_checkpoints",
+        low=1,
+    )
+    keep_finished: bool = setting(
+        False,
+        "Keep the last and the best checkpoint of a finished run, to have its weights.",
+        flag="keep_finished_checkpoints",
+    )
 
     def __post_init__(self):
+        fields.check(self)
         if self.every != "never":
             number, unit = self._interval()
-            if not number > 0 or (unit != "minute" and number != int(number)):
+            if not 0 < number <= fields.MOST or (unit != "minute" and number % 1):
                 raise ValueError(_refusal(self.every))
-        if self.keep < 1:
-            raise ValueError(f"--keep_checkpoints must be >= 1, got {self.keep}")
 
     def schedule(self, steps_per_epoch: int, total_steps: int) -> Callable[[int], bool]:
         """Steps completed -> whether to save, for `trainer.train`.
@@ -49,8 +59,8 @@ class Saving:
             return lambda step: False
         number, unit = self._interval()
         if unit == "minute":
-            return checkpoint.every_seconds(60 * number)
-        return checkpoint.every_steps(int(number) * (steps_per_epoch if unit == "epoch" else 1))
+            return checkpoints.every_seconds(60 * number)
+        return checkpoints.every_steps(int(number) * (steps_per_epoch if unit == "epoch" else 1))
 
     def _interval(self) -> tuple[float, str]:
         match = _INTERVAL.fullmatch(self.every)

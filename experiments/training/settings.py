@@ -1,4 +1,4 @@
-"""What both protocols say about a network that sees images: its weights and its augmentation."""
+"""What defines a run in both protocols: its network, its optimizer, its augmentation."""
 
 import dataclasses
 import functools
@@ -7,82 +7,137 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lpa_jax import data, models, parallel
+from experiments.runtime import fields
+from experiments.runtime.fields import named, setting
+from lpa_jax import data, models, optimizers, parallel
 from lpa_jax.data import augment
 from lpa_jax.injection.accumulation import accumulate
 from lpa_jax.models.base import HEADS
-from lpa_jax.models.pretrained import Weights, convert
+from lpa_jax.models.pretrained import Weights, convert, read
 
 # The augmentation that is not done on the device: a random crop of a file before it is resized.
 FILE_CROP = "file_crop"
-# Earlier runs were made without these settings: at their defaults they are not written.
-_LATER = (
-    "head",
-    "model_dropout",
-    "crop_scale",
-    "jitter",
-    "grayscale_probability",
-    "pretrained",
-    "freeze_batch_norm",
-    "accumulate",
-    "sync_batch_norm",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSettings:
-    """Settings of the network and of augmentation; the flags of the same names explain them."""
+class RunSettings:
+    """Settings of a run; each protocol adds its data and the length of its runs."""
 
-    model: str = "mlp"
-    dtype: str = "float32"
-    head: str = "linear"
-    model_dropout: float = 0.0
-    pretrained: Weights | None = None
-    freeze_batch_norm: bool = False
-    accumulate: int = 1
-    sync_batch_norm: bool = False
-    augmentation: str = "none"
-    crop_padding: int = 2
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
-    grayscale_probability: float = 0.1
+    model: str = setting("mlp", "Network architecture.", allowed=models.names)
+    dtype: str = setting("float32", "Type of the computation.", allowed=("float32", "bfloat16"))
+    head: str = setting(
+        "linear",
+        "Classifier: linear, or normalized for cosines, with which LDAM was published.",
+        allowed=HEADS,
+        later=True,
+    )
+    model_dropout: float = setting(
+        0.0,
+        "Rate of the dropout layers within models that have them: in the blocks of wide ResNets, "
+        "MLPs and ViTs, before the head of ResNets. The method dropout is a perturbation instead.",
+        low=0,
+        below=1,
+        later=True,
+    )
+    pretrained: Weights | None = setting(  # noqa: RUF009 (immutable)
+        None,
+        "safetensors file with weights for resnet18, resnet34 or resnet50, under torchvision's "
+        "names. A head for another number of classes is ignored.",
+        parse=read,
+        later=True,
+    )
+    freeze_batch_norm: bool = setting(
+        False,
+        "Normalise by the pretrained running statistics in training, too, and keep them as they "
+        "are; scales and biases are trained. DomainBed does this.",
+        later=True,
+    )
+    batch_size: int = setting(64, "Examples in a step, over all devices.", low=1, high=2**20)
+    accumulate: int = setting(
+        1,
+        "Parts into which a device splits its share of a batch, to save memory.",
+        low=1,
+        high=2**20,
+        later=True,
+    )
+    sync_batch_norm: bool = setting(
+        False, "Normalise by the statistics of the batch of all devices.", later=True
+    )
+    optimizer: str = setting("sgd", "Optimizer.", allowed=optimizers.names)
+    learning_rate: float = setting(
+        0.02,
+        "Highest learning rate; unset: the tuned one, the recipe's, or 0.02.",
+        flag_default=None,
+        low=0,
+        high=1000,
+    )
+    weight_decay: float = setting(
+        5e-4, "Unset: tuned, the recipe's, or 5e-4.", flag_default=None, low=0, high=1000
+    )
+    decay_biases_and_norms: bool = setting(
+        False, "Also apply weight decay to biases and to the scales of norms."
+    )
+    clip_norm: float | None = setting(
+        5.0,
+        "Bound of the gradient's global norm; 0 does not clip.",
+        parse=lambda bound: bound or None,
+        above=0,
+    )
+    schedule: str = setting("cosine", "Learning rate schedule.", allowed=optimizers.SCHEDULES)
+    augmentation: str = setting(
+        "none",
+        f"none, or a sum of {', '.join(augment.NAMES[1:])}, such as crop+flip or "
+        "resized_crop+flip+jitter+grayscale. file_crop in place of resized_crop crops image files "
+        "at their original size, and decodes them again in every epoch.",
+    )
+    crop_padding: int = setting(2, "Pixels by which crop may shift the image.", low=0, high=2**14)
+    crop_scale: tuple[float, float] = setting(
+        (0.08, 1.0),
+        "LOW,HIGH: the share of the image's area that resized_crop or file_crop keeps.",
+        low=0,
+        high=1,
+        later=True,
+    )
+    jitter: tuple[float, float, float, float] = setting(
+        (0.4, 0.4, 0.4, 0.0),
+        "Strengths of jitter: BRIGHTNESS,CONTRAST,SATURATION,HUE.",
+        low=0,
+        later=True,
+    )
+    grayscale_probability: float = setting(
+        0.1, "Probability that grayscale makes an image grey.", low=0, high=1, later=True
+    )
+    evaluate_every: int = setting(5, "Epochs between evaluations for the curves.", low=1)
 
-    def check_images(self, of_files: bool) -> Self:
+    @property
+    def of_files(self) -> bool:
+        """Whether the images are files that are decoded, not a set in memory."""
+        raise NotImplementedError
+
+    def check(self) -> Self:
         """Returns itself.
 
-        Args:
-          of_files: whether the images are files.
-
         Raises:
-          ValueError: one line naming the first flag that is out of range.
+          ValueError: one line naming the first flag that is out of bounds or does not fit.
         """
-        if self.head not in HEADS:
-            raise ValueError(f"--head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        fields.check(self)
         if self.model_dropout:
-            _named("model_dropout", lambda: self.network(2))
+            named("model_dropout", lambda: self.network(2))
         if self.freeze_batch_norm and self.pretrained is None:
             raise ValueError(
-                "--freeze_batch_norm needs --pretrained: without, norms have no statistics to keep"
+                "--freeze_batch_norm needs --pretrained: other norms have no statistics to keep"
             )
         if self.freeze_batch_norm:
-            _named("freeze_batch_norm", lambda: self.network(2))
+            named("freeze_batch_norm", lambda: self.network(2))
         if self.freeze_batch_norm and self.sync_batch_norm:
             raise ValueError("--sync_batch_norm: --freeze_batch_norm leaves nothing to synchronise")
-        if self.accumulate < 1:
-            raise ValueError(f"--accumulate must be >= 1, got {self.accumulate}")
-        if len(self.jitter) != 4:
-            raise ValueError(f"--jitter must be four numbers, got {self.jitter!r}")
-        for name, build in (
-            ("crop_scale", lambda: augment.random_resized_crop(self.crop_scale)),
-            ("jitter", lambda: augment.color_jitter(*self.jitter)),
-            ("grayscale_probability", lambda: augment.grayscale(self.grayscale_probability)),
-            ("augmentation", self._augmentation),
-        ):
-            _named(name, build)
-        if self.file_crop is not None and not of_files:
+        named("crop_scale", lambda: augment.random_resized_crop(self.crop_scale))
+        named("jitter", lambda: augment.color_jitter(*self.jitter))
+        named("augmentation", self._augmentation)
+        if self.file_crop is not None and not self.of_files:
             raise ValueError(
-                f"--augmentation: {FILE_CROP} crops image files before they are resized, and "
-                "these images are none; resized_crop crops any"
+                f"--augmentation: {FILE_CROP} crops image files before they are resized, and this "
+                "data set has none; use resized_crop"
             )
         return self
 
@@ -123,7 +178,7 @@ class ImageSettings:
             )
         if self.sync_batch_norm:
             options = {"axis_name": parallel.batch_axis()}
-            model = _named("sync_batch_norm", lambda: self.network(model.num_classes, **options))
+            model = named("sync_batch_norm", lambda: self.network(model.num_classes, **options))
         return accumulate(model, self.accumulate)
 
     def initial_variables(
@@ -136,7 +191,7 @@ class ImageSettings:
         """
         if self.pretrained is None:
             return None
-        return _named("pretrained", lambda: _converted(self.pretrained, model, image_shape))
+        return named("pretrained", lambda: _converted(self.pretrained, model, image_shape))
 
     def transform(self, image_shape: tuple[int, ...]) -> augment.Augmentation:
         """The augmentation.
@@ -147,7 +202,7 @@ class ImageSettings:
         transform = self._augmentation()
         image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
         position = jax.ShapeDtypeStruct((1,), np.int32)
-        _named(
+        named(
             "augmentation",
             lambda: jax.eval_shape(transform, jax.random.key(0), image, position),
         )
@@ -158,9 +213,8 @@ class ImageSettings:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.pretrained is not None:
             values["pretrained"] = self.pretrained.sha256
-        for name in _LATER:
-            if values[name] == getattr(type(self), name):
-                values.pop(name)
+        for name in fields.left_out(self):
+            values.pop(name)
         return values
 
     @property
@@ -184,14 +238,6 @@ class ImageSettings:
             jitter=self.jitter,
             grayscale_probability=self.grayscale_probability,
         )
-
-
-def _named(flag: str, build):
-    """What `build` returns; its ValueError names the flag."""
-    try:
-        return build()
-    except ValueError as error:
-        raise ValueError(f"--{flag}: {error}") from None
 
 
 # Programs of several methods share one copy.

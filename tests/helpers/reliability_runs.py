@@ -128,7 +128,7 @@ def strike_hosts(zygote, workdir, *arguments, phase, struck, signals, paces):
     for run in runs:
         # JAX says in a thread of its own, at any time, that it was told of the signal.
         own = [line for line in run.lines() if "preemption_notifier.cc" not in line]
-        assert own[-1].endswith("; the same command goes on from there"), run.lines()
+        assert own[-1].endswith("; the same command resumes it"), run.lines()
     steps = [first_and_last_step(run.lines()) for run in runs]
     assert steps[0] == steps[1], "both do the same steps"
     return steps[0]

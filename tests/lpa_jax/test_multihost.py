@@ -138,24 +138,24 @@ def parsed():
 
 def test_flags_say_how_processes_find_each_other(parsed):
     parsed()
-    assert distributed.hosts_from_flags() is None
+    assert distributed.from_flags() is None
     parsed("--coordinator_address=here:1", "--num_processes=2", "--process_id=1")
-    assert distributed.hosts_from_flags() == distributed.Hosts("here:1", 2, 1)
+    assert distributed.from_flags() == distributed.Hosts("here:1", 2, 1)
 
 
 def test_a_missing_flag_is_named_unless_the_cluster_knows_it(parsed):
     parsed("--num_processes=2", "--process_id=1")
     with pytest.raises(ValueError, match="--coordinator_address is missing: a run of several"):
-        distributed.hosts_from_flags()
+        distributed.from_flags()
     parsed("--multihost", "--heartbeat_timeout=7")
-    found = distributed.hosts_from_flags()
+    found = distributed.from_flags()
     assert (found.coordinator_address, found.num_processes, found.heartbeat_timeout) == (None, 2, 7)
 
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from there"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command resumes the run"),
         (SystemExit("error: no room"), 1, "error: no room"),
         (ValueError("--flag: is wrong"), 1, "error: --flag: is wrong"),
         (RuntimeError("Gloo all-reduce failed"), 1, f"error: {distributed.LOST}"),

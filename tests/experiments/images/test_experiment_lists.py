@@ -9,8 +9,8 @@ from absl import flags
 
 from experiments import long_tail
 from experiments.images import data as task_data
+from experiments.images import flags as image_flags
 from experiments.images.settings import Settings, TaskSource
-from experiments.training import flags as run_flags
 from experiments.training import run as runner
 from experiments.training.program import make_program
 from lpa_jax import data
@@ -105,7 +105,7 @@ def test_a_run_from_files_equals_the_run_in_memory(settings, monkeypatch):
         ({"image_root": None}, "--image_root must be the folder"),
         ({"eval_list": None}, "--eval_list must be set with --train_list"),
         ({"profile": "exponential"}, "--profile must be none with list files.*'exponential'"),
-        ({"image_size": 0}, "--image_size must be >= 1, got 0"),
+        ({"image_size": 0}, "--image_size must be a whole number in 1..16384, got 0"),
         (
             {"dataset": "ImageNet_LT"} | dict.fromkeys(("train_list", "eval_list", "image_root")),
             r"--data_dir must be the folder that holds ImageNet_LT_train\.txt, got none",
@@ -130,12 +130,12 @@ def test_tables_of_a_training_list_bear_its_name_unless_the_flag_gives_one(folde
     long_tail.define_flags()
     try:
         parse(["long_tail", *lists, f"--image_root={folder}", "--profile=none"])
-        assert run_flags.settings().dataset == "Places_LT_train"
+        assert image_flags.settings().dataset == "Places_LT_train"
         parse(["long_tail", "--dataset=mine"])
-        assert run_flags.settings().dataset == "mine"
+        assert image_flags.settings().dataset == "mine"
         parse(["long_tail", "--prepare"])
         with pytest.raises(ValueError, match="--prepare: list files"):
-            run_flags.prepare_data()
+            image_flags.prepare_data()
     finally:
         forget_flags()
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import pathlib
@@ -16,21 +15,27 @@ from absl import flags
 from experiments import balanced, long_tail, tune
 from experiments.domains.settings import DomainSettings
 from experiments.images import compare as comparison
+from experiments.images import flags as image_flags
 from experiments.images.settings import Settings, TaskSource
 from experiments.methods import build as assembly
-from experiments.methods.names import RUN_OPTIONS
+from experiments.methods import flags as method_flags
+from experiments.runtime import fields
 from experiments.runtime import hosts as distributed
 from experiments.training import flags as run_flags
-from experiments.training import image_flags, search_loop
 from experiments.training import run as runner
+from experiments.training import search_loop
 from experiments.training.program import make_program
+from experiments.training.saving import Saving
 from lpa_jax import models
 from tests.helpers.module_call import call_by_name, forget_flags, own_flags
 
 FLAGS = flags.FLAGS
-HOST_FLAGS = tuple(field.name for field in dataclasses.fields(distributed.Hosts))
-# Flags that are read by name, in a loop over them.
-BY_NAME = (*run_flags.OPTION_FLAGS, *RUN_OPTIONS, *HOST_FLAGS)
+# Flags that are made from fields and read into them.
+OF_FIELDS = [
+    flag
+    for settings in (Settings, method_flags.Perturbing, Saving, distributed.Hosts)
+    for flag in fields.flag_names(settings)
+]
 
 TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
 JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2", "--class_geometry_batches=2",
@@ -200,26 +205,36 @@ def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
         (["--layer=stage1"], "unknown layer 'stage1'"),
         (["--seeds=-1"], "--seeds must be whole numbers >= 0"),
         (["--seeds=1,1"], "--seeds must name different seeds"),
-        (["--epochs=0"], "--epochs must be finite and >= 1"),
-        (["--batch_size=0"], "--batch_size must be finite and >= 1"),
-        (["--accumulate=0"], "--accumulate must be >= 1, got 0"),
+        (["--epochs=0"], "--epochs must be a whole number in 1..1000000, got 0"),
+        (["--batch_size=0"], "--batch_size must be a whole number in 1..1048576, got 0"),
+        (["--accumulate=0"], "--accumulate must be a whole number in 1..1048576, got 0"),
         (["--accumulate=7"], "--accumulate=7 must divide the 64 examples that a device takes"),
-        (["--imbalance=0.5"], "--imbalance must be finite and >= 1"),
+        (["--imbalance=0.5"], "--imbalance must be finite and >= 1, got 0.5"),
         (["--imbalance=9999"], "imbalance=9999"),
         (["--dataset=nonsense"], "nonsense"),
         (["--model=resnet99"], "model"),
-        (["--per_class=0"], "--per_class must be >= 1"),
+        (["--per_class=0"], "--per_class must be a whole number >= 1, got 0"),
         (["--per_class=9999"], "per_class=9999"),
-        (["--radius=-1"], "radius must be finite and >= 0"),
+        (["--radius=-1"], "--radius must be finite and >= 0, got -1.0"),
         (["--geometry=round"], "geometry"),
         (["--assignment=random"], "assignment"),
-        (["--steps=-2"], "steps must be a whole number >= 0"),
+        (["--steps=-2"], "--steps must be a whole number >= 0"),
         (["--option=lpa.nonsense=1"], "lpa has no option 'nonsense'"),
         (["--option=radius"], "--option must be PART.OPTION=VALUE"),
         (["--hparams=/nowhere.json"], "--hparams: cannot read"),
-        (["--drw_epoch=1"], "--drw_epoch needs --loss=ldam"),
         (["--augmentation=blur"], "blur"),
         (["--milestones=a"], "--milestones must be numbers"),
+        (["--milestones=0.5,inf"], "--milestones must be in (0, 1), got inf"),
+        (["--decay_factor=nan"], "--decay_factor must be in (0, 1], got nan"),
+        (["--warmup_epochs=inf"], "--warmup_epochs must be finite and >= 0"),
+        (["--ema=-1"], "--ema must be in [0, 1), got -1.0"),
+        (["--lpl_radius=nan"], "--lpl_radius must be finite and >= 0, got nan"),
+        ([f"--epochs={10**25}"], "--epochs must be a whole number in 1..1000000, got 10000"),
+        (
+            [f"--evaluate_every={10**25}"],
+            "--evaluate_every must be a whole number >= 1 and below 2**63",
+        ),
+        (["--learning_rate=1e308"], "--learning_rate must be in [0, 1000]"),
         (["--learning_rate=-1"], "--learning_rate must be finite and >= 0"),
     ],
 )
@@ -239,11 +254,19 @@ def test_every_flag_has_a_help_text_and_is_read(request):
         module.define_flags()
         sources = "".join(
             pathlib.Path(m.__file__).read_text()
-            for m in (module, comparison, run_flags, search_loop, distributed, image_flags)
+            for m in (
+                module,
+                comparison,
+                run_flags,
+                method_flags,
+                search_loop,
+                distributed,
+                image_flags,
+            )
         )
         for name in own_flags():
             assert len(FLAGS[name].help) > 8, name
-            read = f"FLAGS.{name}" in sources or name in BY_NAME
+            read = f"FLAGS.{name}" in sources or name in OF_FIELDS
             assert read, f"--{name} is never read"
         forget_flags()
 

@@ -5,8 +5,9 @@ from absl import flags
 
 from experiments import balanced, layer_sweep, long_tail
 from experiments.images import compare as comparison
+from experiments.images import flags as image_flags
 from experiments.methods import data_set_defaults
-from experiments.training import flags as run_flags
+from experiments.methods import flags as method_flags
 from tests.helpers.module_call import forget_flags
 
 FLAGS = flags.FLAGS
@@ -17,7 +18,7 @@ def parsed(module, *arguments):
     try:
         module.define_flags()
         FLAGS([module.__name__, *arguments])
-        return run_flags.settings(), run_flags.explicit_run_options()
+        return image_flags.settings(), method_flags.explicit_run_options()
     finally:
         forget_flags()
 
@@ -60,7 +61,7 @@ def options(*arguments, pooled):
     try:
         balanced.define_flags()
         FLAGS(["balanced", "--methods=erm,lpl", *arguments])
-        run_flags.settings()
+        image_flags.settings()
         found = comparison.resolve_options(pooled)
         return {name: value for name, value in found["lpl"].items() if name != "lpl.assignment"}
     finally:

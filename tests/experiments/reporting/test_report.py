@@ -23,7 +23,7 @@ from experiments.reporting import (
 from experiments.reporting import (
     sections as report_tables,
 )
-from experiments.runtime import environment
+from experiments.runtime import files
 from tests.helpers import made_up_runs
 
 FLAGS = flags.FLAGS
@@ -309,7 +309,7 @@ def test_the_page_needs_no_other_file_and_holds_tables_figures_and_environment(t
     assert len(reader.names["img"]) == len(figures) == 4
     assert any(figure.name.endswith("effects.png") for figure in figures)
     assert "&lt;lpa.radius&gt;: 0.25, 1.25" in text and "prefers-color-scheme: dark" in text
-    assert "9.9.9" in text and environment.git_revision() in text
+    assert "9.9.9" in text and files.git_revision() in text
     assert "<td>imbalance</td><td>10.0</td>" in text
 
 
@@ -338,4 +338,4 @@ def test_the_page_shows_what_landscape_left_beside_the_runs_and_nothing_of_other
 
 def test_without_git_the_revision_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert environment.git_revision() == "unknown"
+    assert files.git_revision() == "unknown"

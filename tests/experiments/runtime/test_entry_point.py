@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from experiments.runtime import agreement
+from experiments.runtime import hosts
 from experiments.runtime import main as entry_point
 from lpa_jax import workdir_lock
 from lpa_jax.checkpoints import checkpoints as checkpoint
@@ -50,9 +50,9 @@ def test_a_run_that_was_asked_to_stop_exits_with_128_and_the_signal(number, capf
 
 def test_what_all_processes_raise_ends_them_together_each_with_its_line(capsys):
     def work(interrupts):
-        raise agreement.DifferingHostsError("process 0 finds no checkpoint")
+        raise hosts.DifferingHostsError("process 0 finds no checkpoint")
 
-    assert end_of(work) == 1, "a status without words, for which `distributed.session` waits"
+    assert end_of(work) == 1, "a status without words, for which `hosts.session` waits"
     assert capsys.readouterr().err == "error: process 0 finds no checkpoint\n"
 
 
@@ -61,7 +61,7 @@ def test_ctrl_c_outside_a_run_is_one_line_too(capsys):
         raise KeyboardInterrupt
 
     assert end_of(work) == 130
-    assert capsys.readouterr().err == "interrupted: the same command goes on from there\n"
+    assert capsys.readouterr().err == "interrupted: the same command resumes the run\n"
 
 
 def test_a_bug_is_not_hidden():

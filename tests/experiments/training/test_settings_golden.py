@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 
 from experiments.domains import flags as domain_flags
+from experiments.images import flags as image_flags
 from experiments.runtime import files
 from experiments.training import flags as run_flags
 from tests.helpers.commands import parsed
@@ -48,7 +49,7 @@ def found(command):
     """Flags with their types, and settings, as an experiment has them after parsing."""
     name = command.partition(" ")[0]
     module = importlib.import_module(f"experiments.{name}")
-    protocol = domain_flags if name.startswith("domain") else run_flags
+    protocol = domain_flags if name.startswith("domain") else image_flags
     with parsed(module, COMMANDS[command]):
         settings = protocol.settings()
         resolved = run_flags.resolved()

@@ -8,8 +8,8 @@ from absl import flags
 
 from experiments import tune
 from experiments.domains.networks import Trainings
+from experiments.methods import flags as method_flags
 from experiments.methods import search
-from experiments.training import flags as run_flags
 from experiments.training import run as runner
 from lpa_jax import workdir_lock
 from lpa_jax.interrupts import InterruptedRunError
@@ -66,7 +66,7 @@ def test_tuning_that_is_asked_to_stop_exits_as_documented(run, tmp_path, monkeyp
     monkeypatch.setattr(runner, "run", interrupted)
     status, _, err = run("tune", *ONE_TRIAL, f"--workdir={tmp_path / 'tune'}")
     assert status == str(128 + number)
-    assert "stopped, and finished trials are kept; the same command goes on from there" in err
+    assert "stopped, and finished trials are kept; the same command resumes it" in err
     assert not (tmp_path / "tune" / "trials").exists()
 
 
@@ -100,7 +100,7 @@ def test_ldams_scale_is_searched_around_what_suits_the_head(arguments, low, high
     try:
         tune.define_flags()
         flags.FLAGS(["tune", *arguments])
-        ranges = run_flags.searched_space()
+        ranges = method_flags.searched_space()
     finally:
         forget_flags()
     hidden = search.HiddenLayers(("hidden1",))

@@ -10,8 +10,8 @@ import pytest
 
 from experiments.domains.networks import Network, Trainings
 from experiments.domains.settings import DomainSettings
-from experiments.runtime import agreement
-from experiments.runtime.agreement import FINISHED, UNFINISHED, DifferingHostsError, Found
+from experiments.runtime import hosts
+from experiments.runtime.hosts import FINISHED, UNFINISHED, DifferingHostsError, Found
 from experiments.runtime.progress import RunProgress
 from experiments.training.folder import RunFolder
 from experiments.training.saving import Saving
@@ -51,7 +51,7 @@ CONFIG, STATE = {"seed": 0}, {"w": jnp.ones(2)}
     ],
 )
 def test_a_difference_is_said_with_who_found_what(found, expected):
-    assert agreement.difference(found) == expected
+    assert hosts.difference(found) == expected
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def second(monkeypatch):
         def from_all(found):
             return [found, found._replace(**fields) if at in (None, found.step) else found]
 
-        monkeypatch.setattr(agreement, "_from_all", from_all)
+        monkeypatch.setattr(hosts, "_from_all", from_all)
 
     return differs
 
@@ -138,7 +138,7 @@ def test_trainings_of_domain_generalization_do_not_begin_differently(tmp_path, s
 def test_a_process_that_has_not_joined_the_others_of_its_slice_trains_nothing(
     monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(agreement.jax, "process_count", lambda: 4)
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="--multihost is missing: this is one of 4 processes"):
         RunFolder(tmp_path / "run", CONFIG, Saving()).begin(STATE, print)
     assert not (tmp_path / "run").exists()
