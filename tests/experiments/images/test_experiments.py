@@ -226,7 +226,7 @@ def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
         (["--milestones=a"], "--milestones must be numbers"),
         (["--milestones=0.5,inf"], "--milestones must be in (0, 1), got inf"),
         (["--decay_factor=nan"], "--decay_factor must be in (0, 1], got nan"),
-        (["--warmup_epochs=inf"], "--warmup_epochs must be finite and >= 0"),
+        (["--warmup_epochs=inf"], "--warmup_epochs must be in [0, 1e+06], got inf"),
         (["--ema=-1"], "--ema must be in [0, 1), got -1.0"),
         (["--lpl_radius=nan"], "--lpl_radius must be finite and >= 0, got nan"),
         ([f"--epochs={10**25}"], "--epochs must be a whole number in 1..1000000, got 10000"),
@@ -235,7 +235,7 @@ def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
             "--evaluate_every must be a whole number >= 1 and below 2**63",
         ),
         (["--learning_rate=1e308"], "--learning_rate must be in [0, 1000]"),
-        (["--learning_rate=-1"], "--learning_rate must be finite and >= 0"),
+        (["--learning_rate=-1"], "--learning_rate must be in [0, 1000], got -1.0"),
     ],
 )
 def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
