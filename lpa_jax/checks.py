@@ -141,7 +141,8 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
       ValueError: norm must be one of l2, linf, got 'l1'
     """
     allowed = tuple(allowed)
-    require(value in allowed, name, f"one of {', '.join(map(str, allowed))}", value)
+    listed = f"one of {', '.join(map(str, allowed))}" if allowed else "none at all"
+    require(value in allowed, name, listed, value)
 
 
 def vector(name: str, values: ArrayLike, low: float = 0.0, *, open_low: bool = False) -> np.ndarray:

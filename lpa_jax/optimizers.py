@@ -9,7 +9,6 @@ or 1 (biases, scales and offsets of normalisation) are left out unless `decay_bi
 Parameters of higher rank that are neither, such as the position embedding of a ViT, are decayed.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lpa_jax import checks
+from lpa_jax.registry import Registry
 
 LearningRate = float | optax.Schedule
 
@@ -249,17 +249,10 @@ def schedule(
     return rate
 
 
-_FACTORIES: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd, "adamw": adamw}
-
-
-def names() -> tuple[str, ...]:
-    """Names that `create` knows.
-
-    Example:
-      >>> names()
-      ('sgd', 'adamw')
-    """
-    return tuple(_FACTORIES)
+_REGISTRY: Registry[optax.GradientTransformation] = Registry(
+    "optimizer", {"sgd": sgd, "adamw": adamw}
+)
+names = _REGISTRY.names
 
 
 def create(name: str, learning_rate: LearningRate, **options: Any) -> optax.GradientTransformation:
@@ -281,15 +274,9 @@ def create(name: str, learning_rate: LearningRate, **options: Any) -> optax.Grad
       >>> create("lbfgs", 0.1)
       Traceback (most recent call last):
         ...
-      ValueError: name must be one of sgd, adamw, got 'lbfgs'
+      ValueError: optimizer must be one of sgd, adamw, got 'lbfgs'
     """
-    if name not in _FACTORIES:
-        raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
-    allowed = list(inspect.signature(_FACTORIES[name]).parameters)[1:]
-    for key, value in options.items():
-        if key not in allowed:
-            raise ValueError(f"options of {name!r} must be among {allowed}, got {key}={value!r}")
-    return _FACTORIES[name](learning_rate, **options)
+    return _REGISTRY.create(name, learning_rate, **options)
 
 
 def _check_common(

@@ -1,8 +1,10 @@
-"""Factories by name: how perturbations and penalties are listed, asked for options, and built."""
+"""Factories by name: how methods, models and optimizers are listed and built."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
+
+from lpa_jax import checks
 
 Value = TypeVar("Value")
 
@@ -11,20 +13,29 @@ class Registry(Generic[Value]):
     """Factories of one kind of value, by name.
 
     Attributes:
-      kind: what messages call a value.
-      factories: the factories by name.
+      kind: What messages call a value.
+      factories: The factories by name.
+      hidden: Arguments of factories that are no options.
 
-    >>> shapes = Registry("shape")
-    >>> @shapes.register("square")
-    ... def square(side=1.0):
-    ...     return side**2
-    >>> shapes.names(), shapes.options("square"), shapes.create("square", side=3.0)
-    (('square',), ('side',), 9.0)
+    Example:
+      >>> shapes = Registry("shape")
+      >>> @shapes.register("square")
+      ... def square(side=1.0):
+      ...     return side**2
+      >>> shapes.names(), shapes.options("square"), shapes.create("square", side=3.0)
+      (('square',), ('side',), 9.0)
     """
 
-    def __init__(self, kind: str):
+    def __init__(
+        self,
+        kind: str,
+        factories: Mapping[str, Callable[..., Value]] | None = None,
+        hidden: tuple[str, ...] = (),
+    ):
         self.kind = kind
-        self.factories: dict[str, Callable[..., Value]] = {}
+        self.factories: dict[str, Callable[..., Value]] = dict(factories or {})
+        self.hidden = hidden
+        self._in_order = factories is not None
 
     def register(self, name: str) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
         """Decorator that enters a factory under `name`."""
@@ -36,14 +47,14 @@ class Registry(Generic[Value]):
         return add
 
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
-        return tuple(sorted(self.factories))
+        """All names: in the order of the given factories, sorted if they were registered later."""
+        return tuple(self.factories if self._in_order else sorted(self.factories))
 
     def options(self, name: str) -> tuple[str, ...]:
         """Names of the options that the factory `name` takes.
 
         Raises:
-          ValueError: unknown `name`.
+          ValueError: `name` is unknown.
         """
         return tuple(self.option_types(name))
 
@@ -53,23 +64,24 @@ class Registry(Generic[Value]):
         `inspect.Parameter.empty` stands for an option without annotation.
 
         Raises:
-          ValueError: unknown `name`.
+          ValueError: `name` is unknown.
         """
-        if name not in self.factories:
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
-        parameters = inspect.signature(self.factories[name]).parameters
-        return {option: parameter.annotation for option, parameter in parameters.items()}
+        checks.choice(self.kind, name, self.names())
+        parameters = inspect.signature(self.factories[name]).parameters.values()
+        return {p.name: p.annotation for p in parameters if p.name not in self.hidden}
 
-    def create(self, name: str, **arguments: Any) -> Value:
-        """Builds a value by name.
+    def create(self, name: str, *arguments: Any, **options: Any) -> Value:
+        """The value called `name`.
+
+        Args:
+          name: One of `names`.
+          *arguments: Leading arguments of its factory.
+          **options: Its options.
 
         Raises:
-          ValueError: unknown `name` or an option that its factory does not have.
+          ValueError: `name` or an option is unknown, or the factory refuses an argument.
         """
-        unknown = sorted(set(arguments) - set(self.options(name)))
-        if unknown:
-            raise ValueError(
-                f"{self.kind} {name!r} has no option {unknown[0]!r}; "
-                f"it has: {', '.join(self.options(name))}"
-            )
-        return self.factories[name](**arguments)
+        known = self.options(name)[len(arguments) :]
+        for option in options:
+            checks.choice(f"option of {self.kind} {name!r}", option, known)
+        return self.factories[name](*arguments, **options)

@@ -157,8 +157,12 @@ def test_bad_schedule_is_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lars", {}, "name must be one of sgd, adamw, got 'lars'"),
-        ("adamw", {"momentum": 0.9}, "options of 'adamw' .*got momentum=0.9"),
+        ("lars", {}, "optimizer must be one of sgd, adamw, got 'lars'"),
+        (
+            "adamw",
+            {"momentum": 0.9},
+            "option of optimizer 'adamw' must be one of b1, .*got 'momentum'",
+        ),
         ("sgd", {"learning_rate": math.nan}, "learning_rate must be .*got nan"),
         ("sgd", {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1\.0"),
         ("sgd", {"weight_decay": -1e-4}, "weight_decay must be .*got -0.0001"),

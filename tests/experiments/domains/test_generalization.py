@@ -246,7 +246,7 @@ def test_a_trial_that_diverged_is_not_chosen():
         (["--option=coral.layer=input", "--methods=coral"], "coral"),
         (["--evaluate_every=3"], "--evaluate_every must divide --train_steps=4"),
         (["--accumulate=3"], "--accumulate=3 must divide the 8 examples that a device takes"),
-        (["--sync_batch_norm"], "--sync_batch_norm: option 'axis_name' is unknown to"),
+        (["--sync_batch_norm"], "--sync_batch_norm: option of model 'mlp' must be one of"),
         (["--train_steps=0"], "--train_steps must be a whole number in 1..1000000000, got 0"),
         (["--holdout_fraction=1"], "--holdout_fraction must be in (0, 1), got 1.0"),
         (["--images_per_domain=4"], "--holdout_fraction=0.2 leaves no held-out image"),

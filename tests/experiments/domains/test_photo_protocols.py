@@ -121,7 +121,7 @@ def test_both_protocols_start_from_the_weights(photos):
         ),
         (
             ["--pretrained=resnet18.safetensors", "--model=mlp"],
-            "--freeze_batch_norm: option 'frozen_norm' is unknown to the model 'mlp'",
+            "--freeze_batch_norm: option of model 'mlp' must be one of",
         ),
         ([], "--freeze_batch_norm needs --pretrained"),
         (["--crop_scale=1,0.5"], "--crop_scale: scale must be two numbers, 0 < low <= high"),

@@ -402,5 +402,7 @@ def test_accumulation_and_synchronised_batch_norm_reach_the_model(kind):
         patch.setattr(runner.parallel, "batch_axis", lambda: "devices")
         network = settings.over_devices(plain, 6)
     assert network.network.model.axis_name == "devices"
-    with pytest.raises(ValueError, match="--sync_batch_norm: option 'axis_name' is unknown to"):
+    with pytest.raises(
+        ValueError, match=r"--sync_batch_norm: option of model 'mlp' must be .*'axis_name'"
+    ):
         kind(model="mlp", sync_batch_norm=True).over_devices(models.create("mlp", 5), 6)

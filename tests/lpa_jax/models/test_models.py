@@ -253,9 +253,9 @@ def test_initialising_a_part_is_refused(images):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet21", {}, "model 'resnet21' is unknown; there are mlp, small_cnn, "),
-        ("mlp", {"widths": (3,)}, "option 'widths' is unknown to the model 'mlp'; it has "),
-        ("mlp", {"parent": None}, "option 'parent' is unknown to the model 'mlp'; it has "),
+        ("resnet21", {}, "model must be one of mlp, small_cnn, resnet8, "),
+        ("mlp", {"widths": (3,)}, "option of model 'mlp' must be one of hidden, dropout, "),
+        ("mlp", {"parent": None}, "option of model 'mlp' must be one of hidden, dropout, "),
         ("mlp", {"hidden": ()}, "hidden must be one or more whole numbers >= 1, got ()"),
         ("mlp", {"hidden": (4, 0)}, "hidden must be one or more whole numbers >= 1, got (4, 0)"),
         ("mlp", {"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
