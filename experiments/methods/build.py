@@ -1,4 +1,4 @@
-"""From a method's name and options to what a run is made of: perturbations, penalties, losses."""
+"""Builds a method from its name and options: perturbations, penalties, losses, optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,9 +28,9 @@ LDAM_SCALES = {"linear": 1.0, "normalized": 30.0}
 # Share of the epochs after which LDAM-DRW re-weights: 160 of 200 in the paper.
 DRW_SWITCH = 0.8
 SAM_RHO = 0.05
-# Of Mixup at the input; Manifold Mixup's own default is that of its paper.
+# Of mixup at the input; Manifold Mixup has the default of its paper.
 MIXUP_ALPHA = 1.0
-# Numbers that decide no shape and no control flow: arguments of a compiled step.
+# Options that decide no shape and no control flow: arguments of a compiled step.
 _TRACEABLE = (
     "radius",
     "radius_target",
@@ -52,14 +52,14 @@ _TRACEABLE = (
 
 
 class Assembled(NamedTuple):
-    """What a method's name stands for.
+    """The parts that a method's name stands for.
 
     Attributes:
       perturbations: by layer, or by the layers of which each step draws one.
       penalties: by name.
-      loss_stages: (first epoch, loss) pairs, or None where the method leaves the loss alone.
+      loss_stages: (first epoch, loss) pairs, or None where the method has no loss of its own.
       sam_rho: radius of sharpness-aware minimisation, or None.
-      adjust_logits: what evaluation does to the logits, or None.
+      adjust_logits: applied to the logits in evaluation, or None.
     """
 
     perturbations: Mapping[str | tuple[str, ...], Perturbation]
@@ -69,29 +69,35 @@ class Assembled(NamedTuple):
     adjust_logits: Callable[[jax.Array], jax.Array] | None
 
 
-class Mixed(NamedTuple):
-    """A method with its options put in."""
+class Built(NamedTuple):
+    """A method that is ready to train with.
+
+    Attributes:
+      parts: from `assemble`.
+      optimizer: with SAM around it if the method says so.
+      loss_stages: (first epoch, loss) pairs.
+    """
 
     parts: Assembled
     optimizer: optax.GradientTransformation
     loss_stages: tuple[tuple[int, losses.Loss], ...]
 
 
-def mixed(
+def build(
     parts: Assembled,
     settings: Any,
     options: Mapping[str, Any],
     rate: optax.Schedule,
     loss_stages: tuple[tuple[int, losses.Loss], ...],
-) -> Mixed:
-    """The parts with an optimiser, SAM around it if the method says so, and the losses in force.
+) -> Built:
+    """Adds the optimizer and the losses to the parts of a method.
 
     Args:
       parts: from `assemble`.
-      settings: with the fields of an optimiser (`optimizer`, `weight_decay`, `clip_norm`, ...).
-      options: of the method, whose own weight decay comes first.
+      settings: of the run: `optimizer`, `weight_decay`, `clip_norm`, `decay_biases_and_norms`.
+      options: of the method, whose own weight decay takes precedence.
       rate: learning rate as a function of the step.
-      loss_stages: (first epoch, loss) pairs for methods that leave the loss alone.
+      loss_stages: (first epoch, loss) pairs for methods without a loss of their own.
     """
     optimizer = optimizers.create(
         settings.optimizer,
@@ -102,7 +108,11 @@ def mixed(
     )
     if parts.sam_rho is not None:
         optimizer = optimizers.sam(optimizer, parts.sam_rho)
-    return Mixed(parts, optimizer, parts.loss_stages or loss_stages)
+    return Built(parts, optimizer, parts.loss_stages or loss_stages)
+
+
+# Names that the two programs still use.
+Mixed, mixed = Built, build
 
 
 def assemble(
@@ -123,11 +133,11 @@ def assemble(
       method: its name.
       options: from `methods.options_for`.
       layers: injection points of the model.
-      layer: where perturbations without a layer of their own stand; the first hidden one if None.
-        Penalties on features and RSC take the last hidden layer.
+      layer: of perturbations that name none; the first hidden layer if None. Penalties on
+        features and RSC take the last hidden layer.
       counts: training examples of each class, for the frequency rule and long-tail losses.
-      epochs: length of the run, of which LDAM-DRW re-weights the last part.
-      total_steps: length of the run, for penalties that grow during it.
+      epochs: length of the run in epochs, of which LDAM-DRW re-weights the last part.
+      total_steps: length of the run in steps, for penalties that grow during it.
       num_domains: training domains; None where the task has none.
       head: the model's classifier, which decides the default scale of LDAM.
 
@@ -161,7 +171,7 @@ def assemble(
 def traceable(method: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the options whose numbers may be traced instead of compiled in.
 
-    A number that is 0 turns its part off, and an option may also be a name (`scale`): those stay.
+    A number that is 0 turns its part off, and `scale` may also be a name: these are compiled in.
 
     >>> traceable("lpa", {"lpa.radius": 0.1, "lpa.layer": "hidden1", "learning_rate": 0.0})
     ('lpa.radius',)

@@ -1,9 +1,9 @@
-"""Defaults that follow the data set: the recipe that published figures were obtained with.
+"""Defaults that depend on the data set: the recipe that published figures were obtained with.
 
-CIFAR is compared across papers only under one recipe, so there a flag that is not given takes the
-recipe's value, not the one that suits the small embedded sets. `experiments/recipes` has the whole
-commands, hardware and published figures, and says where ours still differ: momentum is Nesterov's,
-which LDAM's code does not use, and LDAM asks for --head=normalized.
+Papers compare methods on CIFAR under one recipe. There, a flag that is not given takes the recipe's
+value, not the default for the small embedded sets. `experiments/methods/recipes` has the complete
+commands, hardware and published figures. Two differences remain: momentum is Nesterov's here, which
+LDAM's code does not use, and LDAM's published head needs --head=normalized.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def defaults(dataset: str, profile: str, model: str | None = None) -> Mapping[st
 
     Args:
       dataset: `--dataset`.
-      profile: `--profile`, of which none asks for LPL's recipe and every other for LDAM's.
+      profile: `--profile`: LPL's recipe for none, LDAM's for every other profile.
       model: `--model` if it is given, else the recipe's.
 
     >>> defaults("cifar100", "none")["epochs"], defaults("cifar10", "step")["model"]
@@ -78,7 +78,8 @@ def method_options(dataset: str, profile: str) -> Mapping[str, Any]:
 
     Args:
       dataset: `--dataset`.
-      profile: `--profile`; on long tails LPL's steps depend on the set, see `experiments/recipes`.
+      profile: `--profile`; on long tails LPL's steps depend on the set, see
+        `experiments/methods/recipes`.
 
     >>> method_options("cifar10", "none")["lpl.steps"], dict(method_options("cifar10", "step"))
     (40, {})

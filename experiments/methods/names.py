@@ -1,13 +1,13 @@
 """Methods by name: `erm`, a part such as `lpa` or `focal`, and sums such as `logit_adjusted+lpa`.
 
-A part is a registered perturbation, a loss (at most one), a penalty, or one of four of another
-kind: `mixup` (Manifold Mixup at the input; in domain generalization of pairs of domains),
-`ldam_drw` (LDAM, re-weighted late), `sam` (an optimiser around the optimiser),
-`posthoc_logit_adjustment` (of the trained network's logits). A perturbation may name its layer,
-`dropout@hidden2`, or several of which each step draws one, `manifold_mixup@input|hidden1`;
-otherwise it stands at `--layer` (or the tuned one), RSC at the last hidden layer and LPL always at
-the logits. Options come from three places, later ones win: the method's own defaults, the tuned
-hyperparameters, explicit flags. What a name stands for is put together in `assembly`.
+A part is a registered perturbation, a loss (at most one), a penalty, or one of four others: `mixup`
+(Manifold Mixup at the input; in domain generalization of pairs of domains), `ldam_drw` (LDAM with
+deferred re-weighting), `sam` (sharpness-aware minimisation), `posthoc_logit_adjustment` (of the
+trained network's logits). A perturbation may name its layer, `dropout@hidden2`, or several of which
+each step draws one, `manifold_mixup@input|hidden1`. Otherwise its layer is `--layer` or the tuned
+one, for RSC the last hidden layer, for LPL always the logits. Options come from three sources, of
+which later ones win: the method's defaults, tuned hyperparameters, explicit flags. `build` makes
+the parts of a method from its name.
 """
 
 import json
@@ -16,8 +16,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lpa_jax import losses, penalties
-from lpa_jax import perturbations as perturbation_room
+from lpa_jax import losses, penalties, perturbations
 
 ERM = "erm"
 MIXUP = "mixup"
@@ -30,12 +29,12 @@ RUN_OPTIONS = ("learning_rate", "weight_decay")
 COMPILED_RUN_OPTIONS = ("batch_size", "model_dropout")
 DOMAIN_RUN_OPTIONS = (*RUN_OPTIONS, *COMPILED_RUN_OPTIONS)
 ASSIGNMENT_OPTIONS = {"assignment": str, "kappa": float, "split": float, "ema": float}
-# What a flag for all parts does not reach: LPL stands at the logits, whose scale has nothing to do
-# with that of hidden layers, and RSC is made for the last hidden layer.
+# Options that a flag for all parts does not set: LPL is at the logits, whose scale is unrelated to
+# that of hidden layers, and RSC is made for the last hidden layer.
 _OF_ITS_OWN = {"lpl": ("radius", "layer"), "rsc": ("layer",)}
-# What the task decides, not the user.
+# Options that the task decides, not the user.
 _GIVEN_BY_THE_TASK = ("num_domains", "total_steps")
-# What JSON values of these types are called where another is given.
+# What error messages call the types of JSON values.
 _KINDS = {
     float: "a number",
     int: "a number",
@@ -59,7 +58,7 @@ def loss_names() -> tuple[str, ...]:
 
 def part_names() -> tuple[str, ...]:
     """All parts that a method may be a sum of."""
-    return (*perturbation_room.names(), MIXUP, *loss_names(), *penalties.names(), SAM, POSTHOC)
+    return (*perturbations.names(), MIXUP, *loss_names(), *penalties.names(), SAM, POSTHOC)
 
 
 def parse(method: str) -> tuple[Part, ...]:
@@ -83,10 +82,10 @@ def parse(method: str) -> tuple[Part, ...]:
                 f"--methods: unknown method {name!r} in {method!r}; known: {known}, "
                 "sums such as lpa+lpl, and name@layer"
             )
-        if layer and name not in perturbation_room.names() and name not in penalties.names():
-            raise ValueError(f"--methods: {name} in {method!r} stands at no layer")
+        if layer and name not in perturbations.names() and name not in penalties.names():
+            raise ValueError(f"--methods: {name} in {method!r} takes no layer")
         part = Part(name, layer or None)
-        # A penalty stands once, at whatever layer: of two the last alone would count.
+        # A penalty may be named once, at whatever layer: of two only the last would count.
         if part in parts or (name in penalties.names() and name in {p.name for p in parts}):
             raise ValueError(f"--methods: {text} in {method!r} is named twice")
         parts.append(part)
@@ -97,7 +96,7 @@ def parse(method: str) -> tuple[Part, ...]:
 
 
 def check_different(names: Sequence[str]) -> None:
-    """Refuses `--methods` of which two are the same, or none.
+    """Refuses `--methods` that are empty or name a method twice.
 
     Raises:
       ValueError: naming the flag.
@@ -112,8 +111,8 @@ def part_options(name: str) -> tuple[str, ...]:
 
 
 def _option_types(name: str) -> dict[str, Any]:
-    if name in perturbation_room.names():
-        own = perturbation_room.option_types(name)
+    if name in perturbations.names():
+        own = perturbations.option_types(name)
         return own | (ASSIGNMENT_OPTIONS if "assignment" in own else {}) | {"layer": str}
     if name in penalties.names():
         own = penalties.option_types(name)
@@ -130,11 +129,11 @@ def _option_types(name: str) -> dict[str, Any]:
 
 
 def check_value(key: str, value: Any) -> None:
-    """Refuses a value of a type that an option does not take; its range is the option's own check.
+    """Refuses a value of a type that an option does not take; ranges are checked by the option.
 
     Args:
-      key: `part.option` that exists, or an option of the run, which are numbers.
-      value: as JSON gives it.
+      key: an existing `part.option`, or an option of the run, which is a number.
+      value: parsed from JSON.
 
     Raises:
       ValueError: naming the option.
@@ -180,7 +179,7 @@ def parsed_value(text: str) -> Any:
 def options_for(
     method: str, tuned: Mapping[str, Any], explicit: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Options of a method: `part.option` and the run's own `learning_rate` and `weight_decay`.
+    """Options of a method: `part.option`, and `learning_rate` and `weight_decay` of the run.
 
     Args:
       method: its name.

@@ -1,7 +1,7 @@
-"""Published tables that this project can be compared with, and the commands that would do it.
+"""Published tables to compare with, and the commands that would reproduce them.
 
-`experiments/methods/recipes/*.toml`, one published table each: protocol, sources, and for each
-setting the exact commands, what they would cost, and the published figures, by method.
+Each file of `experiments/methods/recipes/*.toml` is one published table: protocol, sources, and for
+each setting the exact commands, their cost and the published figures, by method.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 FOLDER = pathlib.Path(__file__).parent / "recipes"
-# Figures are of test images, and of networks trained on all the images that a protocol gives them.
+# Published figures are for test images, and for networks trained on all images of the protocol.
 _OF_ALL: Mapping[str, Any] = {"evaluate_on": "test", "per_class": None, "images_per_domain": None}
 
 
@@ -20,9 +20,9 @@ class Setting(NamedTuple):
 
     Attributes:
       name: of the setting.
-      match: settings of a run that can be compared, by name, its length among them.
-      commands: to be run in order.
-      hours: they would take on the recipe's hardware.
+      match: settings, by name, of the runs that can be compared, their length among them.
+      commands: in the order to run them.
+      hours: that they would take on the recipe's hardware.
       estimate: how that was estimated.
       figures: accuracy in per cent, and its standard error where published, by method.
       others: the same for methods that this project does not have.
@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
     Attributes:
       title: of the table.
       status: whether it was run here.
-      hardware: that the hours are for.
+      hardware: for which the hours were estimated.
       protocol: of the publication.
       sources: of the figures.
       settings: its columns.
@@ -83,7 +83,7 @@ def _setting(*, name, match, commands, hours, estimate, error=None, accuracy=Non
 
 @functools.cache
 def recipes() -> tuple[Recipe, ...]:
-    """All that come with the project."""
+    """All recipes of the project."""
     return tuple(read(path) for path in sorted(FOLDER.glob("*.toml")))
 
 

@@ -1,7 +1,7 @@
 """Random search: what is drawn for each method, from which range.
 
-Every method draws its learning rate and weight decay from the same ranges, and in trial t the same
-values of them, so that methods differ in their own options alone.
+All methods draw their learning rate and weight decay from the same ranges, and the same values in
+trial t, so that they differ only in their own options.
 """
 
 import dataclasses
@@ -95,17 +95,17 @@ COSINE_SCALE: dict[str, Space] = {
     "ldam.scale": LogUniform(10.0, 60.0),
     "ldam_drw.scale": LogUniform(10.0, 60.0),
 }
-# Relative radii that are harmless in dense layers destroy training in convolutional ones.
+# Relative radii that are harmless in dense layers make training in convolutional ones fail.
 SPATIAL_RADIUS = LogUniform(0.001, 0.1)
 _RELATIVE_RADII = ("lpa", "adversarial")
 
 
 class HiddenLayers(NamedTuple):
-    """Where perturbations may stand in a search.
+    """Layers at which a search places perturbations.
 
     Attributes:
-      names: layers, each with the same chance.
-      spatial: those whose activations have positions, `[B, H, W, F]` or `[B, T, F]`.
+      names: layers, each with the same probability.
+      spatial: layers whose activations have positions, `[B, H, W, F]` or `[B, T, F]`.
     """
 
     names: tuple[str, ...]
@@ -118,7 +118,7 @@ def hidden_layers(model: str, chosen: tuple[str, ...] = ()) -> HiddenLayers:
 
     Args:
       model: its name.
-      chosen: layers to keep; all hidden ones if empty.
+      chosen: layers to keep; all hidden layers if empty.
 
     Raises:
       ValueError: a chosen layer that the model does not have.
@@ -138,7 +138,7 @@ def hidden_layers(model: str, chosen: tuple[str, ...] = ()) -> HiddenLayers:
 
 
 def moved(value: float, source: LogUniform, target: LogUniform) -> float:
-    """The value that stands in `target` where `value` stands in `source`.
+    """The value at the same place of `target` as `value` in `source`, on a logarithmic scale.
 
     >>> moved(0.1, LogUniform(0.01, 1.0), LogUniform(2.0, 8.0))  # in the middle
     4.0
@@ -152,7 +152,7 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
 
     Args:
       name: a registered perturbation.
-      hidden_layers: where it may stand.
+      hidden_layers: layers to draw from.
     """
     layer = {"layer": Choice(tuple(hidden_layers))}
     signed = {"negative_scale": Choice((0.1, 0.3, 0.5, 1.0))}
@@ -195,7 +195,7 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
         "vrex": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
         "spectral_decoupling": {"weight": LogUniform(1e-3, 1.0)},
     }
-    # A perturbation that a user registered has only its layer to search.
+    # For a perturbation that a user registered, only the layer is searched.
     return spaces.get(name, layer)
 
 
@@ -217,15 +217,15 @@ def draw(
     seed: int = 0,
     ranges: Mapping[str, Space] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The options of a trial, a pure function of (seed, method, trial), layers and ranges.
+    """The options of a trial: a pure function of all arguments.
 
     Args:
       method: its name.
       trial: number of the trial.
-      hidden: where perturbations may stand; in spatial layers radii come from `SPATIAL_RADIUS`.
+      hidden: layers to draw from; in spatial layers radii come from `SPATIAL_RADIUS`.
       seed: of the search.
-      ranges: by option (`learning_rate`, `lpa.radius`), where they are not the usual ones, or
-        where the option is not searched otherwise.
+      ranges: by option (`learning_rate`, `lpa.radius`), in place of the usual ranges, or for
+        options that are not searched otherwise.
 
     >>> draw("erm", 0, HiddenLayers(("hidden1",))) == draw("erm", 0, HiddenLayers(("hidden1",)))
     True
@@ -241,7 +241,7 @@ def draw(
         # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
         rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])
         spaces = part_space(part.name, hidden.names)
-        # Options that are not searched otherwise come last: they change no other draw.
+        # Options that are not searched otherwise come last, so that they change no other draw.
         own = methods.own_options(part.name, ranges)
         spaces = {name: own.get(name, space) for name, space in spaces.items()} | own
         drawn = {name: space.draw(rng) for name, space in spaces.items()}

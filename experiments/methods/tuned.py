@@ -1,4 +1,4 @@
-"""Hyperparameters found by tuning: the file that holds them, and what a table must say of them."""
+"""Hyperparameters found by tuning: the file that holds them, and notes for the table."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ from experiments.runtime import files
 from lpa_jax.checkpoints.checkpoints import differences
 
 FOLDER = pathlib.Path(__file__).parent / "hparams"
-# What a search draws or decides itself, and where data lie or how often they are looked at: these
-# settings may differ from those of the run.
+# Settings that may differ between the search and the run: those that a search draws or fixes itself,
+# and those about data folders and the frequency of evaluations.
 _MAY_DIFFER = (
     "learning_rate",
     "weight_decay",
@@ -41,7 +41,7 @@ class Tuned(NamedTuple):
       by_domain: by method and test domain, from networks that never saw that domain.
       file: name of the file, or None.
       searched: settings that were searched under, where the file says so.
-      automatic: whether the file was not named but found.
+      automatic: whether --hparams=auto found the file.
     """
 
     origin: str
@@ -52,7 +52,7 @@ class Tuned(NamedTuple):
     automatic: bool = False
 
     def options(self, method: str, test: str) -> Mapping[str, Any]:
-        """Those of a method for a test domain."""
+        """Hyperparameters of a method for a test domain."""
         return self.by_domain.get(method, {}).get(test, self.pooled.get(method, {}))
 
 
@@ -65,11 +65,11 @@ def find(
     settings: Any,
     run_options: Sequence[str] = methods.RUN_OPTIONS,
 ) -> Tuned:
-    """What a flag --hparams means.
+    """The hyperparameters that --hparams names.
 
     Args:
       hparams: its value: a file, auto for the project's own of this data set and model, or none.
-      experiment: which the project's own file was tuned for.
+      experiment: the experiment that the project's own file was tuned for.
       settings: of the run.
       run_options: as `load`.
 
@@ -87,7 +87,7 @@ def find(
 
 
 def notes(tuned: Tuned, names: Sequence[str], settings: Any) -> list[str]:
-    """What a table has to say of methods that were not tuned, or not for this run.
+    """Notes for the table about methods that were not tuned, or not for this run.
 
     Args:
       tuned: from `find`.
@@ -99,7 +99,9 @@ def notes(tuned: Tuned, names: Sequence[str], settings: Any) -> list[str]:
     lines = []
     untuned = [name for name in names if name not in tuned.pooled]
     if untuned:
-        lines.append(f"Not tuned, for {tuned.file} does not hold them: {', '.join(untuned)}.")
+        lines.append(
+            f"Not tuned, because {tuned.file} does not contain them: {', '.join(untuned)}."
+        )
     if tuned.automatic and tuned.searched:
         ran = files.plain(settings.as_dict())
         defaults = {
@@ -122,7 +124,7 @@ def load(path: str | pathlib.Path, run_options: Sequence[str] = methods.RUN_OPTI
 
     Args:
       path: of the file.
-      run_options: what it may hold besides the options of parts.
+      run_options: options of the run that it may hold.
 
     Raises:
       ValueError: the file is missing, is not such a file, or holds an option that its method does

@@ -19,7 +19,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "tensorflow-data
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file atomically; of several hosts the first one alone."""
+    """Writes a text file atomically, on the first host only."""
     if multihost.is_first_host():
         atomic.write_text(path, text)
 
@@ -46,10 +46,10 @@ def read_json(path: str | os.PathLike) -> Any | None:
 
 
 def read_or_say(path: pathlib.Path, say: Callable[[str], None]) -> Any | None:
-    """Reads JSON like `read_json`; a line for a file that is there and cannot be read."""
+    """Reads JSON like `read_json`; says so if a file exists and cannot be read."""
     content = read_json(path)
     if content is None and path.exists():
-        say(f"{path} is cut short or no JSON: it is made again")
+        say(f"{path} is cut short or not JSON: it will be written again")
     return content
 
 
@@ -74,7 +74,7 @@ def plain(value: Any) -> Any:
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """Versions of what matters, and the git revision of this project, as the process began."""
+    """Versions of the packages that matter, and this project's git revision, read once."""
     versions = {"git revision": git_revision(), "Python": platform.python_version()}
     for package in PACKAGES:
         versions[package] = importlib.metadata.version(package)

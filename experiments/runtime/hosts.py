@@ -4,10 +4,10 @@ Each process reads checkpoints and results for itself. One that sees no checkpoi
 newest for damaged, would begin at another step than the others; their collectives would match all
 the same, and average gradients of different parameters. So they compare what they found (`check`).
 
-When a process dies or stops, JAX's runtime ends the others from C++: a stack trace on standard
-error, then SIGABRT; no Python code runs. So that a user still reads what happened, everything
-that C++ writes to standard error passes through a small process of its own (`runtime_log.py`),
-which outlives this one, lets all other lines through and says in one line what such an end means.
+When a process dies or stops, JAX's runtime ends the others from C++, with a stack trace on standard
+error and SIGABRT; no Python code runs. Therefore everything that C++ writes to standard error
+passes through a small separate process (`runtime_log.py`). It outlives this one, passes all other
+lines on, and prints one line that says what happened.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ from experiments.runtime.fields import setting
 from lpa_jax import multihost
 
 FLAGS = flags.FLAGS
-# How the backends' collectives fail in the processes that are left.
+# How errors of collectives begin in the processes that are left.
 LOST_SIGNS = ("Gloo", "coordination service", "CoordinationService", "NCCL", "UNAVAILABLE:")
-# Seconds beyond --initialization_timeout after which the runtime gives up waiting, too. It takes up
-# to six more and prints a stack trace, so the wait is ended here, on time.
+# The runtime stops waiting this many seconds after --initialization_timeout. It takes up to six more
+# and prints a stack trace, so the wait ends here first.
 RUNTIME_PATIENCE = 30
 INTERRUPTED = "interrupted: the same command resumes the run"
-# In place of a checkpoint's step, where it is not asked for yet.
+# In place of a checkpoint's step, before that is needed.
 FINISHED, UNFINISHED = -1, -2
 _RECORD = struct.Struct("<q32s32s")
 _REMEDY = "--workdir must be on a file system that all hosts share"
@@ -100,7 +100,7 @@ def define_flags() -> None:
 
 
 def from_flags() -> Hosts | None:
-    """What the flags ask for; None for a run of one process.
+    """The hosts of the run, from the parsed flags; None for a run of one process.
 
     Raises:
       ValueError: naming the flag that is missing.
@@ -123,17 +123,17 @@ def from_flags() -> Hosts | None:
 
 @contextlib.contextmanager
 def session(hosts: Hosts | None) -> Iterator[None]:
-    """Joins the run's processes for the block; a failure in it ends this process at once.
+    """Joins the run's processes for the block; a failure in it ends this process immediately.
 
-    At once, since on the usual way out JAX waits for the other processes, which in turn wait for
-    this one. The exit status is 1 then, 130 after Ctrl-C where nobody had agreed to stop yet, 134
-    (SIGABRT) where JAX's runtime noticed first that another process is gone.
+    On a normal exit JAX would wait for the other processes, which in turn wait for this one. The
+    exit status is 1, or 130 after Ctrl-C before all have agreed to stop, or 134 (SIGABRT) where
+    JAX's runtime noticed first that another process is gone.
 
     Args:
       hosts: how the processes find each other; None for a run of one process.
 
     Raises:
-      SystemExit: raised in the block with a status, not a message; all processes end so.
+      SystemExit: raised in the block with a status, not a message, by all processes.
     """
     if hosts is None:
         yield
@@ -148,7 +148,7 @@ def session(hosts: Hosts | None) -> Iterator[None]:
             try:
                 yield
             except SystemExit as stop:
-                # A status without words is an end that all processes have agreed upon.
+                # A status without a message is an end that all processes have agreed on.
                 if isinstance(stop.code, str):
                     raise
                 end = stop
@@ -166,14 +166,14 @@ def check(
     checkpoint: str = "",
     rejected: Sequence[str] = (),
 ) -> None:
-    """Compares what all processes found; each of them must ask. One process agrees with itself.
+    """Compares what all processes found; each of them must call this.
 
     Args:
       folder: where it was found, for the message.
       run: what is about to be trained, as JSON values.
       step: see `Found`.
-      checkpoint: what tells a checkpoint from others of the same step.
-      rejected: lines about newer checkpoints that this process takes for damaged.
+      checkpoint: digest that tells a checkpoint from others of the same step.
+      rejected: lines about newer checkpoints that this process found damaged.
 
     Raises:
       ValueError: there are other processes, and this one has not joined them.
@@ -192,10 +192,10 @@ def check(
 
 
 def difference(found: Sequence[Found]) -> str | None:
-    """Who differs from process 0 in what, and what to do about it; None where nobody does.
+    """How the first process that differs from process 0 does so, and the remedy; None if none.
 
     Args:
-      found: what the processes found, in their order.
+      found: what each process found, by its index.
 
     >>> start = Found(0, b"run", b"")
     >>> difference([start, start])
@@ -221,7 +221,7 @@ def difference(found: Sequence[Found]) -> str | None:
 
 @contextlib.contextmanager
 def _ended_by_sigint() -> Iterator[None]:
-    """Lets Ctrl-C end a wait in C++, after which Python would learn of it only."""
+    """Lets Ctrl-C end a wait in C++ at once; Python would see it only after the wait."""
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -234,8 +234,8 @@ def _ended_by_sigint() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended_after(seconds: float) -> Iterator[None]:
-    """Ends this process if the block, a wait for the other processes, takes longer than that."""
-    too_late = ValueError(f"not all processes came within --initialization_timeout={seconds} s")
+    """Ends this process if the block, a wait for the other processes, takes longer."""
+    too_late = ValueError(f"not all processes joined within --initialization_timeout={seconds} s")
     timer = threading.Timer(seconds, _leave, [too_late])
     timer.daemon = True
     timer.start()
@@ -268,14 +268,14 @@ def _leave(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _plain_runtime_log() -> Iterator[None]:
-    """Leads file descriptor 2 through `runtime_log.py`; Python's own stderr stays what it is."""
+    """Pipes file descriptor 2 through `runtime_log.py`; Python's own stderr is unchanged."""
     python_stderr = sys.stderr
     terminal = os.dup(2)
     reader = subprocess.Popen(  # noqa: S603
         [sys.executable, "-I", "-S", str(pathlib.Path(runtime_log.__file__)), LOST],
         stdin=subprocess.PIPE,
         stderr=terminal,
-        # Ctrl-C is for this process; the reader goes when nobody writes to it any more.
+        # Ctrl-C is for this process; the reader ends when its input does.
         start_new_session=True,
     )
     sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
@@ -301,7 +301,7 @@ def _words(found: Found) -> str:
 
 
 def _from_all(found: Found) -> list[Found]:
-    """What every process found, in their order."""
+    """What each process found, by its index."""
     own = np.frombuffer(_RECORD.pack(*found), np.uint8)
     records = multihost_utils.process_allgather(own)
     return [Found(*_RECORD.unpack(record.tobytes())) for record in records]

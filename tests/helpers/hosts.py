@@ -109,5 +109,5 @@ def check_absent_peer(number):
     assert time.monotonic() - started < HEARTBEAT + 5
     assert status != 0
     assert (
-        errors == f"error: not all processes came within --initialization_timeout={HEARTBEAT} s\n"
+        errors == f"error: not all processes joined within --initialization_timeout={HEARTBEAT} s\n"
     )

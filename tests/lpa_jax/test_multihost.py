@@ -193,7 +193,7 @@ def test_a_wait_that_takes_too_long_ends_the_process_and_one_in_time_does_not(mo
         pass
     with distributed._ended_after(0.01):
         assert ended.wait(10)
-    line = "error: not all processes came within --initialization_timeout=0.01 s"
+    line = "error: not all processes joined within --initialization_timeout=0.01 s"
     assert capfd.readouterr().err == f"{runtime_log.LAST_LINE}{line}\n"
 
 

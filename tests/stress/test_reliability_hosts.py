@@ -221,7 +221,7 @@ def test_a_process_that_never_comes_is_not_waited_for_longer_than_asked(
     _, errors = both[number].communicate(timeout=60)
     waited = time.monotonic() - started
     assert both[number].returncode not in (0, None)
-    expected = "error: not all processes came within --initialization_timeout=6 s"
+    expected = "error: not all processes joined within --initialization_timeout=6 s"
     assert errors.splitlines()[-1] == expected
     # Importing takes its time before the wait begins.
     assert waited < 6 + 5 + 10 and not (tmp_path / "work").exists()

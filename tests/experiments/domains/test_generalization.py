@@ -104,7 +104,7 @@ def test_finished_networks_are_read_and_a_half_written_one_is_trained_again(run,
     message, _, err = run("domain_generalization", *TINY, *JOB, f"--workdir={workdir}")
     assert message is None and "[1/1] erm without +80% seed 1" in err
     for path in (broken, spoiled):
-        assert err.count(f"{path} is cut short or no JSON: it is made again\n") == 1
+        assert err.count(f"{path} is cut short or not JSON: it will be written again\n") == 1
     for path in (*results, *workdir.glob("trainings/**/training.json")):
         assert (path.stat().st_mtime_ns == times[path]) == (path not in (broken, spoiled))
     again = read(spoiled)
@@ -210,7 +210,7 @@ def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_dom
     message, out, err = run("domain_generalization", *TINY, "--methods=erm,dropout", "--seeds=1",
                             f"--hparams={output}", f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None and "tuned on validation" in err
-    untuned = "Not tuned, for hparams.json does not hold them: dropout."
+    untuned = "Not tuned, because hparams.json does not contain them: dropout."
     assert f"{untuned}\n" in err and untuned in (tmp_path / "job/table.md").read_text()
     assert "tuned on networks that trained on them" in out and out.count("too: +80%.") == 1
     for test in DOMAINS:

@@ -140,7 +140,7 @@ def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, copy_of
     message, _, err = run("long_tail", *TINY, *JOB, f"--workdir={workdir}")
     assert message is None
     assert [line for line in err.splitlines() if ".json" in line] == [
-        f"{broken} is cut short or no JSON: it is made again"
+        f"{broken} is cut short or not JSON: it will be written again"
     ]
     for path in paths:
         assert (path.stat().st_mtime_ns == times[path]) == (path != broken)
@@ -334,7 +334,9 @@ def test_tuning_keeps_the_rate_of_the_command_line_and_repeats_a_trial_cut_short
     before = broken.read_text()
     broken.write_text(before[:50])
     message, _, err = run("tune", *arguments)
-    assert message is None and f"{broken} is cut short or no JSON: it is made again\n" in err
+    assert (
+        message is None and f"{broken} is cut short or not JSON: it will be written again\n" in err
+    )
     assert broken.read_text() == before
 
 

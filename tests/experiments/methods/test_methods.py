@@ -126,7 +126,7 @@ def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(na
     [
         ("nonsense", "--methods: unknown method 'nonsense'"),
         ("focal+ldam", "names several losses, focal and ldam"),
-        ("sam@hidden1", "sam in 'sam@hidden1' stands at no layer"),
+        ("sam@hidden1", "sam in 'sam@hidden1' takes no layer"),
         ("coral+coral", "--methods: coral in 'coral\\+coral' is named twice"),
         ("coral@hidden1+coral@hidden2", "coral@hidden2 in .* is named twice"),
         ("lpa@hidden1+lpa@hidden1", "lpa@hidden1 in 'lpa@hidden1\\+lpa@hidden1' is named twice"),
