@@ -210,7 +210,7 @@ def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_dom
     message, out, err = run("domain_generalization", *TINY, "--methods=erm,dropout", "--seeds=1",
                             f"--hparams={output}", f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None and "tuned on validation" in err
-    untuned = "Not tuned, because hparams.json does not contain them: dropout."
+    untuned = "Not tuned, because hparams.json lacks them: dropout."
     assert f"{untuned}\n" in err and untuned in (tmp_path / "job/table.md").read_text()
     assert "tuned on networks that trained on them" in out and out.count("too: +80%.") == 1
     for test in DOMAINS:

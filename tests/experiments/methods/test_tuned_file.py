@@ -69,7 +69,7 @@ def test_methods_that_were_not_tuned_and_settings_that_were_not_searched_with_ar
     searched = Settings(evaluate_on="validation", augmentation="crop").as_dict()
     del searched["per_class"]  # files of earlier versions know nothing of it
     assert found_by_itself(searched, ["erm", "lpa", "erm+sam"], settings) == [
-        "Not tuned, because found.json does not contain them: lpa, erm+sam.",
+        "Not tuned, because found.json lacks them: lpa, erm+sam.",
         "found.json was searched with other settings: augmentation: crop there, none here; head: "
         "linear there, normalized here; imbalance: 100.0 there, 10.0 here; per_class: None there, "
         "50 here.",
@@ -96,7 +96,7 @@ def test_the_tables_own_notes_name_them_and_so_does_a_line_before_training(
     assert message is None
     table = (tmp_path / "job/table.md").read_text()
     for text in (
-        "Not tuned, because balanced_digits_mlp.json does not contain them: focal.",
+        "Not tuned, because balanced_digits_mlp.json lacks them: focal.",
         "balanced_digits_mlp.json was searched with other settings: ",
         "epochs: 60 there, 1 here; ",
     ):
