@@ -12,8 +12,8 @@ from experiments.runtime import files
 from lpa_jax.checkpoints.checkpoints import differences
 
 FOLDER = pathlib.Path(__file__).parent / "hparams"
-# Settings that may differ between the search and the run: those that a search draws or fixes itself,
-# and those about data folders and the frequency of evaluations.
+# Settings that may differ between a search and a run: those that a search draws or fixes itself, and
+# those about data folders and the frequency of evaluations.
 _MAY_DIFFER = (
     "learning_rate",
     "weight_decay",
@@ -99,9 +99,7 @@ def notes(tuned: Tuned, names: Sequence[str], settings: Any) -> list[str]:
     lines = []
     untuned = [name for name in names if name not in tuned.pooled]
     if untuned:
-        lines.append(
-            f"Not tuned, because {tuned.file} does not contain them: {', '.join(untuned)}."
-        )
+        lines.append(f"Not tuned, because {tuned.file} lacks them: {', '.join(untuned)}.")
     if tuned.automatic and tuned.searched:
         ran = files.plain(settings.as_dict())
         defaults = {

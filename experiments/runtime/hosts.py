@@ -38,8 +38,8 @@ from lpa_jax import multihost
 FLAGS = flags.FLAGS
 # How errors of collectives begin in the processes that are left.
 LOST_SIGNS = ("Gloo", "coordination service", "CoordinationService", "NCCL", "UNAVAILABLE:")
-# The runtime stops waiting this many seconds after --initialization_timeout. It takes up to six more
-# and prints a stack trace, so the wait ends here first.
+# The runtime stops waiting this many seconds after --initialization_timeout, and may take six more
+# and print a stack trace: the wait ends here first.
 RUNTIME_PATIENCE = 30
 INTERRUPTED = "interrupted: the same command resumes the run"
 # In place of a checkpoint's step, before that is needed.
