@@ -12,7 +12,7 @@ from experiments.runtime import files
 from lpa_jax.checkpoints.checkpoints import differences
 
 FOLDER = pathlib.Path(__file__).parent / "hparams"
-# Settings that may differ between a search and a run: those that a search draws or fixes itself, and
+# Settings that may differ between a search and a run: those that a search draws or fixes, and
 # those about data folders and the frequency of evaluations.
 _MAY_DIFFER = (
     "learning_rate",
