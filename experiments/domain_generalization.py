@@ -46,7 +46,8 @@ from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import folder as run_folder
-from lpa_jax import multihost, workdir_lock
+from lpa_jax import multihost
+from lpa_jax.files import refuse_if_held
 from lpa_jax.interrupts import Interrupts
 from lpa_jax.training import loop as trainer
 
@@ -180,7 +181,7 @@ def train_all(
     """Trains what is missing and selects; returns the results in the order of the runs."""
     first = multihost.is_first_host()
     if first:
-        workdir_lock.refuse_if_held(workdir)
+        refuse_if_held(workdir)
     trainings = Trainings(
         settings,
         source,

@@ -46,7 +46,7 @@ from experiments.reporting import (
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
-from lpa_jax import workdir_lock
+from lpa_jax.files import hold
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
@@ -172,7 +172,7 @@ def run(interrupts: Interrupts) -> None:
     image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     models = trained.train_or_load(settings, options, workdir, interrupts)
-    with workdir_lock.hold(workdir), interrupts:
+    with hold(workdir), interrupts:
         found = measure(models, how, interrupts)
     # Without what is evaluated: each part has images and measures of its own.
     title = summary.title_of(settings.as_dict()).rpartition(", ")[0]

@@ -39,10 +39,11 @@ from experiments.reporting import geometry_plots, measure_plots, measure_tables,
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
-from lpa_jax import models, perturbations, workdir_lock
+from lpa_jax import models, perturbations
 from lpa_jax.diagnostics import agreement as class_agreement
 from lpa_jax.diagnostics import error_consistency, linear_cka, prediction_agreement
 from lpa_jax.diagnostics.geometry import GROUPS
+from lpa_jax.files import hold
 from lpa_jax.injection import INPUT, LOGITS, check_layer
 from lpa_jax.interrupts import Interrupts
 
@@ -248,7 +249,7 @@ def sweep(interrupts: Interrupts) -> None:
     image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     found = trained.train_or_load(settings, options, workdir, interrupts)
-    with workdir_lock.hold(workdir), interrupts:
+    with hold(workdir), interrupts:
         values = measure(found, layers, interrupts)
     title = f"Layer sweep: {summary.title_of(settings.as_dict())}"
     table = measure_tables.frame(values, ERM)

@@ -180,7 +180,7 @@ def run_missing(
 
     Raises:
       InterruptedRunError: a signal came.
-      lpa_jax.workdir_lock.LockedError: another process runs this share, or a trial of it.
+      lpa_jax.files.LockedError: another process runs this share, or a trial of it.
     """
     suggestions = None
     if FLAGS.radius_center == "suggest":

@@ -26,7 +26,8 @@ from experiments.training import folder as run_folder
 from experiments.training import run as runner
 from experiments.training.log import TENSORBOARD, Logging
 from experiments.training.program import make_program
-from lpa_jax import data, multihost, workdir_lock
+from lpa_jax import data, multihost
+from lpa_jax.files import refuse_if_held
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
@@ -89,7 +90,7 @@ def train_all(
     """Trains every method with every seed, skipping runs whose results are there."""
     first = multihost.is_first_host()
     if first:
-        workdir_lock.refuse_if_held(workdir)  # before data are read
+        refuse_if_held(workdir)  # before data are read
     saving = run_flags.saving()
     logging = Logging(FLAGS.class_geometry_batches, FLAGS.tensorboard)
     seeds = run_flags.seeds(FLAGS.seeds)

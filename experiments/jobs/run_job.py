@@ -24,7 +24,7 @@ from experiments.methods import names as methods
 from experiments.reporting import runs as report_data
 from experiments.runtime import files
 from experiments.training import flags as run_flags
-from lpa_jax import workdir_lock
+from lpa_jax.files import LockedError, hold
 
 FLAGS = flags.FLAGS
 
@@ -66,7 +66,7 @@ def parsed(experiment: str, arguments: Sequence[str]) -> Iterator[ModuleType]:
 def run(folder: pathlib.Path) -> int:
     """Runs the job in the folder; the exit status."""
     try:
-        with workdir_lock.hold(folder, patience=0):
+        with hold(folder, patience=0):
             if jobs.is_done(folder):
                 return 0
             (folder / report_data.OUTCOME).unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def run(folder: pathlib.Path) -> int:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             return _run_locked(folder)
-    except workdir_lock.LockedError:
+    except LockedError:
         return jobs.LOCKED
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.reporting import paired as statistics
 from experiments.reporting.summary import Results, Row, Summary
-from lpa_jax import atomic
+from lpa_jax.files import write_bytes
 
 # Okabe and Ito's palette: distinguishable to colour-blind readers and in grey.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
@@ -288,5 +288,5 @@ def write_figure(figure: Figure, path: pathlib.Path, dpi: int) -> None:
     """Writes a figure whole, and never through a link to somewhere else; closes it."""
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix("."), dpi=dpi)
-    atomic.write_bytes(path, content.getvalue())
+    write_bytes(path, content.getvalue())
     plt.close(figure)

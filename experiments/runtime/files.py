@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lpa_jax import atomic, multihost
+from lpa_jax import files, multihost
 
 SOURCES = ("experiments", "lpa_jax")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "tensorflow-datasets")
@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "tensorflow-data
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file atomically, on the first host only."""
     if multihost.is_first_host():
-        atomic.write_text(path, text)
+        files.write_text(path, text)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from absl import app, flags
 
 from experiments.runtime import hosts
-from lpa_jax import workdir_lock
 from lpa_jax.checkpoints import checkpoints
+from lpa_jax.files import LockedError
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
 from lpa_jax.training import loop
 
@@ -69,7 +69,7 @@ def _work(work: Callable[[Interrupts], None]) -> None:
         OSError,
         loop.NonFiniteLossError,
         checkpoints.CheckpointError,
-        workdir_lock.LockedError,
+        LockedError,
     ) as error:
         sys.exit(f"error: {error}")
     except hosts.DifferingHostsError as error:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from experiments.runtime import files, hosts
 from experiments.training.saving import Saving
-from lpa_jax import multihost, workdir_lock
+from lpa_jax import multihost
 from lpa_jax.checkpoints import manifest
 from lpa_jax.checkpoints.checkpoints import Checkpoints, Restored, Totals, differences
+from lpa_jax.files import hold
 
 RESULT = "result.json"
 CONFIG = "config.json"
@@ -72,9 +73,9 @@ def held(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Keeps other processes out of a folder; the first host does, for all hosts.
 
     Raises:
-      lpa_jax.workdir_lock.LockedError: another process holds it, on entry.
+      lpa_jax.files.LockedError: another process holds it, on entry.
     """
-    return workdir_lock.hold(folder) if multihost.is_first_host() else contextlib.nullcontext()
+    return hold(folder) if multihost.is_first_host() else contextlib.nullcontext()
 
 
 class RunFolder:

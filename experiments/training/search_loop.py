@@ -58,7 +58,7 @@ def held(workdir: pathlib.Path, folder: pathlib.Path) -> contextlib.AbstractCont
 
     Raises:
       ValueError: a symbolic link leads out of the workdir.
-      lpa_jax.workdir_lock.LockedError: another process holds the folder.
+      lpa_jax.files.LockedError: another process holds the folder.
     """
     run_folder.check_inside(workdir, folder)
     return run_folder.held(folder)

@@ -62,7 +62,7 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run in one folder.
 
-    Not for two processes at once: hold a `workdir_lock`. With several hosts the state is the same
+    Not for two processes at once: use `files.hold`. With several hosts the state is the same
     on each, so one of them writes and all read.
 
     >>> import tempfile

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lpa_jax import atomic
+from lpa_jax.files import write_text
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -50,7 +50,7 @@ def write(folder: pathlib.Path, manifest: Manifest) -> None:
       OSError: it cannot be written.
     """
     content = _content(manifest) | {"digest": manifest.digest()}
-    atomic.write_text(folder / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(folder / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def verify(folder: pathlib.Path) -> Manifest:

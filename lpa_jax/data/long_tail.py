@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lpa_jax import checks
-from lpa_jax.atomic import write_text
 from lpa_jax.data import random_order, splits
+from lpa_jax.files import write_text
 
 _FORMAT = "lpa_jax.indices.v1"
 

@@ -29,9 +29,10 @@ from experiments.runtime import files
 from experiments.training import run as runner
 from experiments.training.program import Program
 from experiments.training.saving import Saving
-from lpa_jax import data, losses, parallel, workdir_lock
+from lpa_jax import data, losses, parallel
 from lpa_jax.checkpoints import arrays as array_files
 from lpa_jax.checkpoints import checkpoints as checkpoint
+from lpa_jax.files import LockedError, hold
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
 from lpa_jax.training import loop as trainer
 from tests.helpers import toy
@@ -213,12 +214,12 @@ def main(arguments):
     slow_down(data.EvaluationBatches, "__getitem__", flags.pace_evaluation)
     interrupts = Interrupts(lambda name: os.write(1, f"caught {name}\n".encode()))
     try:
-        with workdir_lock.hold(flags.folder), interrupts:
+        with hold(flags.folder), interrupts:
             print("begin run", flush=True)
             run(flags.folder, flags.every, should_stop=interrupts, say=print)
     except InterruptedRunError:
         return interrupts.exit_status
-    except (checkpoint.CheckpointError, workdir_lock.LockedError, ValueError, OSError) as error:
+    except (checkpoint.CheckpointError, LockedError, ValueError, OSError) as error:
         print(f"error: {error}", flush=True)
         return 1
     print("done", flush=True)

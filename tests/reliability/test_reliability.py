@@ -18,8 +18,9 @@ from experiments.training import folder as run_folder
 from experiments.training import log as recording
 from experiments.training import run as runner
 from experiments.training.saving import Saving
-from lpa_jax import data, workdir_lock
+from lpa_jax import data
 from lpa_jax.checkpoints import checkpoints as checkpoint
+from lpa_jax.files import LockedError, hold, refuse_if_held
 from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.training import loop as trainer
 from tests.helpers import reliability_worker as worker
@@ -163,19 +164,19 @@ def test_a_second_run_is_refused_at_once_and_a_killed_ones_lock_is_free(zygote, 
     first = zygote.start(folder, "--pace=0.2")
     assert first.wait_for("begin run")
     started = time.monotonic()
-    with pytest.raises(workdir_lock.LockedError, match=f"is in use by process {first.pid} on "):
-        workdir_lock.refuse_if_held(folder)
+    with pytest.raises(LockedError, match=f"is in use by process {first.pid} on "):
+        refuse_if_held(folder)
     assert time.monotonic() - started < 5
     second = zygote.start(folder)
     assert second.wait() == 1
     assert second.lines()[-1].startswith("error: ") and f"process {first.pid}" in second.lines()[-1]
     assert time.monotonic() - started < 5
     (folder / "lock").unlink()  # as someone would who takes it for a stale one
-    with pytest.raises(workdir_lock.LockedError, match="is in use by a process"):
-        workdir_lock.hold(folder, patience=0).__enter__()
+    with pytest.raises(LockedError, match="is in use by a process"):
+        hold(folder, patience=0).__enter__()
     first.send(SIGKILL)
     first.wait()
-    with workdir_lock.hold(folder):
+    with hold(folder):
         pass
 
 
@@ -183,7 +184,7 @@ def test_a_lock_that_is_a_link_is_not_written_through(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"), workdir_lock.hold(tmp_path / "work"):
+    with pytest.raises(OSError, match="symbolic links"), hold(tmp_path / "work"):
         pass
     assert (tmp_path / "precious").read_text() == "precious"
 

@@ -17,7 +17,7 @@ from experiments import sweep
 from experiments.jobs import jobs
 from experiments.jobs import run_job as job_run
 from experiments.reporting import runs as report_data
-from lpa_jax import workdir_lock
+from lpa_jax.files import hold
 from tests.helpers import made_up_runs
 
 FLAGS = flags.FLAGS
@@ -231,7 +231,7 @@ def test_other_flags_in_the_same_workdir_are_refused_and_nothing_is_written(plan
 def test_a_running_job_is_left_alone(planned):
     folder = pathlib.Path(planned[0].folder)
     (folder / "log.txt").write_text("busy")
-    with workdir_lock.hold(folder):
+    with hold(folder):
         assert job_run.run(folder) == jobs.LOCKED
     assert (folder / "log.txt").read_text() == "busy"
     assert jobs.outcome_of(planned[0], jobs.LOCKED).status == "running"
@@ -261,8 +261,8 @@ def test_the_claim_of_a_dead_process_does_not_hold(planned):
     folder = pathlib.Path(planned[0].folder)
     script = f"""
 import time
-from lpa_jax import workdir_lock
-with workdir_lock.hold({str(folder)!r}):
+from lpa_jax.files import hold
+with hold({str(folder)!r}):
     print("held", flush=True)
     time.sleep(60)
 """

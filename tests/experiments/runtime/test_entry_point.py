@@ -6,8 +6,8 @@ import pytest
 
 from experiments.runtime import hosts
 from experiments.runtime import main as entry_point
-from lpa_jax import workdir_lock
 from lpa_jax.checkpoints import checkpoints as checkpoint
+from lpa_jax.files import LockedError
 from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.training import loop as trainer
 
@@ -25,7 +25,7 @@ def end_of(work):
         OSError("no such folder"),
         trainer.NonFiniteLossError("the training loss is nan at step 3"),
         checkpoint.CheckpointError("no checkpoint is intact"),
-        workdir_lock.LockedError("in use"),
+        LockedError("in use"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_status_1(error):

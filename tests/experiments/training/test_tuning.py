@@ -11,7 +11,7 @@ from experiments.domains.networks import Trainings
 from experiments.methods import flags as method_flags
 from experiments.methods import search
 from experiments.training import run as runner
-from lpa_jax import workdir_lock
+from lpa_jax.files import LockedError, hold, refuse_if_held
 from lpa_jax.interrupts import InterruptedRunError
 from tests.experiments.domains.test_generalization import DOMAINS
 from tests.experiments.domains.test_generalization import TINY as TINY_DOMAINS
@@ -26,7 +26,7 @@ def test_a_share_of_tuning_and_a_trial_are_run_by_one_process(run, tmp_path):
     arguments = (*ONE_TRIAL, f"--workdir={workdir}")
     for name in ("worker_0", "erm/0000"):
         held = workdir / "locks" / name
-        with workdir_lock.hold(held):
+        with hold(held):
             message, *_ = run("tune", *arguments)
             assert message.startswith(f"error: {held} is in use by process") and "\n" not in message
             # Another share, which has no trial of one.
@@ -40,8 +40,8 @@ def test_a_share_of_tuning_and_a_training_are_run_by_one_process(run, tmp_path, 
 
     def noticed(trainings, network, *_, **__):
         for folder in (trainings.place(network), tmp_path / "locks/worker_0"):
-            with pytest.raises(workdir_lock.LockedError):
-                workdir_lock.refuse_if_held(folder)
+            with pytest.raises(LockedError):
+                refuse_if_held(folder)
         seen.append(network.held_out)
 
     monkeypatch.setattr(Trainings, "run", noticed)
@@ -49,7 +49,7 @@ def test_a_share_of_tuning_and_a_training_are_run_by_one_process(run, tmp_path, 
     message, out, _ = run("domain_tune", *arguments)
     assert message is None and "missing" in out and seen == [(domain,) for domain in DOMAINS]
     held = tmp_path / "locks/worker_0"
-    with workdir_lock.hold(held):
+    with hold(held):
         message, *_ = run("domain_tune", *arguments)
         assert message.startswith(f"error: {held} is in use by process") and "\n" not in message
         assert run("domain_tune", *arguments, "--worker=1", "--num_workers=2")[0] is None

@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from experiments.reporting import figures as plots
 from experiments.runtime import files
 from experiments.training import folder as run_folder
-from lpa_jax import atomic, data
+from lpa_jax import data
 from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.checkpoints import manifest
 from lpa_jax.checkpoints.checkpoints import CheckpointError, Checkpoints
 from lpa_jax.data import sources
+from lpa_jax.files import write_bytes
 
 
 class Planted:
@@ -151,7 +152,7 @@ def test_in_place_of_a_runs_files_nothing_planted_runs(tmp_path, plant):
 def test_in_place_of_a_split_a_list_or_an_image_nothing_planted_runs(tmp_path, plant):
     path = tmp_path / "planted"
     plant(path)
-    with pytest.raises(ValueError, match="not an index file"):
+    with pytest.raises(ValueError, match="must be an index file of format"):
         data.load_indices(path, [0, 1, 1])
     with pytest.raises(ValueError, match=r"planted.*(UTF-8|path label)"):
         data.read_list(path, tmp_path)
@@ -234,7 +235,7 @@ def test_a_link_in_place_of_a_file_is_replaced_not_followed(tmp_path):
     writers = {
         "result.json": lambda path: files.write_json(path, {}),
         "table.md": lambda path: files.write_text(path, "table"),
-        "bytes": lambda path: atomic.write_bytes(path, b"bytes"),
+        "bytes": lambda path: write_bytes(path, b"bytes"),
         "figure.png": lambda path: plots.write_figure(Figure(), path, dpi=30),
         "split.json": lambda path: data.save_indices(path, [0], [0, 1]),
     }
