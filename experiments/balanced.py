@@ -3,14 +3,14 @@ r"""Balanced classification: does perturbing hidden layers class by class help w
     python -m experiments.balanced --per_class=50
 
 trains ERM, LPL, LPA and LPA+LPL on MNIST-5k with 50 training images a class and 3 paired seeds:
-about a minute on 2 CPU cores. Which classes are augmented positively is decided by the network's
-confidence in them (`--assignment=confidence`, the default here). CIFAR-10 on an accelerator, with
-LPL's recipe:
+about a minute on 2 CPU cores. The network's confidence in a class decides the sign of its
+augmentation (`--assignment=confidence`, the default here). CIFAR-10 on an accelerator, with LPL's
+recipe:
 
     python -m experiments.balanced --dataset=cifar10 --prepare --layer=stage3
 
-takes WRN-28-10, 240 epochs and the rest of the recipe from `experiments.data_set_defaults`; flags
-override single values of it, --recipe=none all of them.
+takes WRN-28-10, 240 epochs and the rest of the recipe from `experiments.methods.data_set_defaults`.
+Flags override single values of it, --recipe=none all of them.
 """
 
 from absl import flags

@@ -15,6 +15,8 @@ from lpa_jax import multihost
 
 FLAGS = flags.FLAGS
 
+# Seeds are hashed as 32 bits; more of them in one command are a slip, such as 2026 for 2026-2026.
+MOST_SEEDS, SEED_LIMIT = 1000, 2**32
 # Help of every --seeds.
 SEEDS = "Number of seeds, or a list of seeds and ranges such as 0-3,8 (4-4: seed 4 alone)"
 
@@ -63,7 +65,7 @@ def seeds(texts: list[str]) -> list[int]:
     """Seeds from a flag: one number n means 0..n-1, several numbers and ranges mean themselves.
 
     Raises:
-      ValueError: not whole numbers >= 0 or ranges of them, none, or one twice.
+      ValueError: not whole numbers >= 0 or ranges of them, none, one twice, or too many.
 
     >>> seeds(["3"]), seeds(["4", "7"]), seeds(["0-3", "8"]), seeds(["4-4"])
     ([0, 1, 2], [4, 7], [0, 1, 2, 3, 8], [4])
@@ -71,6 +73,11 @@ def seeds(texts: list[str]) -> list[int]:
     given = ",".join(texts)
     if len(texts) == 1 and texts[0].strip().isdecimal():
         texts = [f"0-{int(texts[0]) - 1}"] if int(texts[0]) else []
+        if int(given) > MOST_SEEDS:
+            raise ValueError(
+                f"--seeds must be at most {MOST_SEEDS} seeds, got {given!r}; the one seed is "
+                f"{given.strip()}-{given.strip()}"
+            )
     numbers = []
     for text in texts:
         first, dash, last = (part.strip() for part in text.partition("-"))
@@ -81,6 +88,10 @@ def seeds(texts: list[str]) -> list[int]:
             )
         if int(last) < int(first):
             raise ValueError(f"--seeds: the range {text.strip()!r} ends before it begins")
+        if int(last) >= SEED_LIMIT or int(last) - int(first) >= MOST_SEEDS:
+            raise ValueError(
+                f"--seeds must be below 2**32 and at most {MOST_SEEDS}, got {text.strip()!r}"
+            )
         numbers += range(int(first), int(last) + 1)
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"--seeds must name different seeds, got {given!r}")

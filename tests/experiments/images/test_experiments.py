@@ -289,6 +289,17 @@ def test_seeds_are_a_number_or_a_list_of_seeds_and_ranges(text, expected):
         ("4-", "ranges such as 4-7, got '4-'"),
         ("1-2-3", "ranges such as 4-7, got '1-2-3'"),
         ("1.5", "ranges such as 4-7, got '1.5'"),
+        ("20240101", "got '20240101'; the one seed is 20240101-20240101"),
+        (
+            str(10**25),
+            f"--seeds must be at most 1000 seeds, got '{10**25}'; the one seed is "
+            f"{10**25}-{10**25}",
+        ),
+        (f"0-{10**25}", f"--seeds must be below 2**32 and at most 1000, got '0-{10**25}'"),
+        (
+            "4294967296-4294967296",
+            "--seeds must be below 2**32 and at most 1000, got '4294967296-4294967296'",
+        ),
         ("7-4", "--seeds: the range '7-4' ends before it begins"),
         ("0-3,2", "--seeds must name different seeds, got '0-3,2'"),
     ],
