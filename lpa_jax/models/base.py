@@ -10,8 +10,6 @@ a perturbation of `h_l` re-runs only what stands above it.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,14 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from lpa_jax import checks
-from lpa_jax.models.normalized_head import NormalizedHead
+from lpa_jax.models.layers import Head, NormalizedHead, Primitives
 
 NORMS = ("batch", "group", "none")
 HEADS = ("linear", "normalized")
-
-# Normal with variance 2 / (k*k*C_out), which the ResNet and WideResNet releases use (He et al.,
-# "Delving Deep into Rectifiers", arXiv 1502.01852, section 2.2, backward form).
-he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class StagedModel(nn.Module):
@@ -169,7 +163,7 @@ class NormalizedModel(StagedModel):
         super().__post_init__()
 
     @property
-    def primitives(self) -> "Primitives":
+    def primitives(self) -> Primitives:
         """The convolution and normalisation layers that these attributes describe."""
         return Primitives(
             kind=self.norm,
@@ -180,110 +174,6 @@ class NormalizedModel(StagedModel):
             frozen=self.frozen_norm,
             dtype=self.dtype,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Primitives:
-    """The convolution and normalisation layers of a model, described once for all its blocks.
-
-    Attributes are those of `NormalizedModel` (`kind` is its `norm`, `frozen` its `frozen_norm`).
-    Both methods make submodules
-    of the compact method that calls them.
-    """
-
-    kind: str
-    groups: int
-    axis_name: str | None
-    momentum: float
-    epsilon: float
-    frozen: bool
-    dtype: jnp.dtype | None
-
-    def conv(
-        self, x: jax.Array, features: int, size: int, stride: int = 1, *, name: str
-    ) -> jax.Array:
-        """Convolves `x`: `[B, H, W, F]` to `[B, H/stride, W/stride, features]`.
-
-        The padding is (size - 1)/2 on both sides, as published; "SAME" would pad a stride-2
-        convolution on one side only. A bias is left to the norm where there is one.
-        """
-        return nn.Conv(
-            features,
-            (size, size),
-            strides=(stride, stride),
-            padding=(size - 1) // 2,
-            use_bias=self.kind == "none",
-            kernel_init=he_normal_fan_out,
-            dtype=self.dtype,
-            name=name,
-        )(x)
-
-    def norm(
-        self, x: jax.Array, *, train: bool, name: str, scale_init: Callable = nn.initializers.ones
-    ) -> jax.Array:
-        """Normalises `x`, `[B, H, W, F]`."""
-        common = {
-            "epsilon": self.epsilon,
-            "dtype": self.dtype,
-            "scale_init": scale_init,
-            "name": name,
-        }
-        if self.kind == "batch":
-            return nn.BatchNorm(
-                use_running_average=self.frozen or not train,
-                momentum=self.momentum,
-                axis_name=self.axis_name,
-                **common,
-            )(x)
-        if self.kind == "group":
-            return nn.GroupNorm(num_groups=math.gcd(self.groups, x.shape[-1]), **common)(x)
-        return x
-
-
-class BlockStage(nn.Module):
-    """A stage of equal blocks, the first of which carries the stage's stride.
-
-    Attributes:
-        block: Makes a block from `stride` and `name`; the block is called with `(x, train)`.
-        count: Number of blocks.
-        stride: Stride of the first block; the others have stride 1.
-    """
-
-    block: Callable[..., nn.Module]
-    count: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Runs the blocks in order, `[B, H, W, F_in]` to `[B, H/stride, W/stride, F_out]`."""
-        for index in range(self.count):
-            stride = self.stride if index == 0 else 1
-            x = self.block(stride=stride, name=f"block{index + 1}")(x, train)
-        return x
-
-
-class Head(nn.Module):
-    """The linear classifier: pooled activations `[B, F]` to logits `[B, C]`.
-
-    Computed in at least float32, because a softmax over half-precision logits loses the
-    differences that a small perturbation makes.
-    """
-
-    num_classes: int
-    dtype: jnp.dtype | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `x @ kernel + bias` in at least float32."""
-        del train
-        dtype = None if self.dtype is None else jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(self.num_classes, dtype=dtype, name="dense")(x)
-
-
-def global_average_pool(x: jax.Array, train: bool) -> jax.Array:
-    """Averages over space: `[B, H, W, F]` to `[B, F]`."""
-    del train
-    return jnp.mean(x, axis=(1, 2))
 
 
 def floating_dtype(dtype: Any) -> jnp.dtype | None:
@@ -301,11 +191,6 @@ def floating_dtype(dtype: Any) -> jnp.dtype | None:
     floating = result is not None and jnp.issubdtype(result, jnp.floating)
     checks.require(floating, "dtype", "a floating type such as float32 or bfloat16", dtype)
     return result
-
-
-def relu_dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
-    """Returns dropout of relu(x), the dropout being a submodule of the compact caller."""
-    return nn.Dropout(rate, deterministic=not train, name="dropout")(nn.relu(x))
 
 
 def numbered(prefix: str, count: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from lpa_jax import checks
-from lpa_jax.models import base
+from lpa_jax.models import base, layers
 
 
 class SmallCNN(base.NormalizedModel):
@@ -48,7 +48,7 @@ class SmallCNN(base.NormalizedModel):
         self.stages = {
             name: ConvNormRelu(width, self.primitives, name=name) for name, width in widths.items()
         } | {
-            "pool": base.global_average_pool,
+            "pool": layers.global_average_pool,
             "logits": self.classifier(),
         }
 
@@ -57,7 +57,7 @@ class ConvNormRelu(nn.Module):
     """One stage: relu(norm(conv(x))) with a 3 x 3 convolution of stride 2."""
 
     features: int
-    primitives: base.Primitives
+    primitives: layers.Primitives
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lpa_jax import checks
-from lpa_jax.models import base
+from lpa_jax.models import base, layers
 
 
 class MLP(base.StagedModel):
@@ -68,4 +68,4 @@ class Hidden(nn.Module):
             kernel_init=nn.initializers.he_normal(),
             name="dense",
         )(x)
-        return base.relu_dropout(x, self.dropout, train)
+        return layers.relu_dropout(x, self.dropout, train)

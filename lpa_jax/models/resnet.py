@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lpa_jax import checks
-from lpa_jax.models import base
+from lpa_jax.models import base, layers
 
 STEMS = ("cifar", "strided", "imagenet")
 BLOCKS = ("basic", "bottleneck")
@@ -112,14 +112,14 @@ class ResNet(base.NormalizedModel):
         )
         stages = {"stem": Stem(self.widths[0], self.stem, self.primitives, name="stem")}
         for index, name in enumerate(base.numbered("stage", len(self.stage_sizes))):
-            stages[name] = base.BlockStage(
+            stages[name] = layers.BlockStage(
                 functools.partial(make_block, features=self.widths[index]),
                 count=self.stage_sizes[index],
                 stride=1 if index == 0 else 2,
                 name=name,
             )
         stages["pool"] = (
-            PoolDropout(self.dropout, name="pool") if self.dropout else base.global_average_pool
+            PoolDropout(self.dropout, name="pool") if self.dropout else layers.global_average_pool
         )
         stages["logits"] = self.classifier()
         self.stages = stages
@@ -133,7 +133,7 @@ class PoolDropout(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns dropout(mean over space of x), `[B, F]`."""
-        x = base.global_average_pool(x, train)
+        x = layers.global_average_pool(x, train)
         return nn.Dropout(self.rate, deterministic=not train, name="dropout")(x)
 
 
@@ -142,7 +142,7 @@ class Stem(nn.Module):
 
     features: int
     form: str
-    primitives: base.Primitives
+    primitives: layers.Primitives
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -160,7 +160,7 @@ class ResidualBlock(nn.Module):
 
     features: int
     stride: int
-    primitives: base.Primitives
+    primitives: layers.Primitives
     shortcut: str
     scale_init: Callable
 

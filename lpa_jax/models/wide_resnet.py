@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from lpa_jax import checks
-from lpa_jax.models import base
+from lpa_jax.models import base, layers
 
 
 class WideResNet(base.NormalizedModel):
@@ -61,7 +61,7 @@ class WideResNet(base.NormalizedModel):
         """Makes one module a stage."""
         stages = {"stem": Stem(16, self.primitives, name="stem")}
         for index, name in enumerate(base.numbered("stage", 3)):
-            stages[name] = base.BlockStage(
+            stages[name] = layers.BlockStage(
                 functools.partial(
                     PreactivationBlock,
                     features=16 * 2**index * self.width,
@@ -81,7 +81,7 @@ class Stem(nn.Module):
     """The first 3x3 convolution; its norm belongs to the block above it."""
 
     features: int
-    primitives: base.Primitives
+    primitives: layers.Primitives
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -96,7 +96,7 @@ class PreactivationBlock(nn.Module):
     features: int
     stride: int
     dropout: float
-    primitives: base.Primitives
+    primitives: layers.Primitives
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -106,20 +106,20 @@ class PreactivationBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.features:
             x = conv(y, self.features, 1, self.stride, name="shortcut_conv")
         y = conv(y, self.features, 3, self.stride, name="conv1")
-        y = base.relu_dropout(norm(y, name="norm2"), self.dropout, train)
+        y = layers.relu_dropout(norm(y, name="norm2"), self.dropout, train)
         return x + conv(y, self.features, 3, name="conv2")
 
 
 class NormReluPool(nn.Module):
     """The norm and relu that close a pre-activation network, and the average over space."""
 
-    primitives: base.Primitives
+    primitives: layers.Primitives
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns `[B, F]`."""
         x = nn.relu(self.primitives.norm(x, train=train, name="norm"))
-        return base.global_average_pool(x, train)
+        return layers.global_average_pool(x, train)
 
 
 WRN_16_8 = functools.partial(WideResNet, depth=16, width=8)

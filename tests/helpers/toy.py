@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax.models import base
+from lpa_jax.models import base, layers
 from lpa_jax.perturbations import Applied, Perturbation
 
 CLASSES = 4
@@ -38,7 +38,7 @@ class NormalizedMLP(base.StagedModel):
         def hidden(features, name):
             return NormalizedLayer(features, self.dropout, self.axis_name, name=name)
 
-        head = base.Head(self.num_classes, self.dtype, name="logits")
+        head = layers.Head(self.num_classes, self.dtype, name="logits")
         self.stages = {
             "hidden1": hidden(8, "hidden1"),
             "hidden2": hidden(6, "hidden2"),
@@ -65,7 +65,7 @@ class NormalizedLayer(nn.Module):
             axis_name=self.axis_name,
             name="norm",
         )(x)
-        return base.relu_dropout(x, self.dropout, train)
+        return layers.relu_dropout(x, self.dropout, train)
 
 
 def recording(perturbation):
