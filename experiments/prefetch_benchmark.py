@@ -37,7 +37,7 @@ from lpa_jax.data.prefetch import Prefetched
 FLAGS = flags.FLAGS
 CLASSES = 10
 HEADER = ("source", "steps/s without", "with", "ratio", "range")
-Batches = data.Batches | data.ReadAhead
+Batches = data.Batches | data.Prefetched
 
 
 def define_flags() -> None:

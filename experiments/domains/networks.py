@@ -63,7 +63,7 @@ class Network(NamedTuple):
 class _Intervals:
     """Training batches whose epoch is the stretch between two evaluations."""
 
-    batches: data.DomainBatches | data.ReadAhead
+    batches: data.DomainBatches | data.Prefetched
     steps_per_epoch: int
 
     def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:

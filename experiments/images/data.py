@@ -40,13 +40,15 @@ def normalization(train: Images, settings: "Settings") -> data.Normalization:
     return data.Normalization.fit(train.images)
 
 
-def train_batches(dataset: Images, seed: int, batch_size: int) -> data.Batches | data.ReadAhead:
+def train_batches(dataset: Images, seed: int, batch_size: int) -> data.Batches | data.Prefetched:
     """This host's training batches by step, read ahead where they come from files."""
     batches = data.batches(dataset, seed, batch_size, host_slice=multihost.host_slice())
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
 
 
-def evaluation_batches(dataset: Images, batch_size: int) -> data.EvaluationBatches | data.ReadAhead:
+def evaluation_batches(
+    dataset: Images, batch_size: int
+) -> data.EvaluationBatches | data.Prefetched:
     """This host's evaluation batches by number, read ahead where they come from files."""
     batches = data.evaluation_batches(dataset, batch_size, host_slice=multihost.host_slice())
     return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)

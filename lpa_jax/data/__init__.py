@@ -22,7 +22,7 @@ from lpa_jax.data.long_tail import (
     save_indices,
 )
 from lpa_jax.data.normalize import IMAGENET_NORMALIZATION, Normalization
-from lpa_jax.data.reading_ahead import ReadAhead, read_ahead
+from lpa_jax.data.prefetch import Prefetched, read_ahead
 from lpa_jax.data.sources import (
     EMBEDDED,
     ImageSource,
@@ -48,7 +48,7 @@ __all__ = [
     "ImageFiles",
     "ImageSource",
     "Normalization",
-    "ReadAhead",
+    "Prefetched",
     "augment",
     "batches",
     "class_sizes",

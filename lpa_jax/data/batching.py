@@ -205,7 +205,7 @@ class EvaluationBatches(Sequence):
     def __getitem__(self, number: int) -> Batch:
         number = checks.integer("number", number, minimum=0)
         if number >= len(self):
-            raise IndexError(f"number={number}: there are {len(self)} evaluation batches")
+            raise IndexError(f"number must be below {len(self)}, got {number}")
         indices = number * self._batch_size + self._positions.astype(np.int64)
         real = indices < len(self._dataset)
         # padding repeats a real example: always a valid label and finite activations

@@ -409,7 +409,7 @@ def test_evaluation_may_be_read_ahead_again_and_again():
         for number in range(3):
             np.testing.assert_array_equal(ahead[number]["mask"], plain[number]["mask"])
             np.testing.assert_array_equal(ahead[number]["image"], plain[number]["image"])
-    with pytest.raises(IndexError, match="number=3: there are 3 evaluation batches"):
+    with pytest.raises(IndexError, match="number must be below 3, got 3"):
         ahead[3]
 
 

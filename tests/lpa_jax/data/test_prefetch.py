@@ -130,3 +130,12 @@ def test_the_loop_reads_no_metric_before_the_epoch_ends(monkeypatch):
     (_, record), *_ = trainer.train(state, ((0, step),), Epoch(batches), epochs=1)
     assert seen == [0] * 5
     assert Deferred.reads > 0 and record.train["loss"] == 1.0
+
+
+def test_several_threads_give_the_batches_of_their_steps():
+    with Prefetched(Source(failing=(6,)), depth=4, threads=3) as ahead:
+        assert [ahead[step] for step in (0, 1, 2, 5, 3, 4)] == [0, 1, 2, 5, 3, 4]
+        with pytest.raises(OSError, match="batch 6 cannot be read"):
+            ahead[6]
+    with pytest.raises(ValueError, match="threads must be a whole number >= 1, got 0"):
+        Prefetched([], threads=0)
