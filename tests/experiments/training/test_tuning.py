@@ -10,12 +10,13 @@ from experiments import tune
 from experiments.domains.networks import Trainings
 from experiments.methods import flags as method_flags
 from experiments.methods import search
+from experiments.runtime import fields, hosts
 from experiments.training import run as runner
 from lpa_jax.files import LockedError, hold, refuse_if_held
 from lpa_jax.interrupts import InterruptedRunError
 from tests.experiments.domains.test_generalization import DOMAINS
 from tests.experiments.domains.test_generalization import TINY as TINY_DOMAINS
-from tests.experiments.images.test_experiments import HOST_FLAGS, TINY
+from tests.experiments.images.test_experiments import TINY
 from tests.helpers.module_call import forget_flags
 
 ONE_TRIAL = (*TINY, "--methods=erm", "--trials=1", "--seeds=100-100")
@@ -80,7 +81,7 @@ def test_a_learning_rate_that_is_given_holds_in_every_trial(run, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "name", [*HOST_FLAGS, "multihost", "checkpoint_every", "keep_checkpoints",
+    "name", [*fields.flag_names(hosts.Hosts), "multihost", "checkpoint_every", "keep_checkpoints",
              "keep_finished_checkpoints"],
 )  # fmt: skip
 def test_tuning_knows_no_flag_of_checkpoints_or_hosts(run, tmp_path, name):
