@@ -1,144 +1,97 @@
-"""Processes that found different things refuse to train; here the others are made up.
+"""Runs of several processes: their flags, and one plain line when a process ends or is lost."""
 
-tests/experiments/runtime/test_interrupted_hosts.py has two real ones.
-"""
+import signal
+import threading
 
-import types
-
-import jax.numpy as jnp
 import pytest
+from absl import flags
 
-from experiments.domains.networks import Network, Trainings
-from experiments.domains.settings import DomainSettings
-from experiments.runtime import hosts
-from experiments.runtime.hosts import FINISHED, UNFINISHED, DifferingHostsError, Found
-from experiments.runtime.progress import RunProgress
-from experiments.training.folder import RunFolder
-from experiments.training.saving import Saving
-from lpa_jax.checkpoints.checkpoints import Checkpoints
+from experiments.runtime import hosts, runtime_log
+from tests.helpers.module_call import forget_flags
 
-SHARE = "; --workdir must be on a file system that all hosts share"
-START, EIGHT = Found(0, b"run", b""), Found(8, b"run", b"eight")
-CONFIG, STATE = {"seed": 0}, {"w": jnp.ones(2)}
+FLAGS = flags.FLAGS
 
 
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ([START], None),
-        ([EIGHT, EIGHT, EIGHT], None),
-        (
-            [START, EIGHT],
-            "process 0 finds no checkpoint (step 0), process 1 the checkpoint of step 8" + SHARE,
-        ),
-        (
-            [EIGHT, EIGHT, EIGHT._replace(step=4), START],
-            "process 0 finds the checkpoint of step 8, process 2 the checkpoint of step 4" + SHARE,
-        ),
-        (
-            [EIGHT, EIGHT._replace(checkpoint=b"other")],
-            "processes 0 and 1 find different checkpoints of step 8" + SHARE,
-        ),
-        (
-            [START, START._replace(run=b"other")],
-            "processes 0 and 1 are about to train different things; all need the same flags and "
-            "data, and" + SHARE.removeprefix(";"),
-        ),
-        (
-            [START._replace(step=UNFINISHED), START._replace(step=FINISHED)],
-            "process 0 finds an unfinished run, process 1 a finished run" + SHARE,
-        ),
-    ],
-)
-def test_a_difference_is_said_with_who_found_what(found, expected):
-    assert hosts.difference(found) == expected
+def test_runtime_log_passes_everything_but_the_end_of_the_run():
+    lines = ["E0101 something else", "W0101 x.cc:1] more", ""]
+    assert list(runtime_log.plain_lines(lines, "lost")) == lines
+    fatal = f"F0101 1 2 client.h:80] {runtime_log.FATAL}. absl::Status: DEADLINE_EXCEEDED"
+    trace = ["", "*** Check failure", "@"]
+    found = list(runtime_log.plain_lines([lines[0], fatal, *trace], "lost"))
+    assert found == [lines[0], "error: lost"]
+    own = runtime_log.LAST_LINE + "error: out of data"
+    assert list(runtime_log.plain_lines([fatal, own, *trace], "lost")) == ["error: out of data"]
 
 
 @pytest.fixture
-def second(monkeypatch):
-    """Makes up a second process that found the same as the first, but for what is given.
-
-    `at` is what the first must have found for that, as a step.
-    """
-
-    def differs(at=None, **fields):
-        def from_all(found):
-            return [found, found._replace(**fields) if at in (None, found.step) else found]
-
-        monkeypatch.setattr(hosts, "_from_all", from_all)
-
-    return differs
+def parsed():
+    """Parses a command line's flags about hosts."""
+    hosts.define_flags()
+    yield lambda *arguments: FLAGS(["test", *arguments])
+    forget_flags()
 
 
-def run_folder(path):
-    return RunFolder(path, CONFIG, Saving())
+def test_flags_say_how_processes_find_each_other(parsed):
+    parsed()
+    assert hosts.from_flags() is None
+    parsed("--coordinator_address=here:1", "--num_processes=2", "--process_id=1")
+    assert hosts.from_flags() == hosts.Hosts("here:1", 2, 1)
 
 
-def test_one_process_agrees_with_itself(tmp_path):
-    assert run_folder(tmp_path).result(print) is None
-    assert run_folder(tmp_path).begin(STATE, print).step == 0
+def test_a_missing_flag_is_named_unless_the_cluster_knows_it(parsed):
+    parsed("--num_processes=2", "--process_id=1")
+    with pytest.raises(ValueError, match="--coordinator_address is missing: a run of several"):
+        hosts.from_flags()
+    parsed("--multihost", "--heartbeat_timeout=7")
+    found = hosts.from_flags()
+    assert (found.coordinator_address, found.num_processes, found.heartbeat_timeout) == (None, 2, 7)
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("error", "status", "line"),
     [
-        ({"step": 5}, "process 0 finds the checkpoint of step 3, process 1 the checkpoint of st"),
-        ({"checkpoint": bytes(32)}, "processes 0 and 1 find different checkpoints of step 3"),
-        ({"run": bytes(32)}, "processes 0 and 1 are about to train different things"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command resumes the run"),
+        (SystemExit("error: no room"), 1, "error: no room"),
+        (ValueError("--flag: is wrong"), 1, "error: --flag: is wrong"),
+        (RuntimeError("Gloo all-reduce failed"), 1, f"error: {hosts.LOST}"),
     ],
 )
-def test_a_run_does_not_begin_where_another_process_begins_differently(
-    tmp_path, second, fields, message
+def test_who_leaves_several_processes_says_why_and_waits_for_nobody(
+    monkeypatch, capfd, error, status, line
 ):
-    Checkpoints(tmp_path / "checkpoints", config=CONFIG).save(3, STATE)
-    second(**fields)
-    with pytest.raises(DifferingHostsError, match=message):
-        run_folder(tmp_path).begin(STATE, print)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"], "nothing is written"
-    second()
-    assert run_folder(tmp_path).begin(STATE, print).step == 3
+    ends = []
+    monkeypatch.setattr(hosts.os, "_exit", ends.append)
+    hosts._leave(error)
+    assert ends == [status]
+    assert capfd.readouterr().err == f"{runtime_log.LAST_LINE}{line}\n"
 
 
-def test_a_process_that_takes_a_checkpoint_for_damaged_says_so(tmp_path, second):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", config=CONFIG)
-    for step in (3, 6):
-        checkpoints.save(step, STATE)
-    (tmp_path / "checkpoints" / "step_000000006" / "manifest.json").write_text("{}")
-    second(step=6)
-    with pytest.raises(DifferingHostsError, match=r"3, process 1 .* 6; .*share \(checkpoint step_"):
-        run_folder(tmp_path).begin(STATE, print)
+def test_ctrl_c_ends_a_wait_for_other_processes_unless_it_is_ignored():
+    earlier = signal.getsignal(signal.SIGINT)
+    try:
+        for handler, within in (
+            (signal.default_int_handler, signal.SIG_DFL),
+            (signal.SIG_IGN, signal.SIG_IGN),
+        ):
+            signal.signal(signal.SIGINT, handler)
+            with hosts._ended_by_sigint():
+                assert signal.getsignal(signal.SIGINT) == within
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
-@pytest.mark.parametrize("here", [False, True])
-def test_a_result_that_one_process_alone_sees_is_no_result(tmp_path, second, here):
-    folder = run_folder(tmp_path)
-    Checkpoints(tmp_path / "checkpoints", config=CONFIG).save(3, STATE)
-    folder.begin(STATE, print)
-    if here:
-        # As if it were killed before the end of the checkpoints.
-        (tmp_path / "result.json").write_text('{"complete": true, "checkpoints_kept": false}')
-    second(step=UNFINISHED if here else FINISHED)
-    with pytest.raises(DifferingHostsError, match="finished run"):
-        folder.result(print)
-    assert (tmp_path / "checkpoints").exists(), "nothing is deleted"
+def test_a_wait_that_takes_too_long_ends_the_process_and_one_in_time_does_not(monkeypatch, capfd):
+    ended = threading.Event()
+    monkeypatch.setattr(hosts.os, "_exit", lambda status: ended.set())
+    with hosts._ended_after(30):
+        pass
+    with hosts._ended_after(0.01):
+        assert ended.wait(10)
+    line = "error: not all processes joined within --initialization_timeout=0.01 s"
+    assert capfd.readouterr().err == f"{runtime_log.LAST_LINE}{line}\n"
 
 
-def test_trainings_of_domain_generalization_do_not_begin_differently(tmp_path, second, monkeypatch):
-    source = types.SimpleNamespace(splits=lambda seed: {})
-    trainings = Trainings(DomainSettings(), source, tmp_path)
-    program = types.SimpleNamespace(init=lambda seed: STATE)
-    monkeypatch.setattr(trainings, "program", lambda network: program)
-    for at, other in ((UNFINISHED, FINISHED), (0, 50)):
-        second(at, step=other)
-        with pytest.raises(DifferingHostsError):
-            trainings.run(Network("erm", {}, ("0",), 0), RunProgress(1, 1, quiet=True))
-    assert not list(tmp_path.iterdir()), "nothing is written"
-
-
-def test_a_process_that_has_not_joined_the_others_of_its_slice_trains_nothing(
-    monkeypatch, tmp_path
-):
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
-    with pytest.raises(ValueError, match="--multihost is missing: this is one of 4 processes"):
-        RunFolder(tmp_path / "run", CONFIG, Saving()).begin(STATE, print)
-    assert not (tmp_path / "run").exists()
+def test_a_session_of_one_process_changes_nothing():
+    with pytest.raises(KeyError), hosts.session(None):
+        raise KeyError

@@ -1,7 +1,9 @@
 """Flags and settings of the experiments are those of the first release, by tests/golden.
 
 A difference here changes what an old command means, or keeps an old run from being resumed. To add
-a flag on purpose, write the golden file again: `python -m tests.experiments.training.<this file>`.
+a flag on purpose, write the golden file again:
+
+    python -m tests.experiments.training.test_settings_golden
 """
 
 import importlib
