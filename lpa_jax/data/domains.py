@@ -1,26 +1,14 @@
-"""Domain generalisation: sets of several domains, and their holdout split.
-
-RotatedMNIST and ColoredMNIST follow DomainBed, on the 5000 MNIST images of `mnist5k`. DomainBed
-joins MNIST's training and test images before it deals them to the domains, and so do we: the test
-set of the protocol is a domain that training never sees, and as each image is in one domain, no
-image is both trained on and tested on.
-"""
+"""Domain generalisation: sets of several domains, and their holdout split."""
 
 import dataclasses
 import os
-from collections.abc import Callable
 
 import numpy as np
 
 from lpa_jax import checks
-from lpa_jax.data import domain_folders, optional, random_order, sources
+from lpa_jax.data import domain_folders, domain_mnist, random_order
 from lpa_jax.data.dataset import Dataset
 from lpa_jax.data.image_files import ImageFiles
-
-_ANGLES = (0, 15, 30, 45, 60, 75)
-# domain -> probability that the colour differs from the label
-_COLOUR_FLIPS = {"+90%": 0.1, "+80%": 0.2, "-90%": 0.9}
-_LABEL_NOISE = 0.25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,128 +38,22 @@ class Domains:
     def __post_init__(self):
         if len(self.domain_names) < 2:
             raise ValueError(
-                f"dataset={self.name!r}: has {len(self.domain_names)} domain"
-                f"{'' if self.domain_names else 's'}, must have at least 2"
+                f"data set {self.name!r} must have at least 2 domains, got {len(self.domain_names)}"
             )
         if len(self.datasets) != len(self.domain_names):
             raise ValueError(
-                f"dataset={self.name!r}: has {len(self.datasets)} data sets for "
-                f"{len(self.domain_names)} domain names"
+                f"datasets of {self.name!r} must be one for each of {len(self.domain_names)} "
+                f"domain names, got {len(self.datasets)}"
             )
         for domain, dataset in zip(self.domain_names, self.datasets, strict=True):
             if dataset.num_classes != self.num_classes:
                 raise ValueError(
-                    f"dataset={self.name!r}: domain {domain!r} has {dataset.num_classes} classes, "
-                    f"must have {self.num_classes}"
+                    f"domain {domain!r} of {self.name!r} must have {self.num_classes} classes, "
+                    f"got {dataset.num_classes}"
                 )
 
 
-def rotate(images: np.ndarray, degrees: float) -> np.ndarray:
-    """Rotates counter-clockwise about the centre, bilinearly; what moves in from outside is 0.
-
-    Args:
-      images: uint8 [N, H, W, 1].
-      degrees: the angle.
-
-    Returns:
-      uint8 [N, H, W, 1].
-
-    Example:
-      >>> rotate(np.array([[[[1], [2]], [[3], [4]]]], np.uint8), 90)[0, :, :, 0]
-      array([[2, 4],
-             [1, 3]], dtype=uint8)
-    """
-    pillow = optional.package("PIL.Image")
-    rotated = [
-        pillow.fromarray(image[..., 0]).rotate(degrees, pillow.Resampling.BILINEAR)
-        for image in images
-    ]
-    return np.stack([np.asarray(image) for image in rotated])[..., None]
-
-
-def colour(
-    images: np.ndarray, digits: np.ndarray, flip: float, seed: int, domain: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Colours digits so that the colour predicts a noisy binary label, as far as `flip` lets it.
-
-        label  = [digit < 5] xor Bernoulli(0.25)
-        colour = label xor Bernoulli(flip)
-
-    The image stands in the channel of its colour, the other channel is 0.
-
-    Args:
-      images: uint8 [N, H, W, 1].
-      digits: integers 0..9 [N].
-      flip: probability that the colour differs from the label.
-      seed: a non-negative integer.
-      domain: number of the domain, so that each has coin tosses of its own.
-
-    Returns:
-      (uint8 [N, H, W, 2], int32 labels [N]).
-
-    Example:
-      >>> coloured, labels = colour(np.ones((1, 1, 1, 1), np.uint8), np.array([7]), 0.0, 0, 0)
-      >>> coloured.ravel(), labels
-      (array([0, 1], dtype=uint8), array([1], dtype=int32))
-
-    References:
-      Arjovsky et al., "Invariant Risk Minimization", 2019, section 5.2.
-    """
-    size = len(digits)
-    noise = random_order.bernoulli(_LABEL_NOISE, size, seed, random_order.LABEL_NOISE, domain)
-    labels = (digits < 5) ^ noise
-    colours = labels ^ random_order.bernoulli(flip, size, seed, random_order.COLOUR, domain)
-    channel = np.stack([~colours, colours], axis=-1)
-    return images * channel[:, None, None, :].astype(images.dtype), labels.astype(np.int32)
-
-
-def _rotated_mnist(data_dir, seed: int, image_size: int | None) -> Domains:
-    _check_size("RotatedMNIST", image_size, (28,))
-    parts = _deal_mnist(data_dir, len(_ANGLES), seed)
-    names = tuple(str(angle) for angle in _ANGLES)
-    datasets = tuple(
-        Dataset(f"RotatedMNIST/{name}", rotate(part.images, angle), part.labels, 10)
-        for name, angle, part in zip(names, _ANGLES, parts, strict=True)
-    )
-    return Domains("RotatedMNIST", names, datasets, 10)
-
-
-def _colored_mnist(data_dir, seed: int, image_size: int | None) -> Domains:
-    stride = 28 // _check_size("ColoredMNIST", image_size, (28, 14))
-    parts = _deal_mnist(data_dir, len(_COLOUR_FLIPS), seed)
-    datasets = []
-    for domain, (name, flip) in enumerate(_COLOUR_FLIPS.items()):
-        part = parts[domain]
-        images, labels = colour(part.images[:, ::stride, ::stride], part.labels, flip, seed, domain)
-        datasets.append(Dataset(f"ColoredMNIST/{name}", images, labels, 2))
-    return Domains("ColoredMNIST", tuple(_COLOUR_FLIPS), tuple(datasets), 2)
-
-
-def _check_size(name: str, image_size: int | None, allowed: tuple[int, ...]) -> int:
-    if image_size is None:
-        return allowed[0]
-    if image_size not in allowed:
-        raise ValueError(
-            f"image_size must be {' or '.join(map(str, allowed))} for {name}, got {image_size!r}"
-        )
-    return image_size
-
-
-def _deal_mnist(data_dir, num_domains: int, seed: int) -> list[Dataset]:
-    """The training and test images of mnist5k together, shuffled, dealt like cards."""
-    train, test = (sources.load("mnist5k", split, data_dir) for split in ("train", "test"))
-    images = np.concatenate([train.images, test.images])
-    labels = np.concatenate([train.labels, test.labels])
-    order = random_order.permutation(len(labels), seed, random_order.DOMAIN_DEAL)
-    hands = [order[domain::num_domains] for domain in range(num_domains)]
-    return [Dataset("mnist5k", images[hand], labels[hand], 10) for hand in hands]
-
-
-_EMBEDDED: dict[str, Callable[..., Domains]] = {
-    "RotatedMNIST": _rotated_mnist,
-    "ColoredMNIST": _colored_mnist,
-}
-DOMAIN_SETS = (*_EMBEDDED, *domain_folders.FOLDER_SETS)
+DOMAIN_SETS = (*domain_mnist.EMBEDDED, *domain_folders.FOLDER_SETS)
 
 
 def load_domains(
@@ -208,8 +90,10 @@ def load_domains(
       Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021 (DomainBed).
     """
     checks.choice("dataset", name, DOMAIN_SETS)
-    if name in _EMBEDDED:
-        return _EMBEDDED[name](data_dir, seed, image_size)
+    if name in domain_mnist.EMBEDDED:
+        datasets = domain_mnist.EMBEDDED[name](data_dir, seed, image_size)
+        num_classes = next(iter(datasets.values())).num_classes
+        return Domains(name, tuple(datasets), tuple(datasets.values()), num_classes)
     files = domain_folders.open_folder_set(
         name, data_dir, 224 if image_size is None else image_size
     )

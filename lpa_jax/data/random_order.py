@@ -12,7 +12,7 @@ from lpa_jax import checks
 # The purposes that draw from one seed, apart from each other: the epoch orders of a seed say
 # nothing about its long tail. The numbers are part of the meaning of a seed: never renumber them.
 EPOCH, LONG_TAIL, SPLIT, REDUCED, BALANCED_CLASSES, BALANCED_MEMBERS, BALANCED_ORDER = range(7)
-DOMAIN_DEAL, DOMAIN_HOLDOUT, LABEL_NOISE, COLOUR, FILE_CROP = range(7, 12)
+DOMAIN_ASSIGNMENT, DOMAIN_HOLDOUT, LABEL_NOISE, COLOUR, FILE_CROP = range(7, 12)
 
 
 def permutation(size: int, seed: int, *stream: int) -> np.ndarray:

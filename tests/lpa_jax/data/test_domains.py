@@ -1,4 +1,4 @@
-"""Domains: rotation, colouring, dealing, holdout, folders, and batches of several domains."""
+"""Domains: rotation, colouring, assignment, holdout, folders, and batches of several domains."""
 
 import math
 import shutil
@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from lpa_jax import data
-from lpa_jax.data import domains
+from lpa_jax.data import domain_mnist
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
 
@@ -60,12 +60,12 @@ def _slow_rotation(image, degrees):
 @pytest.mark.parametrize("degrees", [15, 75])
 def test_rotation_equals_slow_bilinear_interpolation(degrees):
     image = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
-    rotated = domains.rotate(image[None, :, :, None], degrees)[0, :, :, 0]
+    rotated = domain_mnist.rotate(image[None, :, :, None], degrees)[0, :, :, 0]
     # Pillow computes in fixed point
     assert np.abs(rotated - _slow_rotation(image, degrees)).max() <= 1.0
 
 
-def test_rotated_mnist_deals_every_image_to_exactly_one_domain(rotated, data_dir):
+def test_rotated_mnist_assigns_every_image_to_exactly_one_domain(rotated, data_dir):
     assert rotated.domain_names == ("0", "15", "30", "45", "60", "75")
     assert sorted(map(len, rotated.datasets)) == [833] * 4 + [834] * 2
     images, labels = _pool(data_dir)
@@ -77,7 +77,7 @@ def test_rotated_mnist_deals_every_image_to_exactly_one_domain(rotated, data_dir
     assert len(rows) == 5000  # mnist5k repeats no image
     home = np.zeros(5000, int)
     for angle in (0, 15, 30, 45, 60, 75):
-        turned = domains.rotate(images, angle)
+        turned = domain_mnist.rotate(images, angle)
         home += [
             (angle, image.tobytes(), int(label)) in rows
             for image, label in zip(turned, labels, strict=True)
@@ -360,9 +360,18 @@ _TOY = _toys()[0]
             lambda: data.load_domains("ColoredMNIST", image_size=32),
             "image_size must be 28 or 14 for ColoredMNIST, got 32",
         ),
-        (lambda: data.Domains("one", ("a",), (_TOY,), 3), "'one': has 1 domain, must have at le"),
-        (lambda: data.Domains("x", ("a", "b"), (_TOY,), 3), "1 data sets for 2 domain names"),
-        (lambda: data.Domains("x", ("a", "b"), (_TOY,) * 2, 4), "domain 'a' has 3 classes, must"),
+        (
+            lambda: data.Domains("one", ("a",), (_TOY,), 3),
+            "data set 'one' must have at least 2 domains, got 1",
+        ),
+        (
+            lambda: data.Domains("x", ("a", "b"), (_TOY,), 3),
+            "datasets of 'x' must be one for each of 2 domain names, got 1",
+        ),
+        (
+            lambda: data.Domains("x", ("a", "b"), (_TOY,) * 2, 4),
+            "domain 'a' of 'x' must have 4 classes, got 3",
+        ),
         (lambda: data.holdout_split(0, 0.2, 0), "num_examples must be a whole number >= 1, got 0"),
         (lambda: data.holdout_split(10, 1.0, 0), r"fraction must be in \(0, 1\), got 1\.0"),
         (
