@@ -1,10 +1,10 @@
-"""LPA in a training loop of your own: a Linen model, an optax optimiser and one pure function.
+"""LPA in your own training loop: a Linen model, an optax optimiser and one pure function.
 
     python docs/examples/custom_linen_loop.py
 
-The loop, the model and the optimiser are ours here; of the library there is `class_perturbation`.
-It wants the part of the network above the perturbed activation as a function, so the model has two
-methods, `encode` below and `decode` above. What is printed is one seed: it proves nothing.
+The library is used for `class_perturbation` alone. It takes the part of the network above the
+perturbed activation as a function, so the model has two methods: `encode` below and `decode` above.
+The printed accuracies are those of one seed, so small differences mean nothing.
 """
 
 import digits_lt
@@ -21,32 +21,32 @@ class Net(nn.Module):
     """Two hidden layers; the first is perturbed."""
 
     def setup(self):
-        """Makes the layers."""
+        """Make the layers."""
         self.first, self.second, self.head = nn.Dense(64), nn.Dense(64), nn.Dense(10)
 
     def encode(self, images):
-        """Images to the activation that is perturbed."""
+        """Map images to the activation that is perturbed."""
         return nn.relu(self.first(images.reshape(images.shape[0], -1)))
 
     def decode(self, hidden):
-        """That activation to the logits."""
+        """Map that activation to the logits."""
         return self.head(nn.relu(self.second(hidden)))
 
     def __call__(self, images):
-        """Images to logits."""
+        """Map images to logits."""
         return self.decode(self.encode(images))
 
 
 model, optimizer = Net(), optax.adam(1e-2)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-# Digits 0 to 3 are frequent: contract them a little, their loss goes down. Expand the rest.
+# Digits 0 to 3 are frequent: contract them a little, to lower their loss. Expand the others.
 SIGN = jnp.where(jnp.arange(10) < 4, -1.0, 1.0)
 REACH = jnp.where(SIGN < 0, 0.3, 1.0)
 
 
 @jax.jit
 def train_step(params, opt_state, batch, radius):
-    """One step; `radius` is a share of the activations' mean norm, and 0 is plain training."""
+    """One step; `radius` is relative to the mean norm of the activations; 0 is plain training."""
     images, labels = batch["image"], batch["label"]
 
     def objective(params):

@@ -2,9 +2,9 @@
 
     python docs/examples/custom_nnx_loop.py
 
-A perturbation belongs to a class, not to an example, so the next batch can start from where the
-last one ended (`initial=`), and one ascent step is enough. A class that is absent from a batch
-gets zero; we keep what it had.
+A perturbation belongs to a class, not to an example, so the next batch can start from the last
+perturbation (`initial=`), and one ascent step is enough. `class_perturbation` returns zero for a
+class that is absent from a batch, so the loop keeps its old perturbation.
 """
 
 import digits_lt
@@ -16,8 +16,8 @@ from flax import nnx
 import lpa_jax
 from lpa_jax import data
 
-SIGN = jnp.where(jnp.arange(10) < 4, -1.0, 1.0)  # contract the frequent digits, expand the rare
-REACH = jnp.where(SIGN < 0, 0.3, 1.0)  # and contract less far than expand
+SIGN = jnp.where(jnp.arange(10) < 4, -1.0, 1.0)  # contract frequent digits, expand rare ones
+REACH = jnp.where(SIGN < 0, 0.3, 1.0)  # contract less than expand
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
@@ -30,17 +30,17 @@ class Net(nnx.Module):
         self.head = nnx.Linear(64, 10, rngs=rngs)
 
     def encode(self, images):
-        """Images to the activation that is perturbed."""
+        """Map images to the activation that is perturbed."""
         return nnx.relu(self.first(images.reshape(images.shape[0], -1)))
 
     def decode(self, hidden):
-        """That activation to the logits."""
+        """Map that activation to the logits."""
         return self.head(nnx.relu(self.second(hidden)))
 
 
 @nnx.jit
 def train_step(model, optimizer, carried, batch, radius):
-    """Updates model and optimiser in place; returns the perturbations for the next step."""
+    """Update model and optimiser in place; return the perturbations for the next step."""
     images, labels = batch["image"], batch["label"]
 
     def objective(model):

@@ -8,7 +8,7 @@ from lpa_jax import data
 
 
 def load(imbalance: float = 30.0) -> tuple[data.Dataset, data.Dataset]:
-    """A long-tailed training set (digit 0 the most frequent, 9 the rarest) and a balanced test set.
+    """A long-tailed training set (digit 0 most frequent, digit 9 rarest) and a balanced test set.
 
     Images are [8, 8, 1] with intensities in 0..1.
     """
@@ -21,6 +21,6 @@ def load(imbalance: float = 30.0) -> tuple[data.Dataset, data.Dataset]:
 
 
 def report(name: str, logits: jax.Array, labels: np.ndarray) -> None:
-    """Prints the accuracy over all classes and over the three rarest."""
+    """Print the accuracy over all classes and over the three rarest."""
     right = np.argmax(logits, axis=-1) == labels
     print(f"{name:8} all {right.mean():6.1%}   rare {right[labels >= 7].mean():6.1%}")

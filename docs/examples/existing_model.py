@@ -1,10 +1,10 @@
-"""LPA in a model that was not written for it, without touching the model.
+"""LPA in an existing model, without editing it.
 
     python docs/examples/existing_model.py
 
-`Theirs` stands for a network from somewhere else: one `__call__`, BatchNorm and Dropout inside.
-`inject` makes the output of any named submodule an injection point; running statistics are updated
-once a step, by the training pass, however many PGD steps there are.
+`Theirs` stands for any network with one `__call__`, BatchNorm and Dropout. `inject` makes the output
+of a named submodule an injection point. Running statistics are updated once in each step, by the
+training pass, for any number of PGD steps.
 """
 
 import functools
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        """Returns [B, H, W, features]."""
+        """Return [B, H, W, features]."""
         x = nn.Conv(self.features, (3, 3), use_bias=False, name="conv")(x)
         return nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm")(x))
 
@@ -35,7 +35,7 @@ class Theirs(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        """Returns logits [B, 10]."""
+        """Return logits [B, 10]."""
         x = Block(8, name="block1")(x, train)
         x = Block(16, name="block2")(nn.max_pool(x, (2, 2), (2, 2)), train)
         x = nn.Dropout(0.1, deterministic=not train)(x.reshape(x.shape[0], -1))
@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
     network = lpa_jax.inject(Theirs(), "block1", "block2")
     print("injection points:", ", ".join(network.layers))
-    # One value a channel, learned from the training pass's own gradient: no extra pass.
+    # One value for each channel, learned from the gradient of the training pass: no extra pass.
     assignment = lpa_jax.by_frequency(train.counts)
     lpa = lpa_jax.lpa(0.1, mode="free", shape="channel", assignment=assignment)
     perturbations = {"block2": lpa}
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     for number in range(60):
         state, _ = step(state, batches[number])
 
-    # The model is still theirs: its own apply takes the trained variables.
+    # The trained variables work with the model's own `apply`.
     digits_lt.report("LPA", Theirs().apply(state.variables, test.images, train=False), test.labels)
     delta = state.perturbation_state["block2"]["delta"]
     print(f"one perturbation per class: {delta.shape}")

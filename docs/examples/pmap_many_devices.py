@@ -2,8 +2,8 @@
 
     python docs/examples/pmap_many_devices.py
 
-Eight CPU devices stand in for the cores of an accelerator. `lpa_step` is written for one device's
-share of the batch and reduces over a named axis; `pmap_step` maps it. A class's examples lie on
+Eight CPU devices act as the cores of an accelerator. `lpa_step` is written for one device's share
+of the batch and reduces over a named axis; `pmap_step` maps it. The examples of a class are on
 several devices here, and its perturbation is still that of the global batch.
 """
 
@@ -17,7 +17,7 @@ import optax
 import lpa_jax
 from lpa_jax import data
 
-# Before JAX starts; on a real machine leave both lines out.
+# Before JAX starts. Remove both lines on a machine with several devices.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
         state = start
         for number in range(20):
             state, metrics = mapped(state, batches[number])
-            jax.block_until_ready(metrics)  # forced CPU devices deadlock without; others need not
+            jax.block_until_ready(metrics)  # CPU devices can deadlock without it
         trained[devices] = jax.device_get(state.params)
         loss = lpa_jax.metrics.compute(metrics)["loss"]
         print(f"{devices} device{'s' if devices > 1 else ' '}: loss {loss:.6f} after 20 steps")

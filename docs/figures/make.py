@@ -186,7 +186,8 @@ def _short(setting: str) -> str:
     return parts[1].replace("exponential ", "").replace("training images", "images")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draw all figures."""
     mpl.rcParams.update(STYLE)
     idea(FIGURES / "idea.svg")
     accuracy_by_class(FIGURES / "accuracy_by_class.svg")
@@ -197,3 +198,7 @@ if __name__ == "__main__":
     methods("domains/small_cnn", "table.csv")
     layers(RESULTS / "layer_sweep" / "gain.svg")
     sharpness(RESULTS / "landscape" / "sharpness.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,5 @@
-"""The pages of the documentation cannot rot: their code runs, their commands parse, they build."""
+"""The pages of the documentation stay true: their code runs, their commands parse, they build."""
 
-import pathlib
 import re
 import subprocess
 import sys
@@ -9,11 +8,12 @@ import pytest
 
 from lpa_jax import penalties, perturbations
 from tests.helpers import commands
+from tests.helpers.paths import DOCS, ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 CONFIG = DOCS / "site" / "mkdocs.yml"
 PAGES = [pytest.param(path, id=path.stem) for path in sorted(DOCS.glob("*.md"))]
+NAMED = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("results/**/README.md"))]
+NAMED = [*NAMED, ROOT / "CONTRIBUTING.md"]
 
 
 def blocks(path, language):
@@ -44,18 +44,28 @@ def test_every_command_of_a_page_has_flags_that_exist(path, tmp_path):
         commands.check(command, tmp_path)
 
 
-@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("path", NAMED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_files_that_a_page_names_exist(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (DOCS / target).exists(), target
+        assert (path.parent / target).exists(), target
     for module in re.findall(r"python -m experiments\.(\w+)", text):
-        assert (ROOT / "experiments" / f"{module}.py").exists(), module
-    for name in re.findall(r"`((?:docs|experiments|lpa_jax|tests)/[\w./]+)`", text):
+        assert module == "NAME" or (ROOT / "experiments" / f"{module}.py").exists(), module
+    for name in re.findall(r"`((?:docs|experiments|lpa_jax|results|tests)/[\w./]+)`", text):
         assert (ROOT / name).exists(), name
 
 
-def test_every_page_stands_in_the_navigation():
+@pytest.mark.parametrize("path", NAMED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_headings_that_a_page_links_to_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", text):
+        page = path.parent / target if target else path
+        titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert heading in slugs, (target, heading)
+
+
+def test_every_page_is_in_the_navigation():
     listed = re.findall(r"^  - .*: (\w+\.md)$", CONFIG.read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
 

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and what they print is what they claim."""
+"""The examples run unchanged and print what they claim."""
 
 import json
 import os
@@ -33,13 +33,13 @@ def accuracies(printed):
 
 
 @pytest.mark.parametrize("name", ["custom_linen_loop.py", "custom_nnx_loop.py"])
-def test_a_loop_of_ones_own_learns_with_and_without_perturbation(name, run):
+def test_a_custom_loop_learns_with_and_without_perturbation(name, run):
     found = accuracies(run(name))
     assert list(found) == ["ERM", "LPA"] and found["ERM"] != found["LPA"]
     assert min(found.values())[0] > 80
 
 
-def test_a_model_that_is_not_ours_is_perturbed_at_a_block_and_stays_theirs(run):
+def test_an_existing_model_is_perturbed_at_a_block_and_stays_usable_alone(run):
     printed = run("existing_model.py")
     assert "injection points: input, block1, block2, logits" in printed
     assert "block2/conv" in printed
@@ -48,7 +48,7 @@ def test_a_model_that_is_not_ours_is_perturbed_at_a_block_and_stays_theirs(run):
     assert "one perturbation per class: (10, 1, 1, 16)" in printed
 
 
-def test_eight_devices_train_the_network_of_one():
+def test_eight_devices_train_the_same_network_as_one():
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])}
     done = subprocess.run(
         [sys.executable, EXAMPLES / "pmap_many_devices.py"],
@@ -79,5 +79,5 @@ def test_the_tour_runs_cell_by_cell_draws_figures_and_is_committed_without_outpu
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_an_example_is_short_enough_to_be_read_aloud(path):
+def test_an_example_is_at_most_80_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 80

@@ -1,35 +1,65 @@
-"""The README's code runs as it stands, and its commands are those that CI uses."""
+"""The README is short, its code runs, and its commands are those that CI uses."""
 
 import pathlib
 import re
 
-import lpa_jax
+import numpy as np
+import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.helpers import commands
+from tests.helpers.paths import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAIN, TEST = "<!-- main-command -->", "<!-- test-command -->"
 
 
-def test_every_python_block_of_the_readme_runs():
+def command_after(marker):
+    """The command on the second line after a marker, as CI reads it."""
+    return README.split(marker + "\n")[1].splitlines()[1]
+
+
+def test_every_python_block_runs_and_the_loop_fits_twelve_statements():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 1 and len(re.findall(r"^\S", blocks[0], flags=re.MULTILINE)) <= 12
     namespace = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["delta"].shape == (4, 32)
-    assert "sign_flip" in lpa_jax.perturbations.names()
-    lpa_jax.perturbations.base._REGISTRY.factories.pop("sign_flip")
+    exec(compile(blocks[0], "README.md", "exec"), namespace)
+    loss = namespace["lpa_jax"].metrics.compute(namespace["metrics"])["loss"]
+    assert namespace["state"].step == 3 and np.isfinite(loss)
 
 
-def test_the_test_command_is_the_one_ci_extracts():
-    after_marker = README.split("<!-- test-command -->\n```sh\n")[1]
-    command = after_marker.splitlines()[0]
-    assert command.startswith("python3 -m venv")
-    assert command.endswith("-m pytest")
-    assert "README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+def test_the_commands_are_the_ones_ci_extracts():
+    for marker, end in ((MAIN, "-m experiments.long_tail"), (TEST, "-m pytest")):
+        assert command_after(marker).startswith("python3 -m venv")
+        assert command_after(marker).endswith(end)
+        assert README.split(marker)[1].startswith("\n```sh\n")
+    assert f"/{TEST}/" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_every_file_and_module_that_the_readme_names_exists():
-    for path in re.findall(r"`((?:lpa_jax|experiments)/[\w./]*)`", README):
-        assert (ROOT / path).exists(), path
-    for module in re.findall(r"python -m experiments\.(\w+)", README):
-        assert (ROOT / "experiments" / f"{module}.py").exists(), module
+def test_the_extras_of_the_commands_exist():
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    named = re.findall(r'"?\.?\[(\w[\w,-]*)\]', README.replace("](", ") ("))
+    assert "experiments" in named and "test" in named
+    for extra in {name for group in named for name in group.split(",")}:
+        assert re.search(rf"^{extra} =$", setup, flags=re.MULTILINE), extra
+
+
+def test_it_is_short_and_no_line_is_wide_outside_tables_and_the_two_commands():
+    lines = README.splitlines()
+    assert len(lines) <= 135
+    exempt = {command_after(MAIN), command_after(TEST)}
+    wide = [line for line in lines if len(line) > 100 and line[0] != "|" and line not in exempt]
+    assert wide == []
+
+
+@pytest.mark.parametrize("command", re.findall(r"`(python -m experiments\.[a-z][^`]*)`", README))
+def test_a_command_has_flags_that_exist(command, tmp_path):
+    commands.check(re.sub(r"\s+", " ", command), tmp_path)
+
+
+def test_every_path_that_it_names_exists():
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
+    images = re.findall(r'src="([^"]+)"', README)
+    quoted = re.findall(r"`((?:lpa_jax|experiments|results|docs)/[\w./]*)`", README)
+    assert len(images) == 2 and links and quoted
+    for path in links + images + quoted:
+        assert (ROOT / pathlib.Path(path)).exists(), path
