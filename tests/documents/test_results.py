@@ -7,10 +7,14 @@ import runpy
 import matplotlib as mpl
 import pytest
 
+from tests.helpers import commands
 from tests.helpers.paths import DOCS, ROOT
 
 RESULTS = ROOT / "results"
 FILES = [path for path in RESULTS.rglob("*") if path.is_file()]
+PAGES = sorted(RESULTS.rglob("README.md"))
+# What the pages leave to the reader: methods, imbalance, images a class, epochs, a cosine, flags.
+CHOICES = {"M": "erm,lpa", "R": "100", "N": "20", "EPOCHS": "2", "K": "0.1", "D": ""}
 DRAWN = [*RESULTS.rglob("*.svg"), *(DOCS / "figures").glob("*.svg")]
 
 
@@ -22,7 +26,7 @@ def test_the_index_is_short_and_names_every_folder_that_has_a_page():
     index = (RESULTS / "README.md").read_text(encoding="utf-8")
     assert len(index.splitlines()) <= 95
     linked = set(re.findall(r"\]\(([\w/]+?)/?\)", index))
-    pages = {path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("README.md")}
+    pages = {path.parent.relative_to(RESULTS).as_posix() for path in PAGES}
     assert linked == pages - {"."}
 
 
@@ -46,10 +50,14 @@ def test_the_script_draws_every_figure_from_the_committed_tables(tmp_path, monke
     "folder", ["long_tail/mlp_40_trials", "long_tail/mlp", "long_tail/resnet8_slim"]
 )
 def test_the_table_of_a_page_is_that_of_its_csv(folder):
-    """Every accuracy of a page's first table is in the folder's table.csv, to two digits."""
+    """Every accuracy in a page's first table is in the folder's table.csv, to two digits."""
     with (RESULTS / folder / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    known = [(100 * float(row["accuracy_mean"]), 100 * float(row["accuracy_se"])) for row in rows]
+    known = [
+        (100 * float(row[f"{measure}_mean"]), 100 * float(row[f"{measure}_se"]))
+        for row in rows
+        for measure in ("accuracy", "many", "medium", "few")
+    ]
     page = (RESULTS / folder / "README.md").read_text(encoding="utf-8")
     table = re.search(r"(?:^\|.*\n)+", page, flags=re.MULTILINE).group()
     shown = re.findall(r"\| (\d\d\.\d\d) \+- (\d\.\d\d)", table)
@@ -57,3 +65,25 @@ def test_the_table_of_a_page_is_that_of_its_csv(folder):
     for mean, error in shown:
         both = (float(mean), float(error))
         assert any(both == pytest.approx(row, abs=0.0051) for row in known), both
+
+
+def commands_of(page):
+    """The commands of a page in one line each, its shell variables and CHOICES replaced."""
+    values, text = dict(CHOICES), page.read_text(encoding="utf-8")
+    for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            assigned = re.match(r'([A-Z]+)=(?:"([^"]*)"|(\S+))', line)
+            if assigned:
+                values[assigned[1]] = assigned[2] or assigned[3]
+            elif line.startswith("python "):
+                yield re.sub(r"\$([A-Z]+)", lambda name: values[name[1]], line)
+
+
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.parent.relative_to(RESULTS).as_posix()
+)
+def test_the_commands_of_a_page_have_flags_that_exist(page, tmp_path):
+    for number, command in enumerate(commands_of(page)):
+        # The files that a search wrote are not here under the names that it gave them.
+        made = re.sub(r"--hparams=\S+", "--hparams=none", command).replace(",...", "")
+        commands.check(re.sub(r"\s+", " ", made), tmp_path / str(number))
