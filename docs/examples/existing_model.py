@@ -2,7 +2,7 @@
 
     python docs/examples/existing_model.py
 
-`Theirs` stands for any network with one `__call__`, BatchNorm and Dropout. `inject` makes the output
+`Theirs` is any network with one `__call__`, BatchNorm and Dropout. `inject` makes the output
 of a named submodule an injection point. Running statistics are updated once in each step, by the
 training pass, for any number of PGD steps.
 """
