@@ -23,8 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax.checks import check_labels
-from lpa_jax.tables import as_rows, inner_products, over_classes, row_norms, unit_rows
+from lpa_jax.checks import check_labels, choice, integer, is_known, number, require
+from lpa_jax.tables import (
+    BatchClasses,
+    as_rows,
+    at_least_float32,
+    class_counts,  # noqa: F401 (users reach the class statistics as pgd.class_means, ...)
+    class_means,  # noqa: F401
+    class_sums,  # noqa: F401
+    inner_products,
+    over_classes,
+    perturbation_dtype,
+    row_norms,
+    unit_rows,
+)
 
 GEOMETRIES = ("signed", "free", "flipped")
 NORMS = ("l2", "linf")
@@ -62,24 +74,15 @@ class PGDOptions(NamedTuple):
         Raises:
           ValueError: naming the first option that is out of range.
         """
-        if not isinstance(self.steps, int | np.integer) or self.steps < 0:
-            raise ValueError(f"steps must be a whole number >= 0, got {self.steps!r}")
-        if not (np.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size must be finite and > 0, got {self.step_size!r}")
-        for name, value, allowed in (
-            ("geometry", self.geometry, GEOMETRIES),
-            ("norm", self.norm, NORMS),
-            ("shape", self.shape, SHAPES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if not 0 <= self.min_cosine <= 1:
-            raise ValueError(f"min_cosine must lie in [0, 1], got {self.min_cosine!r}")
-        if self.geometry == "free" and self.min_cosine > 0:
-            raise ValueError(
-                f"min_cosine must be 0 with geometry='free', which has no cone, "
-                f"got {self.min_cosine!r}"
-            )
+        integer("steps", self.steps, minimum=0)
+        number("step_size", self.step_size, open_low=True)
+        choice("geometry", self.geometry, GEOMETRIES)
+        choice("norm", self.norm, NORMS)
+        choice("shape", self.shape, SHAPES)
+        number("min_cosine", self.min_cosine, 0.0, 1.0)
+        has_cone = self.geometry != "free" or self.min_cosine == 0
+        allowed = "0 with geometry='free', which has no cone"
+        require(has_cone, "min_cosine", allowed, self.min_cosine)
         return self
 
 
@@ -90,48 +93,13 @@ def reduce_to_shape(values: Array, shape: str, reduction=jnp.mean) -> Array:
     return reduction(values, axis=tuple(range(1, values.ndim - 1)), keepdims=True)
 
 
-def class_sums(
-    values: Array, labels: Array, num_classes: int, axis_name: str | None = None
-) -> Array:
-    """Sums of `values` [B, ...] by label over the global batch -> [C, ...]."""
-    sums = jax.ops.segment_sum(as_rows(values), labels, num_segments=num_classes)
-    sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-    return jnp.reshape(sums, (num_classes, *values.shape[1:]))
+def row_shape(activation: Array | jax.ShapeDtypeStruct, shape: str) -> tuple[int, ...]:
+    """Shape of one perturbation of an activation [B, *S], S or (1, ..., 1, channels).
 
-
-def class_means(
-    values: Array,
-    labels: Array,
-    counts: Array,
-    axis_name: str | None = None,
-    rows: Array | None = None,
-) -> Array:
-    """Means of `values` [B, ...] by label over the global batch -> [C, ...]; absent classes get 0.
-
-    Args:
-      values: [B, ...].
-      labels: [B] integers in 0..C-1.
-      counts: [C] number of examples of each class in the global batch.
-      axis_name: mapped axis over which the global batch is spread, or None.
-      rows: [R] classes whose means are returned, [R, ...]; None for all.
+    >>> row_shape(jax.ShapeDtypeStruct((32, 8, 8, 16), jnp.float32), "channel")
+    (1, 1, 16)
     """
-    sums = class_sums(values, labels, counts.shape[0], axis_name)
-    if rows is not None:
-        sums = jnp.reshape(as_rows(sums)[rows], (-1, *sums.shape[1:]))
-        counts = counts[rows]
-    return sums / over_classes(jnp.maximum(counts, 1.0).astype(sums.dtype), sums)
-
-
-def class_counts(
-    labels: Array, num_classes: int, axis_name: str | None = None, dtype=jnp.float32
-) -> Array:
-    """Number of examples of each class in the global batch -> [C]."""
-    return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
-
-
-def perturbation_dtype(activations) -> jnp.dtype:
-    """At least float32, so that projections hold whatever the precision of the activation."""
-    return jnp.promote_types(activations.dtype, jnp.float32)
+    return jax.eval_shape(lambda h: reduce_to_shape(h, shape), activation).shape[1:]
 
 
 def cone_directions(class_mean: Array, sign: Array, geometry: str) -> Array | None:
@@ -233,24 +201,18 @@ def add_to_members(activations: Array, delta: Array | None, labels: Array | None
 def class_gradient(
     loss_fn: Callable,
     activations: Array,
-    labels: Array,
+    classes: BatchClasses,
     delta: Array | None,
-    counts: Array,
     shape: str = "full",
-    axis_name: str | None = None,
-    by_example: bool = False,
 ) -> tuple[Array, Array]:
     """Gradients of J_c at delta_c for all classes with one forward and one backward pass.
 
     Args:
       loss_fn: [B, *S] perturbed activations -> ([B] losses, auxiliary output).
       activations: [B, *S].
-      labels: [B].
+      classes: the classes of the global batch.
       delta: [C, *S'] or None for zero.
-      counts: [C] members of each class in the global batch.
       shape: `"full"` or `"channel"`.
-      axis_name: mapped axis of the global batch or None.
-      by_example: `delta` and the result hold the rows of the examples' classes, [B, *S'].
 
     Returns:
       The table of gradients [C, *S'] and the auxiliary output of `loss_fn`.
@@ -260,32 +222,66 @@ def class_gradient(
         losses, aux = loss_fn(perturbed)
         return jnp.sum(losses), aux
 
-    perturbed = add_to_members(activations, delta, None if by_example else labels)
+    perturbed = add_to_members(activations, delta, None if classes.by_example else classes.labels)
     gradients, aux = jax.grad(total_loss, has_aux=True)(perturbed)
     members = reduce_to_shape(gradients.astype(perturbation_dtype(activations)), shape, jnp.sum)
-    rows = labels if by_example else None
-    return class_means(members, labels, counts, axis_name, rows), aux
+    return classes.means(members), aux
 
 
 def ascend(
     gradient_fn: Callable[[Array | None], Array],
-    delta: Array | None,
     sign: Array,
     radius: Array,
     cone: Array | None,
     options: PGDOptions,
+    initial: Array | None = None,
     first_gradient: Array | None = None,
 ) -> Array | None:
-    """Runs `options.steps` unrolled ascent steps from `delta` (None is zero).
+    """Projects `initial` (None is zero), then runs `options.steps` unrolled ascent steps from it.
 
-    `first_gradient` is the gradient at `delta` where the caller has already computed it, which
+    `first_gradient` is the gradient at the start where the caller has already computed it, which
     saves one pass.
     """
+    delta = initial
+    if delta is not None:
+        delta = project(delta, radius, cone, options.norm, options.min_cosine)
     for step in range(options.steps):
         reuse = step == 0 and first_gradient is not None
         gradient = first_gradient if reuse else gradient_fn(delta)
         delta = ascent_step(delta, gradient, sign, radius, cone, options)
     return delta
+
+
+def ascend_by_class(
+    gradient_fn: Callable[[Array | None], Array],
+    activations: Array,
+    classes: BatchClasses,
+    sign: Array,
+    radius: Array,
+    options: PGDOptions,
+    initial: Array | None = None,
+    first_gradient: Array | None = None,
+) -> Array | None:
+    """The ascent of all classes in their sets K_c: what `class_perturbation` and `lpa` run.
+
+    Args:
+      gradient_fn: table of perturbations or None -> table of gradients, as by `class_gradient`.
+      activations: h_i, [B, *S], whose class means give the cones.
+      classes: the classes of the global batch.
+      sign: s_c, a table [C].
+      radius: eps_c, a table [C]; 0 for absent classes.
+      options: steps, geometry, norm and shape.
+      initial: table to start from, in the dtype of the perturbation; it is projected first.
+      first_gradient: see `ascend`.
+
+    Returns:
+      The table of perturbations, or None for zero without steps.
+    """
+    cone = None
+    if options.geometry != "free":
+        means = classes.means(reduce_to_shape(at_least_float32(activations), options.shape))
+        cone = cone_directions(means, sign, options.geometry)
+    return ascend(gradient_fn, sign, radius, cone, options, initial, first_gradient)
 
 
 def class_perturbation(
@@ -352,61 +348,42 @@ def class_perturbation(
     activations, labels = jnp.asarray(activations), jnp.asarray(labels)
     sign, radius = jnp.asarray(sign), jnp.asarray(radius)
     _check_arguments(activations, labels, sign, radius)
-    num_classes = sign.shape[0]
     dtype = perturbation_dtype(activations)
     activations = jax.lax.stop_gradient(activations)
     sign, radius = (jax.lax.stop_gradient(v).astype(dtype) for v in (sign, radius))
 
-    counts = class_counts(labels, num_classes, axis_name, dtype)
-    radius = jnp.where((counts > 0) & (sign != 0), jnp.maximum(radius, 0.0), 0.0)
-    reduced = reduce_to_shape(activations.astype(dtype), shape)
-    cone = None
-    if geometry != "free":
-        cone = cone_directions(class_means(reduced, labels, counts, axis_name), sign, geometry)
-    delta = None
+    classes = BatchClasses.of(labels, sign.shape[0], axis_name, dtype)
+    radius = jnp.where((classes.counts > 0) & (sign != 0), jnp.maximum(radius, 0.0), 0.0)
+    table = (sign.shape[0], *row_shape(activations, shape))
     if initial is not None:
-        _check_initial(initial, (num_classes, *reduced.shape[1:]))
-        delta = project(
-            jax.lax.stop_gradient(initial).astype(dtype), radius, cone, norm, min_cosine
-        )
+        require(jnp.shape(initial) == table, "initial", f"of shape {table}", jnp.shape(initial))
+        initial = jax.lax.stop_gradient(initial).astype(dtype)
 
     def gradient_fn(delta):
-        return class_gradient(
-            lambda h: (loss_fn(h), None), activations, labels, delta, counts, shape, axis_name
-        )[0]
+        return class_gradient(lambda h: (loss_fn(h), None), activations, classes, delta, shape)[0]
 
-    delta = ascend(gradient_fn, delta, sign, radius, cone, options)
-    if delta is None:
-        delta = jnp.zeros((num_classes, *reduced.shape[1:]), dtype)
-    return jax.lax.stop_gradient(delta)
-
-
-def _check_initial(initial: Array, expected: tuple[int, ...]) -> None:
-    if jnp.shape(initial) != expected:
-        raise ValueError(f"initial must have shape {expected}, got {jnp.shape(initial)}")
+    delta = ascend_by_class(gradient_fn, activations, classes, sign, radius, options, initial)
+    return jnp.zeros(table, dtype) if delta is None else jax.lax.stop_gradient(delta)
 
 
 def _check_arguments(activations: Array, labels: Array, sign: Array, radius: Array) -> None:
-    if activations.ndim < 1 or not jnp.issubdtype(activations.dtype, jnp.floating):
-        raise ValueError(
-            "activations must be a floating array [B, ...], "
-            f"got {activations.dtype} {activations.shape}"
-        )
+    """Raises ValueError for shapes that disagree and, outside jit, for values out of range."""
+    floating = activations.ndim >= 1 and jnp.issubdtype(activations.dtype, jnp.floating)
+    if not floating:
+        got = f"{activations.dtype} {activations.shape}"
+        raise ValueError(f"activations must be a floating array [B, ...], got {got}")
     if labels.shape != activations.shape[:1]:
-        raise ValueError(
-            f"labels must have shape {activations.shape[:1]} like the activations, "
-            f"got {labels.shape}"
-        )
+        batch = activations.shape[:1]
+        raise ValueError(f"labels must have shape {batch} like the activations, got {labels.shape}")
     if sign.ndim != 1 or radius.shape != sign.shape:
-        raise ValueError(
-            f"sign and radius must both have shape [C], got {sign.shape} and {radius.shape}"
-        )
+        got = f"{sign.shape} and {radius.shape}"
+        raise ValueError(f"sign and radius must both have shape [C], got {got}")
     check_labels(labels, sign.shape[0])
-    # Values can be read outside jit only; NumPy's view of them, since jnp would stage the test.
-    if not isinstance(sign, jax.core.Tracer) and not np.isin(np.asarray(sign), (-1, 0, 1)).all():
-        raise ValueError(f"sign must hold -1, 0 and 1 only, got {np.asarray(sign).tolist()}")
-    if isinstance(radius, jax.core.Tracer):
-        return
-    values = np.asarray(radius)
-    if not np.all(np.isfinite(values) & (values >= 0)):
-        raise ValueError(f"radius must be finite and >= 0, got {values.tolist()}")
+    # NumPy reads the values: jnp would stage the test under jit, also where they are constants.
+    if is_known(sign):
+        signs = np.asarray(sign)
+        require(np.isin(signs, (-1, 0, 1)).all(), "sign", "-1, 0 or 1 for every class", signs)
+    if is_known(radius):
+        radii = np.asarray(radius)
+        valid = np.all(np.isfinite(radii) & (radii >= 0))
+        require(valid, "radius", "finite and >= 0 for every class", radii)

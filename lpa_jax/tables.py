@@ -1,4 +1,9 @@
-"""Tables [C, ...] with one row a class (or an example): norms, products and directions of rows."""
+"""Tables with one row per class, [C, ...], or per example, [B, ...].
+
+Norms, products and directions of rows, and the statistics of the classes of a global batch.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +12,18 @@ Array = jax.Array
 
 
 def over_classes(vector: Array, table: Array) -> Array:
-    """Reshapes `vector` [C] so that it broadcasts over the rows of `table` [C, ...]."""
+    """Reshapes one number per row, [C] or [B], to broadcast over a table [C, ...] or [B, ...]."""
     return jnp.reshape(vector, (-1,) + (1,) * (table.ndim - 1))
+
+
+def perturbation_dtype(values) -> jnp.dtype:
+    """The dtype of `values`, but at least float32: projections hold at every precision."""
+    return jnp.promote_types(values.dtype, jnp.float32)
+
+
+def at_least_float32(values: Array) -> Array:
+    """The values in `perturbation_dtype`: float64 stays, everything else becomes float32."""
+    return values.astype(perturbation_dtype(values))
 
 
 def as_rows(table: Array) -> Array:
@@ -67,3 +82,78 @@ def unit_rows(table: Array) -> Array:
     rows = as_rows(table)
     norms = row_norms(rows)
     return jnp.reshape(rows / over_classes(jnp.where(norms > 0, norms, 1.0), rows), table.shape)
+
+
+def class_sums(
+    values: Array, labels: Array, num_classes: int, axis_name: str | None = None
+) -> Array:
+    """Sums of `values` [B, ...] by label over the global batch -> [C, ...]."""
+    sums = jax.ops.segment_sum(as_rows(values), labels, num_segments=num_classes)
+    sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return jnp.reshape(sums, (num_classes, *values.shape[1:]))
+
+
+def class_means(
+    values: Array,
+    labels: Array,
+    counts: Array,
+    axis_name: str | None = None,
+    rows: Array | None = None,
+) -> Array:
+    """Means of `values` [B, ...] by label over the global batch -> [C, ...]; absent classes get 0.
+
+    Args:
+      values: [B, ...].
+      labels: [B] integers in 0..C-1.
+      counts: number of examples of each class in the global batch, [C].
+      axis_name: mapped axis over which the global batch is spread, or None.
+      rows: [R] classes whose means are returned, [R, ...]; None for all.
+    """
+    sums = class_sums(values, labels, counts.shape[0], axis_name)
+    if rows is not None:
+        sums = jnp.reshape(as_rows(sums)[rows], (-1, *sums.shape[1:]))
+        counts = counts[rows]
+    return sums / over_classes(jnp.maximum(counts, 1.0).astype(sums.dtype), sums)
+
+
+def class_counts(
+    labels: Array, num_classes: int, axis_name: str | None = None, dtype=jnp.float32
+) -> Array:
+    """Number of examples of each class in the global batch -> [C]."""
+    return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
+
+
+class BatchClasses(NamedTuple):
+    """The classes of one global batch, counted once.
+
+    Attributes:
+      labels: class of each example of this device, [B] integers in 0..C-1.
+      counts: number of examples of each class in the global batch, [C].
+      axis_name: mapped axis over which the global batch is spread, or None.
+      by_example: tables hold the rows of this device's examples, [B, ...], not those of all
+        classes. On a pod, where a device has few examples, this saves arithmetic on the others.
+    """
+
+    labels: Array
+    counts: Array
+    axis_name: str | None = None
+    by_example: bool = False
+
+    @classmethod
+    def of(
+        cls, labels: Array, num_classes: int, axis_name: str | None = None, dtype=jnp.float32
+    ) -> "BatchClasses":
+        """Counts the classes of a batch; arguments as for `class_counts`."""
+        return cls(labels, class_counts(labels, num_classes, axis_name, dtype), axis_name)
+
+    def means(self, values: Array) -> Array:
+        """Class means of `values` [B, ...] over the global batch: a table.
+
+        >>> classes = BatchClasses.of(jnp.array([0, 2, 2]), num_classes=3)
+        >>> classes.means(jnp.array([1.0, 2.0, 4.0])).tolist()
+        [1.0, 0.0, 3.0]
+        >>> classes._replace(by_example=True).means(jnp.array([1.0, 2.0, 4.0])).tolist()
+        [1.0, 3.0, 3.0]
+        """
+        rows = self.labels if self.by_example else None
+        return class_means(values, self.labels, self.counts, self.axis_name, rows)

@@ -13,6 +13,7 @@ from lpa_jax.diagnostics import observe
 from lpa_jax.losses import cross_entropy
 from lpa_jax.perturbations import Perturbation, lpa
 from lpa_jax.perturbations.radius_target import measured_change, sign_group_means
+from lpa_jax.tables import BatchClasses
 
 GROUPS = ("positive", "negative")
 
@@ -108,8 +109,9 @@ def suggest_radius(
             raise ValueError(
                 f"method must give classes a sign, {perturbations[layer].name} does not"
             )
-        change, exists = measured_change(before, after, batch["label"], sign)
-        base, _ = sign_group_means(before, batch["label"], sign)
+        classes = BatchClasses.of(batch["label"], sign.shape[0])
+        change, exists = measured_change(before, after, classes, sign)
+        base, _ = sign_group_means(before, classes, sign)
         return change[index], base[index], exists[index]
 
     def change_at(radius):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from lpa_jax import pgd, tables
-from lpa_jax.checks import vanishes
-from lpa_jax.perturbations.base import Perturbation, check_range, identity, register, stateless
-from lpa_jax.perturbations.lpa import SCALES
+from lpa_jax.checks import choice, number, vanishes
+from lpa_jax.perturbations.base import Perturbation, identity, register, stateless
+from lpa_jax.perturbations.class_level import SCALES
 
 
 @register("adversarial")
@@ -45,16 +45,15 @@ def adversarial(
     >>> adversarial(radius=0.05, steps=3).name
     'adversarial'
     """
-    check_range("radius", radius, 0.0)
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    number("radius", radius)
+    choice("scale", scale, SCALES)
     options = pgd.PGDOptions(steps, step_size, "free", norm, "full").validate()
     if vanishes(radius) or steps == 0:
         return identity("adversarial")
 
     def perturb(site):
         h = jax.lax.stop_gradient(site.activation)
-        wide = h.astype(pgd.perturbation_dtype(h))
+        wide = tables.at_least_float32(h)
         eps = jnp.asarray(radius, wide.dtype)
         if scale == "relative":
             eps = eps * site.global_mean(tables.row_norms(wide, norm))
@@ -68,7 +67,7 @@ def adversarial(
 
         # An example is a class of its own, raised (sign +1), without a half-space.
         rows = jnp.ones(h.shape[0], wide.dtype)
-        delta = pgd.ascend(gradient_fn, None, rows, eps * rows, None, options)
+        delta = pgd.ascend(gradient_fn, rows, eps * rows, None, options)
         activation = site.activation.astype(wide.dtype) + jax.lax.stop_gradient(delta)
         return activation, site.targets
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lpa_jax.checks import number as check_range  # noqa: F401  the old name
 from lpa_jax.registry import Registry
+from lpa_jax.tables import over_classes as per_example  # noqa: F401
 
 Array = jax.Array
 State = Any
@@ -175,11 +176,6 @@ def chain(*perturbations: Perturbation) -> Perturbation:
 
     name = "+".join(p.name for p in perturbations)
     return Perturbation(name, init, apply, update if perturbations[0].update else None)
-
-
-def per_example(values: Array, like: Array) -> Array:
-    """Reshapes [B] so that it broadcasts over `like` [B, ...]."""
-    return jnp.reshape(values, (-1,) + (1,) * (like.ndim - 1))
 
 
 _REGISTRY: Registry[Perturbation] = Registry("perturbation")

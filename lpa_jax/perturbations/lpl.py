@@ -1,9 +1,9 @@
 """LPL: class-level logit perturbation, LPA's published predecessor, as LPA at the logits."""
 
-from lpa_jax import pgd
 from lpa_jax.assignment import Assignment, by_confidence
 from lpa_jax.perturbations.base import Perturbation, register
-from lpa_jax.perturbations.lpa import class_level
+from lpa_jax.perturbations.class_level import class_level
+from lpa_jax.pgd import PGDOptions
 
 
 @register("lpl")
@@ -46,10 +46,9 @@ def lpl(
     """
     return class_level(
         "lpl",
-        radius,
-        pgd.PGDOptions(steps, step_size, geometry, "l2", "full"),
-        assignment or by_confidence(),
-        "cold",
-        scale,
-        negative_scale,
+        PGDOptions(steps, step_size, geometry),
+        radius=radius,
+        assignment=assignment or by_confidence(),
+        scale=scale,
+        negative_scale=negative_scale,
     )

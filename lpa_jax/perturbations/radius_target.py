@@ -18,11 +18,9 @@ All of this is a choice of this library; the papers tune a fixed radius.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lpa_jax import pgd
-from lpa_jax.checks import is_known
 from lpa_jax.perturbations.base import Site
+from lpa_jax.tables import BatchClasses, at_least_float32
 
 RATE = 0.05
 BOUND = 100.0
@@ -30,18 +28,6 @@ BOUND = 100.0
 GROUP_SIGNS = (1.0, -1.0)
 
 Array = jax.Array
-
-
-def check_target(target: float) -> None:
-    """Raises ValueError unless the target is finite and > 0, or traced.
-
-    >>> check_target(0.0)
-    Traceback (most recent call last):
-        ...
-    ValueError: radius_target must be finite and > 0 (nats), got 0.0
-    """
-    if is_known(target) and not (np.isfinite(target) and target > 0):
-        raise ValueError(f"radius_target must be finite and > 0 (nats), got {target!r}")
 
 
 def initial_scale() -> Array:
@@ -54,49 +40,45 @@ def by_class(scale: Array, sign: Array) -> Array:
     return jnp.where(sign < 0, scale[1], scale[0])
 
 
-def sign_group_means(
-    values: Array, labels: Array, sign: Array, axis_name: str | None = None
-) -> tuple[Array, Array]:
+def sign_group_means(values: Array, classes: BatchClasses, sign: Array) -> tuple[Array, Array]:
     """Means over the classes of each sign group of the class means, over the global batch.
 
     Every class counts the same, whatever its share of the batch.
 
     Args:
       values: [B].
-      labels: [B] integers in 0..C-1.
+      classes: the classes of the global batch.
       sign: s_c in {-1, 0, +1}, [C].
-      axis_name: mapped axis over which the global batch is spread, or None.
 
     Returns:
       Means [2], 0 for a group without a class in the batch, and whether it has one, [2].
 
-    >>> values, labels = jnp.array([1.0, 3.0, 8.0, 5.0]), jnp.array([0, 0, 1, 2])
-    >>> means, exists = sign_group_means(values, labels, jnp.array([1.0, 1.0, 0.0, -1.0]))
-    >>> means.tolist(), exists.tolist()  # class 2 has no sign, class 3 no member
+    >>> classes = BatchClasses.of(jnp.array([0, 0, 1, 2]), num_classes=4)
+    >>> signs = jnp.array([1.0, 1.0, 0.0, -1.0])  # class 2 has no sign, class 3 no member
+    >>> means, exists = sign_group_means(jnp.array([1.0, 3.0, 8.0, 5.0]), classes, signs)
+    >>> means.tolist(), exists.tolist()
     ([5.0, 0.0], [True, False])
     """
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    counts = pgd.class_counts(labels, sign.shape[0], axis_name)
-    class_means = pgd.class_means(values, labels, counts, axis_name)
-    member = (sign[None, :] == jnp.asarray(GROUP_SIGNS)[:, None]) & (counts > 0)[None, :]
+    class_means = classes.means(at_least_float32(values))
+    of_group = sign[None, :] == jnp.asarray(GROUP_SIGNS)[:, None]
+    member = of_group & (classes.counts > 0)[None, :]
     sizes = jnp.sum(member, axis=1)
     totals = jnp.sum(jnp.where(member, class_means[None, :], 0.0), axis=1)
     return totals / jnp.maximum(sizes, 1), sizes > 0
 
 
 def measured_change(
-    before: Array, after: Array, labels: Array, sign: Array, axis_name: str | None = None
+    before: Array, after: Array, classes: BatchClasses, sign: Array
 ) -> tuple[Array, Array]:
     """change_g of the module docstring, and whether the group has a class in the batch, both [2].
 
     Args:
       before: loss of every example without the perturbation, [B].
       after: with it, [B].
-      labels: [B].
-      sign: [C].
-      axis_name: mapped axis of the global batch or None.
+      classes: the classes of the global batch.
+      sign: s_c, [C].
     """
-    means, exists = sign_group_means(after - before, labels, sign, axis_name)
+    means, exists = sign_group_means(after - before, classes, sign)
     return jnp.asarray(GROUP_SIGNS) * means, exists
 
 
@@ -117,6 +99,7 @@ def next_scale(scale: Array, change: Array, wanted: Array, exists: Array) -> Arr
 def adapt(
     scale: Array,
     site: Site,
+    classes: BatchClasses,
     sign: Array,
     *,
     unperturbed: Array,
@@ -129,6 +112,7 @@ def adapt(
     Args:
       scale: the factors of this step, [2].
       site: what the perturbation sees.
+      classes: the classes of the global batch.
       sign: s_c, [C].
       unperturbed: logits without the perturbation, [B, C].
       perturbed: h~_i, [B, *S]. Its logits cost nothing where nothing above is perturbed: the pass
@@ -139,7 +123,7 @@ def adapt(
     targets = jax.lax.stop_gradient(site.targets)
     before = site.loss(jax.lax.stop_gradient(unperturbed), targets)
     after, _ = site.losses_and_logits(jax.lax.stop_gradient(perturbed))
-    change, exists = measured_change(before, after, site.labels, sign, site.axis_name)
-    loss, _ = sign_group_means(before, site.labels, sign, site.axis_name)
+    change, exists = measured_change(before, after, classes, sign)
+    loss, _ = sign_group_means(before, classes, sign)
     wanted = jnp.stack([jnp.asarray(target), jnp.minimum(negative_scale * target, loss[1] / 2)])
     return next_scale(scale, change, wanted, exists)

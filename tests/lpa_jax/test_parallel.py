@@ -197,7 +197,7 @@ def test_replicated_arguments_come_after_the_batch_in_the_order_of_bind_and_call
     assert bound(state(), toy.batch(), np.float32(4)) == 11
     assert bound.bind(np.float32(3))(state(), bound.place(toy.batch())) == 12
     bad = {**toy.batch(), "label": toy.LABELS + 2}
-    with pytest.raises(ValueError, match=rf"labels must lie in 0..3, got {toy.CLASSES} at"):
+    with pytest.raises(ValueError, match=rf"labels must be in 0..3, got {toy.CLASSES} at"):
         bound(state(), bad, np.float32(4))
 
 

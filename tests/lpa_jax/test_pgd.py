@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lpa_jax import pgd
+from lpa_jax import pgd, tables
 from tests.helpers import reference
 
 BATCH, CLASSES = 5, 4
@@ -331,8 +331,8 @@ BAD_ARGUMENTS = [
     ({"step_size": np.inf}, "step_size must be finite and > 0, got inf"),
     ({"geometry": "round"}, "geometry must be one of signed, free, flipped, got 'round'"),
     ({"norm": "l1"}, "norm must be one of l2, linf, got 'l1'"),
-    ({"min_cosine": 1.5}, "min_cosine must lie in [0, 1], got 1.5"),
-    ({"min_cosine": np.nan}, "min_cosine must lie in [0, 1], got nan"),
+    ({"min_cosine": 1.5}, "min_cosine must be in [0, 1], got 1.5"),
+    ({"min_cosine": np.nan}, "min_cosine must be in [0, 1], got nan"),
     (
         {"min_cosine": 0.3, "geometry": "free"},
         "min_cosine must be 0 with geometry='free', which has no cone, got 0.3",
@@ -354,6 +354,11 @@ BAD_ARGUMENTS = [
     (
         {"sign": SIGN[:3]},
         "sign and radius must both have shape [C], got (3,) and (4,)",
+    ),
+    ({"sign": 2 * SIGN}, f"sign must be -1, 0 or 1 for every class, got {(2 * SIGN).tolist()}"),
+    (
+        {"radius": -RADIUS},
+        f"radius must be finite and >= 0 for every class, got {(-RADIUS).tolist()}",
     ),
     (
         {"sign": np.float32(1.0), "radius": np.float32(1.0)},
@@ -435,21 +440,16 @@ def test_class_gradient_is_the_mean_over_the_members():
     p = Problem(10)
     delta = np.random.default_rng(1).normal(size=(CLASSES, 3))
     with jax.enable_x64(True):
-        labels = jnp.asarray(LABELS)
-        counts = pgd.class_counts(labels, CLASSES, dtype=jnp.float64)
+        classes = tables.BatchClasses.of(jnp.asarray(LABELS), CLASSES, dtype=jnp.float64)
         gradient, aux = pgd.class_gradient(
-            lambda h: (p.loss(h), "aux"),
-            jnp.asarray(p.activations),
-            labels,
-            jnp.asarray(delta),
-            counts,
+            lambda h: (p.loss(h), "aux"), jnp.asarray(p.activations), classes, jnp.asarray(delta)
         )
     expected = np.zeros((CLASSES, 3))
     for c, members in MEMBERS.items():
         rows = [p.numpy_gradient(i, p.activations[i] + delta[c]) for i in members]
         expected[c] = np.mean(rows, axis=0)
     np.testing.assert_allclose(gradient, expected, rtol=1e-9)
-    np.testing.assert_array_equal(counts, [2, 2, 0, 1])
+    np.testing.assert_array_equal(classes.counts, [2, 2, 0, 1])
     assert aux == "aux"
 
 

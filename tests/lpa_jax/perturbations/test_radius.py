@@ -347,7 +347,7 @@ def test_measuring_the_cold_mode_costs_no_pass():
 
 
 def test_target_that_is_not_positive_is_refused():
-    with pytest.raises(ValueError, match=r"radius_target must be finite and > 0 \(nats\), got 0"):
+    with pytest.raises(ValueError, match=r"radius_target must be finite and > 0, got 0"):
         lpa(radius_target=0)
 
 

@@ -1,0 +1,299 @@
+"""Class-level PGD at an injection point: what `lpa` and `lpl` share. See `lpa` for the method."""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lpa_jax import pgd, tables
+from lpa_jax.assignment import Assignment
+from lpa_jax.checks import choice, number, require, vanishes
+from lpa_jax.perturbations import radius_target as targeting
+from lpa_jax.perturbations.base import Applied, Feedback, Perturbation, Site, identity
+from lpa_jax.tables import BatchClasses
+
+MODES = ("cold", "carry", "free")
+SCALES = ("relative", "absolute")
+
+Array = jax.Array
+State = dict[str, Array]
+
+
+def class_level(
+    name: str,
+    options: pgd.PGDOptions,
+    *,
+    radius: float,
+    assignment: Assignment,
+    scale: str,
+    negative_scale: float,
+    mode: str = "cold",
+    radius_target: float | None = None,
+    memory_limit: int | None = None,
+) -> Perturbation:
+    """The perturbation that `lpa` and `lpl` share.
+
+    Args:
+      name: the method's name in the registry.
+      options: how the ascent moves.
+      radius: see `lpa`, as for all further arguments.
+      assignment: which classes, how far.
+      scale: `"relative"` or `"absolute"`.
+      negative_scale: factor on the radius of classes with s_c = -1.
+      mode: `"cold"`, `"carry"` or `"free"`.
+      radius_target: loss change in nats, or None.
+      memory_limit: bytes of a table, or None.
+
+    Raises:
+      ValueError: an option out of range.
+    """
+    number("radius", radius)
+    number("negative_scale", negative_scale)
+    choice("mode", mode, MODES)
+    choice("scale", scale, SCALES)
+    if memory_limit is not None:
+        number("memory_limit", memory_limit)
+    if radius_target is not None:
+        number("radius_target", radius_target, open_low=True)
+    options.validate()
+    require(mode != "free" or options.steps == 1, "steps", "1 with mode='free'", options.steps)
+    if vanishes(radius) or options.steps == 0:
+        return identity(name)
+    method = _ClassLevel(
+        name=name,
+        options=options,
+        radius=radius,
+        assignment=assignment,
+        scale=scale,
+        negative_scale=negative_scale,
+        mode=mode,
+        radius_target=radius_target,
+        memory_limit=memory_limit,
+    )
+    update = method.update if mode == "free" else None
+    return Perturbation(name, method.init, method.apply, update)
+
+
+class _Rows(NamedTuple):
+    """Which rows the tables of one batch hold.
+
+    Attributes:
+      classes: the classes of the global batch, renumbered by row: as many rows as classes, but no
+        more than examples in the global batch; or the rows of this device's examples.
+      index: class of each row, C for unused ones; None where row c is class c.
+    """
+
+    classes: BatchClasses
+    index: Array | None
+
+    def read(self, table: Array) -> Array:
+        """These rows of a table of all classes [C, ...]."""
+        return table if self.index is None else table.at[self.index].get(mode="fill", fill_value=0)
+
+    def write(self, table: Array, rows: Array) -> Array:
+        """The table of all classes with these rows in it; absent classes are left alone."""
+        if self.index is not None:
+            return table.at[self.index].set(rows, mode="drop")
+        return jnp.where(tables.over_classes(self.classes.counts > 0, table), rows, table)
+
+
+def _rows(site: Site, classes: BatchClasses, may_be_by_example: bool) -> _Rows:
+    labels, axis_name = site.labels, site.axis_name
+    devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    num_rows = min(site.num_classes, labels.shape[0] * devices)
+    index, renumbered = None, classes
+    if num_rows < site.num_classes:
+        everywhere = labels
+        if axis_name is not None:
+            everywhere = jax.lax.all_gather(labels, axis_name, tiled=True)
+        index = jnp.unique(everywhere, size=num_rows, fill_value=site.num_classes)
+        counts = classes.counts.at[index].get(mode="fill", fill_value=0)
+        renumbered = BatchClasses(jnp.searchsorted(index, labels), counts, axis_name)
+    if may_be_by_example and labels.shape[0] < num_rows:
+        # On a pod, where a device has few examples, arithmetic on the rows of all classes would
+        # cost more than the network.
+        return _Rows(renumbered._replace(by_example=True), labels)
+    return _Rows(renumbered, index)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ClassLevel:
+    name: str
+    options: pgd.PGDOptions
+    radius: float
+    assignment: Assignment
+    scale: str
+    negative_scale: float
+    mode: str
+    radius_target: float | None
+    memory_limit: int | None
+
+    def init(self, activation: jax.ShapeDtypeStruct, num_classes: int) -> State:
+        self.assignment.check_num_classes(num_classes)
+        state = {}
+        if self.mode != "cold":
+            self._check_memory(activation, num_classes)
+            row = pgd.row_shape(activation, self.options.shape)
+            state["delta"] = jnp.zeros((num_classes, *row), pgd.perturbation_dtype(activation))
+        if self._remembers_confidence:
+            state["confidence"] = jnp.zeros(num_classes, jnp.float32)
+            state["known"] = jnp.zeros(num_classes, bool)
+        if self.radius_target is not None:
+            state["radius_scale"] = targeting.initial_scale()
+        return state
+
+    def apply(self, state: State, site: Site) -> Applied:
+        activation = jax.lax.stop_gradient(site.activation)
+        classes = _count(site)
+        rows = _rows(site, classes, may_be_by_example=self.mode == "cold")
+        gradient_at = functools.partial(
+            pgd.class_gradient,
+            site.losses_and_logits,
+            activation,
+            rows.classes,
+            shape=self.options.shape,
+        )
+        first_gradient, logits = None, None
+        if self.mode == "cold":
+            # Every device sums all rows, also where it then steps those of its own examples alone.
+            self._check_memory(activation, rows.classes.counts.shape[0])
+            first_gradient, logits = gradient_at(delta=None)
+        elif self.mode == "carry" and self.assignment.uses_confidence:
+            logits = site.decode(activation)
+        state = self._observe(state, classes, logits)
+        sign, radius, present = self._signs_and_radii(state, site, classes, logits)
+
+        delta = self._ascend(
+            state,
+            site,
+            rows,
+            sign,
+            radius,
+            lambda delta: gradient_at(delta=delta)[0],
+            first_gradient,
+            steps=0 if self.mode == "free" else self.options.steps,
+        )
+        if self.mode == "carry":
+            state = {**state, "delta": rows.write(state["delta"], delta)}
+        labels = None if rows.classes.by_example else rows.classes.labels
+        perturbed = pgd.add_to_members(site.activation, jax.lax.stop_gradient(delta), labels)
+        aux = {"sign": sign, "radius": radius, "present": present}
+        if self.radius_target is not None:
+            aux["radius_scale"] = state["radius_scale"]
+            adapted = targeting.adapt(
+                state["radius_scale"],
+                site,
+                classes,
+                sign,
+                unperturbed=site.decode(activation) if logits is None else logits,
+                perturbed=perturbed,
+                target=self.radius_target,
+                negative_scale=self.negative_scale,
+            )
+            state = {**state, "radius_scale": adapted}
+        return Applied(perturbed, site.targets, jax.lax.stop_gradient(state), aux)
+
+    def update(self, state: State, site: Site, feedback: Feedback) -> State:
+        """One ascent step of `mode="free"` with the gradient that the training pass left."""
+        classes = _count(site)
+        rows = _rows(site, classes, may_be_by_example=False)
+        state = self._observe(state, classes, feedback.logits)
+        sign, radius, _ = self._signs_and_radii(state, site, classes, None)
+        gradient = feedback.gradient.astype(state["delta"].dtype)
+        members = pgd.reduce_to_shape(gradient, self.options.shape, jnp.sum)
+        gradient = rows.classes.means(members)
+        delta = self._ascend(state, site, rows, sign, radius, None, gradient, steps=1)
+        return {**state, "delta": rows.write(state["delta"], delta)}
+
+    def _ascend(self, state, site, rows, sign, radius, gradient_fn, first_gradient, steps) -> Array:
+        """The ascent from zero, or from the perturbations kept in the state."""
+        activation = jax.lax.stop_gradient(site.activation)
+        dtype = pgd.perturbation_dtype(activation)
+        return pgd.ascend_by_class(
+            gradient_fn,
+            activation,
+            rows.classes,
+            rows.read(sign).astype(dtype),
+            rows.read(radius).astype(dtype),
+            self.options._replace(steps=steps),
+            initial=rows.read(state["delta"]) if "delta" in state else None,
+            first_gradient=first_gradient,
+        )
+
+    @property
+    def _remembers_confidence(self) -> bool:
+        rule = self.assignment
+        return rule.uses_confidence and (rule.ema > 0 or self.mode == "free")
+
+    def _observe(self, state: State, classes: BatchClasses, logits: Array | None) -> State:
+        """Folds the confidence of this batch into the smoothed one, where one is kept."""
+        if logits is None or not self._remembers_confidence:
+            return state
+        confidence, present = _batch_confidence(classes, logits), classes.counts > 0
+        old, ema = state["confidence"], self.assignment.ema
+        smoothed = jnp.where(state["known"], ema * old + (1 - ema) * confidence, confidence)
+        return {
+            **state,
+            "confidence": jnp.where(present, smoothed, old).astype(old.dtype),
+            "known": state["known"] | present,
+        }
+
+    def _signs_and_radii(
+        self, state: State, site: Site, classes: BatchClasses, logits: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """s_c and eps_c for every class, and which classes are present, all [C]."""
+        present = classes.counts > 0
+        confidence = jnp.zeros(site.num_classes, jnp.float32)
+        if self._remembers_confidence:
+            confidence, present = state["confidence"], present & state["known"]
+        elif self.assignment.uses_confidence:
+            confidence = _batch_confidence(classes, logits)
+        sign, multiplier = self.assignment(confidence, present)
+        radius = self.radius * multiplier * jnp.where(sign < 0, self.negative_scale, 1.0)
+        if self.radius_target is not None:
+            radius = radius * targeting.by_class(state["radius_scale"], sign)
+        if self.scale == "relative":
+            wide = tables.at_least_float32(jax.lax.stop_gradient(site.activation))
+            reduced = pgd.reduce_to_shape(wide, self.options.shape)
+            radius = radius * site.global_mean(tables.row_norms(reduced, self.options.norm))
+        return sign, jnp.where(sign != 0, radius, 0.0), present
+
+    def _check_memory(self, activation: Array | jax.ShapeDtypeStruct, num_rows: int) -> None:
+        """Raises ValueError where a table of `num_rows` classes is larger than `memory_limit`."""
+        row = pgd.row_shape(activation, self.options.shape)
+        entry_bytes = pgd.perturbation_dtype(activation).itemsize
+
+        def table_bytes(row):
+            return num_rows * math.prod(row) * entry_bytes
+
+        if self.memory_limit is None or table_bytes(row) <= self.memory_limit:
+            return
+        does, smaller = "keeps", "mode='cold' keeps none"
+        if self.mode == "cold":
+            does, smaller = "sums gradients in", f"fewer than {num_rows} examples make fewer rows"
+        if math.prod(row) > row[-1]:
+            smaller = f"shape='channel' {does} {_bytes(table_bytes(row[-1:]))}, {smaller}"
+        raise ValueError(
+            f"{self.name} with mode={self.mode!r}, shape={self.options.shape!r} {does} a table of "
+            f"{num_rows} classes x {row}, {_bytes(table_bytes(row))}, more than "
+            f"memory_limit={_bytes(self.memory_limit)}; {smaller}"
+        )
+
+
+def _count(site: Site) -> BatchClasses:
+    dtype = pgd.perturbation_dtype(site.activation)
+    return BatchClasses.of(site.labels, site.num_classes, site.axis_name, dtype)
+
+
+def _batch_confidence(classes: BatchClasses, logits: Array) -> Array:
+    """q_c, the mean probability of the true class over the global batch, [C]."""
+    logits = tables.at_least_float32(jax.lax.stop_gradient(logits))
+    labels = classes.labels[:, None]
+    return classes.means(jnp.take_along_axis(jax.nn.softmax(logits), labels, axis=1)[:, 0])
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.4g} MB"
