@@ -45,7 +45,7 @@ from lpa_jax.perturbations import (
     spatial_dropout,
 )
 from lpa_jax.pgd import class_perturbation
-from lpa_jax.training.step import TrainState, eval_step, lpa_step
+from lpa_jax.training import TrainState, eval_step, lpa_step
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,7 +1,7 @@
-"""The train state: everything that training changes, and the static objects that change it."""
+"""The train state, and what a step is told: perturbations at layers, and penalties."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -10,10 +10,13 @@ import optax
 
 from lpa_jax import injection
 from lpa_jax.injection import Network
-from lpa_jax.training.plan import Penalties, Perturbations, check_penalties, plan_sites
+from lpa_jax.penalties import Penalty
+from lpa_jax.perturbations import Perturbation
 
 Array = jax.Array
 Batch = Mapping[str, Array]
+Perturbations = Mapping[str | tuple[str, ...], Perturbation]
+Penalties = Mapping[str, Penalty]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -129,3 +132,61 @@ def replaced(variables: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"variables have no {name!r} to be replaced")
         merged[name] = replaced(merged[name], value) if isinstance(value, Mapping) else value
     return merged
+
+
+class PlannedSite(NamedTuple):
+    """A perturbation and its layer, or the layers of which each step draws one."""
+
+    layers: tuple[str, ...]
+    perturbation: Perturbation
+
+
+def plan_sites(perturbations: Perturbations, layers: Sequence[str]) -> tuple[PlannedSite, ...]:
+    """Which perturbation stands where.
+
+    Raises:
+      ValueError: not a perturbation, an unknown layer, or a layer that is named twice.
+    """
+    plan = []
+    taken: set[str] = set()
+    for key, perturbation in perturbations.items():
+        site_layers = (key,) if isinstance(key, str) else tuple(key)
+        if not isinstance(perturbation, Perturbation):
+            raise ValueError(
+                f"perturbations[{key!r}] must be a Perturbation, got {type(perturbation).__name__}"
+            )
+        for layer in site_layers:
+            injection.check_layer(layers, layer)
+            if layer in taken:
+                raise ValueError(
+                    f"layer {layer!r} is named twice in perturbations; "
+                    "use perturbations.chain for several at one layer"
+                )
+            taken.add(layer)
+        plan.append(PlannedSite(site_layers, perturbation))
+    return tuple(plan)
+
+
+def check_penalties(penalties: Penalties, layers: Sequence[str]) -> None:
+    """Raises ValueError for what is not a penalty, or needs features of an unknown layer."""
+    for name, penalty in penalties.items():
+        if not isinstance(penalty, Penalty):
+            raise ValueError(f"penalties[{name!r}] must be a Penalty, got {type(penalty).__name__}")
+        for layer in penalty.layers:
+            injection.check_layer(layers, layer)
+
+
+def check_states(plan: Sequence[PlannedSite], penalties: Penalties, state: TrainState) -> None:
+    """Raises ValueError for a layer or penalty that the state was created without."""
+    for layer in (layer for site in plan for layer in site.layers):
+        if layer not in state.perturbation_state:
+            raise ValueError(
+                f"perturbations name layer {layer!r}, but the state was created with those at "
+                f"[{', '.join(state.perturbation_state)}]"
+            )
+    for name in penalties:
+        if name not in state.penalty_state:
+            raise ValueError(
+                f"penalties name {name!r}, but the state was created with "
+                f"[{', '.join(state.penalty_state)}]"
+            )

@@ -5,31 +5,31 @@
 Nothing here knows about devices: `axis_name` is an argument, and `lpa_jax.parallel` maps the step.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lpa_jax import injection, metrics
+from lpa_jax.checks import check_labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Observed
 from lpa_jax.perturbations import Feedback, Site
-from lpa_jax.pgd import check_labels
-from lpa_jax.training.plan import Penalties, Perturbations, check_penalties, plan_sites
-from lpa_jax.training.state import TrainState
-from lpa_jax.training.training_pass import (
-    TrainingPass,
+from lpa_jax.perturbations.perturbed_pass import PerturbedPass
+from lpa_jax.training.state import (
+    Batch,
+    Penalties,
+    Perturbations,
+    PlannedSite,
+    TrainState,
+    check_penalties,
     check_states,
-    learn,
-    penalize,
-    probes_for,
-    step_keys,
+    plan_sites,
 )
 
 Array = jax.Array
-Batch = Mapping[str, Array]
 Loss = Callable[[Array, Array], Array]
 Augment = Callable[[Array, Array, Array], Array]
 
@@ -75,17 +75,15 @@ def lpa_step(
     """
     plan, penalties = plan_sites(perturbations or {}, state.network.layers), penalties or {}
     check_penalties(penalties, state.network.layers)
-    labels = batch["label"]
-    check_labels(labels, state.num_classes)
+    check_labels(batch["label"], state.num_classes)
     check_states(plan, penalties, state)
-    keys = step_keys(state, axis_name)
+    keys = _step_keys(state, axis_name)
     images = batch["image"]
     if augment is not None:
         images = augment(keys.augment, images, _positions(batch, axis_name))
-    objective = _objective(
-        state, {**batch, "image": images}, plan, penalties, loss, keys, axis_name
-    )
-    probes = probes_for(plan, state, images)
+    batch = {**batch, "image": images}
+    objective = _objective(state, batch, plan, penalties, loss, keys, axis_name)
+    probes = _probes(plan, state, images)
 
     def gradient_at(params, *_):
         (gradient, probe_gradients), record = jax.grad(objective, argnums=(0, 1), has_aux=True)(
@@ -96,27 +94,20 @@ def lpa_step(
         return gradient, probe_gradients, record
 
     gradient, probe_gradients, record = gradient_at(state.params)
-    losses, logits, model_state = record["losses"], record["logits"], record["model_state"]
+    model_state = record.model_state
     if axis_name is not None:
         model_state = _mean_over(axis_name, model_state)
-    # Probes see the gradient of the mean over this device's examples; a site wants one an example.
-    perturbation_state = learn(
-        plan,
-        record["perturbation_state"],
-        record["seen"],
-        probe_gradients,
-        feedback_of=lambda g: Feedback(g * labels.shape[0], jax.lax.stop_gradient(logits)),
-        site_of=lambda s: Site(
-            s.activation, s.targets, labels, None, loss, s.rng, axis_name, batch.get("domain")
-        ),
-    )
+    perturbation_state = _learn(plan, record, probe_gradients, batch, loss, axis_name)
     updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
         gradient, state.opt_state, state.params, grad_fn=lambda *at: gradient_at(*at)[0]
     )
-    pairs = {"loss": metrics.mean(losses), "accuracy": metrics.accuracy(logits, labels)}
+    pairs = {
+        "loss": metrics.mean(record.losses),
+        "accuracy": metrics.accuracy(record.logits, batch["label"]),
+    }
     pairs = metrics.reduce_over(pairs, axis_name)
     pairs["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
-    for name, value in record["penalties"].items():
+    for name, value in record.penalties.items():
         pairs[f"penalty/{name}"] = (value, jnp.ones(()))
     new_state = state.replace(
         step=state.step + 1,
@@ -124,55 +115,9 @@ def lpa_step(
         model_state=model_state,
         opt_state=opt_state,
         perturbation_state=perturbation_state,
-        penalty_state=record["penalty_state"],
+        penalty_state=record.penalty_state,
     )
     return new_state, pairs
-
-
-def _objective(state, batch, plan, penalties, loss, keys, axis_name):
-    """(params, probes) -> mean loss plus penalties, and a record of what the pass saw."""
-    images, labels = batch["image"], batch["label"]
-    feature_layers = sorted({layer for p in penalties.values() for layer in p.layers})
-
-    def objective(params, probes):
-        walk = TrainingPass(plan, state, batch, loss, keys, axis_name, probes, feature_layers)
-        variables = {"params": params, **state.model_state}
-        logits, model_state = injection.forward(
-            state.network, variables, images, walk.taps(), train=True, rng=keys.dropout
-        )
-        losses = loss(logits, walk.targets)
-
-        def decode(layer, activation):
-            pinned = {layer: activation}
-            return state.network.advance(
-                variables, images, pinned, injection.LOGITS, train=False, rng=None
-            )[0]
-
-        observed = Observed(
-            losses=losses,
-            logits=logits,
-            targets=walk.targets,
-            labels=labels,
-            domain=batch.get("domain"),
-            features=walk.features,
-            decode=decode,
-            loss=loss,
-            step=state.step,
-            axis_name=axis_name,
-        )
-        added, penalty_state = penalize(penalties, state.penalty_state, observed)
-        record = {
-            "losses": losses,
-            "logits": logits,
-            "model_state": model_state,
-            "perturbation_state": walk.states,
-            "seen": walk.seen,
-            "penalties": added,
-            "penalty_state": penalty_state,
-        }
-        return jnp.mean(losses) + sum(added.values()), record
-
-    return objective
 
 
 def eval_step(
@@ -214,6 +159,190 @@ def eval_step(
         "per_class_accuracy": metrics.per_class_accuracy(logits, labels, mask, state.num_classes),
     }
     return metrics.reduce_over(pairs, axis_name)
+
+
+class _Seen(NamedTuple):
+    """What a perturbation that learns from the training pass saw in it, and whether it was used."""
+
+    activation: Array
+    targets: Array
+    rng: Array
+    used: Array
+
+
+class _Record(NamedTuple):
+    """What a training pass leaves behind, apart from its gradient."""
+
+    losses: Array
+    logits: Array
+    model_state: Mapping[str, Any]
+    perturbation_state: Mapping[str, Any]
+    seen: Mapping[str, _Seen]
+    penalties: Mapping[str, Array]
+    penalty_state: Mapping[str, Any]
+
+
+class _StepKeys(NamedTuple):
+    """Keys of one step; `augment` and `draw` are equal on all devices."""
+
+    augment: Array
+    dropout: Array
+    sites: Array
+    draw: Array
+
+
+def _step_keys(state: TrainState, axis_name: str | None) -> _StepKeys:
+    augment, dropout, sites, draw = jax.random.split(jax.random.fold_in(state.rng, state.step), 4)
+    if axis_name is not None:
+        device = jax.lax.axis_index(axis_name)
+        dropout, sites = jax.random.fold_in(dropout, device), jax.random.fold_in(sites, device)
+    return _StepKeys(augment, dropout, sites, draw)
+
+
+def _objective(state, batch, plan, penalties, loss, keys, axis_name):
+    """(params, probes) -> mean loss plus penalties, and a record of the pass."""
+    images = batch["image"]
+
+    def objective(params, probes):
+        variables = {"params": params, **state.model_state}
+        perturbed = PerturbedPass(
+            batch, state.num_classes, state.perturbation_state, loss, axis_name
+        )
+        taps, seen = _perturbing_taps(perturbed, plan, probes, state.network.layers, keys)
+        taps, features = _watching_taps(taps, penalties)
+        logits, model_state = injection.forward(
+            state.network, variables, images, taps, train=True, rng=keys.dropout
+        )
+        losses = loss(logits, perturbed.targets)
+
+        def decode(layer, activation):
+            pinned = {layer: activation}
+            return state.network.advance(
+                variables, images, pinned, injection.LOGITS, train=False, rng=None
+            )[0]
+
+        observed = Observed(
+            losses=losses,
+            logits=logits,
+            targets=perturbed.targets,
+            labels=batch["label"],
+            domain=batch.get("domain"),
+            features=features,
+            decode=decode,
+            loss=loss,
+            step=state.step,
+            axis_name=axis_name,
+        )
+        values, penalty_state = _penalize(penalties, state.penalty_state, observed)
+        record = _Record(losses, logits, model_state, perturbed.states, seen, values, penalty_state)
+        return jnp.mean(losses) + sum(values.values()), record
+
+    return objective
+
+
+def _perturbing_taps(
+    perturbed: PerturbedPass,
+    plan: Sequence[PlannedSite],
+    probes: Mapping[str, Array],
+    layers: Sequence[str],
+    keys: _StepKeys,
+) -> tuple[dict[str, injection.Tap], dict[str, _Seen]]:
+    """A tap for every perturbed layer, and what the taps will record by layer."""
+    taps: dict[str, injection.Tap] = {}
+    seen: dict[str, _Seen] = {}
+
+    def learning(layer, used):
+        def after(site, applied, activation):
+            del applied
+            seen[layer] = _Seen(
+                activation=jax.lax.stop_gradient(site.activation),
+                targets=site.targets,
+                rng=site.rng,
+                used=jnp.ones((), bool) if used is None else used,
+            )
+            return activation + probes[layer]
+
+        return {"after": after}
+
+    for position, site in enumerate(plan):
+        draw = jax.random.fold_in(keys.draw, position)
+        drawn = jax.random.randint(draw, (), 0, len(site.layers))
+        for i, layer in enumerate(site.layers):
+            used = None if len(site.layers) == 1 else drawn == i
+            rng = jax.random.fold_in(keys.sites, layers.index(layer))
+            extra = learning(layer, used) if site.perturbation.update is not None else {}
+            taps[layer] = perturbed.tap(layer, site.perturbation, rng, used, **extra)
+    return taps, seen
+
+
+def _watching_taps(
+    taps: Mapping[str, injection.Tap], penalties: Penalties
+) -> tuple[dict[str, injection.Tap], dict[str, Array]]:
+    """The taps and those that penalties add, and the activations that these will record."""
+    features: dict[str, Array] = {}
+
+    def watched(layer, perturb):
+        def tap(activation, decode):
+            features[layer] = activation if perturb is None else perturb(activation, decode)
+            return features[layer]
+
+        return tap
+
+    layers = sorted({layer for penalty in penalties.values() for layer in penalty.layers})
+    watching = {layer: watched(layer, taps.get(layer)) for layer in layers}
+    return {**taps, **watching}, features
+
+
+def _probes(plan: Sequence[PlannedSite], state: TrainState, images: Array) -> dict[str, Array]:
+    """Zeros added at the layers whose perturbation wants the gradient there."""
+    layers = [
+        layer for site in plan if site.perturbation.update is not None for layer in site.layers
+    ]
+    shapes = injection.activation_shapes(state.network, state.variables, images, layers)
+    return {layer: jnp.zeros(shape.shape, shape.dtype) for layer, shape in shapes.items()}
+
+
+def _learn(
+    plan: Sequence[PlannedSite],
+    record: _Record,
+    probe_gradients: Mapping[str, Array],
+    batch: Batch,
+    loss: Loss,
+    axis_name: str | None,
+) -> dict[str, Any]:
+    """Hands the gradient of the training pass to the perturbations that learn from it."""
+    labels, logits = batch["label"], jax.lax.stop_gradient(record.logits)
+    learned = dict(record.perturbation_state)
+    updates = {layer: site.perturbation.update for site in plan for layer in site.layers}
+    for layer, seen in record.seen.items():
+        site = Site(
+            activation=seen.activation,
+            targets=seen.targets,
+            labels=labels,
+            decode=None,
+            loss=loss,
+            rng=seen.rng,
+            axis_name=axis_name,
+            domain=batch.get("domain"),
+        )
+        # A probe's gradient is that of the mean over this device's examples, not of each example.
+        feedback = Feedback(probe_gradients[layer] * labels.shape[0], logits)
+        new = updates[layer](learned[layer], site, feedback)
+        learned[layer] = jax.tree.map(
+            lambda new, old, used=seen.used: jnp.where(used, new, old), new, learned[layer]
+        )
+    return learned
+
+
+def _penalize(
+    penalties: Penalties, states: Mapping[str, Any], observed: Observed
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The value of every penalty and its next state, by name."""
+    values, new_states = {}, {}
+    for name, penalty in penalties.items():
+        values[name], state = penalty.apply(states[name], observed)
+        new_states[name] = jax.lax.stop_gradient(state)
+    return values, new_states
 
 
 def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, Any]:

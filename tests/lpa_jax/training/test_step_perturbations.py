@@ -233,7 +233,7 @@ def test_perturbation_that_the_state_does_not_know_is_refused():
 def test_integer_activation_is_refused():
     batch = {**toy.batch(), "image": toy.batch()["image"].astype(np.uint8)}
     with pytest.raises(
-        ValueError, match=r"only a floating activation can be perturbed, 'input' is"
+        ValueError, match=r"the activation at 'input' must be floating to be perturbed, got "
     ):
         start(MODEL, {"input": LPA}, batch=batch).after(1, batch)
 

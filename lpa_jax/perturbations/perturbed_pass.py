@@ -1,0 +1,78 @@
+"""How perturbations act in a pass through a network, in training and in diagnostics alike."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lpa_jax.injection import Tap
+from lpa_jax.perturbations.base import Applied, Perturbation, Site
+
+Array = jax.Array
+
+
+class PerturbedPass:
+    """One pass through a network; each perturbation sees what those below it left.
+
+    Attributes:
+      targets: soft targets [B, C] as the perturbations so far have left them.
+      states: state of the perturbation at each layer, replaced when its tap is passed.
+    """
+
+    def __init__(
+        self,
+        batch: Mapping[str, Array],
+        num_classes: int,
+        states: Mapping[str, Any],
+        loss: Callable[[Array, Array], Array],
+        axis_name: str | None = None,
+    ):
+        self.targets = jax.nn.one_hot(batch["label"], num_classes)
+        self.states = dict(states)
+        self._batch, self._loss, self._axis_name = batch, loss, axis_name
+
+    def tap(
+        self,
+        layer: str,
+        perturbation: Perturbation,
+        rng: Array,
+        used: Array | None = None,
+        after: Callable[[Site, Applied, Array], Array] = lambda site, applied, perturbed: perturbed,
+    ) -> Tap:
+        """The tap that applies a perturbation at a layer.
+
+        Args:
+          layer: the layer.
+          perturbation: what is done there.
+          rng: the site's key.
+          used: whether the perturbation takes effect, a traced boolean; None if it always does.
+          after: (site, what `apply` returned, perturbed activation) -> activation that the pass
+            continues from.
+        """
+
+        def tap(activation, decode):
+            if not jnp.issubdtype(activation.dtype, jnp.floating):
+                raise ValueError(
+                    f"the activation at {layer!r} must be floating to be perturbed, "
+                    f"got {activation.dtype}"
+                )
+            site = Site(
+                activation=activation,
+                targets=self.targets,
+                labels=self._batch["label"],
+                decode=decode,
+                loss=self._loss,
+                rng=rng,
+                axis_name=self._axis_name,
+                domain=self._batch.get("domain"),
+            )
+            applied = perturbation.apply(self.states[layer], site)
+            new = (applied.activation, applied.targets, applied.state)
+            if used is not None:
+                old = (activation, self.targets, self.states[layer])
+                new = jax.tree.map(lambda new, old: jnp.where(used, new, old), new, old)
+            perturbed, self.targets, self.states[layer] = new
+            return after(site, applied, perturbed)
+
+        return tap
