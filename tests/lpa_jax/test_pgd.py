@@ -357,8 +357,8 @@ BAD_ARGUMENTS = [
     ),
     ({"sign": 2 * SIGN}, f"sign must be -1, 0 or 1 for every class, got {(2 * SIGN).tolist()}"),
     (
-        {"radius": -RADIUS},
-        f"radius must be finite and >= 0 for every class, got {(-RADIUS).tolist()}",
+        {"radius": np.array([1.0, 2.0, -0.5, 1.0])},
+        "radius must be finite and >= 0 for every class, got [1.0, 2.0, -0.5, 1.0]",
     ),
     (
         {"sign": np.float32(1.0), "radius": np.float32(1.0)},
