@@ -26,7 +26,7 @@ from lpa_jax.assignment import (
     by_frequency,
     custom,
 )
-from lpa_jax.diagnostics.suggest_radius import suggest_radius
+from lpa_jax.diagnostics import suggest_radius
 from lpa_jax.injection import CutFunctions, Network, decode, encode, inject
 from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Penalty

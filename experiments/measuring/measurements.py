@@ -16,7 +16,7 @@ from experiments.methods import names as methods
 from experiments.methods.build import assemble
 from lpa_jax import diagnostics, metrics, pgd, tables
 from lpa_jax.diagnostics import corruptions
-from lpa_jax.injection import INPUT, LOGITS
+from lpa_jax.injection import INPUT, LOGITS, Pass
 
 Array = jax.Array
 # {"values": {name: number}, "errors": {name: the estimator's standard error}, curves and maps}
@@ -335,5 +335,5 @@ def _gains(network, variables, inputs, delta, *, layer):
 
 @partial(jax.jit, static_argnames=("network", "layer"))
 def _mean_norm(network, variables, inputs, *, layer):
-    h, _ = network.advance(variables, inputs, {}, layer, train=False, rng=None)
+    h, _ = network.run(Pass(variables, inputs), {}, layer)
     return jnp.mean(tables.row_norms(h.astype(pgd.perturbation_dtype(h))))

@@ -26,7 +26,7 @@ from experiments.training import folder as run_folder
 from experiments.training import run as runner
 from experiments.training.program import make_program
 from lpa_jax.checkpoints.checkpoints import Checkpoints
-from lpa_jax.injection import LOGITS, Network
+from lpa_jax.injection import LOGITS, Network, Pass
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
@@ -231,8 +231,8 @@ def outputs(model: Model, found: Iterable[Mapping[str, Array]] | None = None) ->
 @partial(jax.jit, static_argnums=0)
 def _forward(network, variables, images):
     last = network.layers[-2]
-    features, _ = network.advance(variables, images, {}, last, train=False, rng=None)
-    logits, _ = network.advance(variables, images, {last: features}, LOGITS, train=False, rng=None)
+    features, _ = network.run(Pass(variables, images), {}, last)
+    logits, _ = network.run(Pass(variables, images), {last: features}, LOGITS)
     return logits, features
 
 

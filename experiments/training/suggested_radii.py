@@ -17,7 +17,7 @@ from experiments.methods import search
 from experiments.methods.build import assemble
 from experiments.training.program import make_program
 from lpa_jax import models, parallel
-from lpa_jax.diagnostics.suggest_radius import suggest_radius
+from lpa_jax.diagnostics import suggest_radius
 from lpa_jax.injection import LOGITS
 
 CENTERS = ("range", "suggest")

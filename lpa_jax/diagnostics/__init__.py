@@ -44,6 +44,7 @@ from lpa_jax.diagnostics.geometry import (
 )
 from lpa_jax.diagnostics.landscape import filter_normalized_directions, loss_slice
 from lpa_jax.diagnostics.objective import Objective, objective_over
+from lpa_jax.diagnostics.radius import suggest_radius
 from lpa_jax.diagnostics.similarity import error_consistency, linear_cka, prediction_agreement
 from lpa_jax.diagnostics.spectrum import (
     SpectralDensity,
@@ -87,6 +88,7 @@ __all__ = [
     "reliability",
     "spectral_density",
     "spectral_quadrature",
+    "suggest_radius",
     "top_eigenvalues",
     "trace",
     "weight_objective",

@@ -20,7 +20,7 @@ from lpa_jax.diagnostics.objective import (
     first_batch_shapes,
     objective_over,
 )
-from lpa_jax.injection import LOGITS, Network, Variables
+from lpa_jax.injection import LOGITS, Network, Pass, Variables
 from lpa_jax.losses import cross_entropy
 
 Array = jax.Array
@@ -177,7 +177,7 @@ class _ActivationLosses:
 
     def __call__(self, variables: Variables, shift: Array, batch: Batch) -> metrics.Pair:
         inputs, labels = batch["image"], batch["label"]
-        h, _ = self.network.advance(variables, inputs, {}, self.layer, train=False, rng=None)
+        h, _ = self.network.run(Pass(variables, inputs), {}, self.layer)
         row = labels if self.level == "class" else jnp.arange(labels.shape[0])
         table = jnp.reshape(shift, (-1, *h.shape[1:]))
         # Not pgd.add_to_members, whose exact zeros have no derivative.

@@ -17,7 +17,7 @@ import numpy as np
 
 from lpa_jax import checks, pgd, tables
 from lpa_jax.checks import is_known
-from lpa_jax.injection import Network, Variables, check_layer
+from lpa_jax.injection import Network, Pass, Variables, check_layer
 
 Array = jax.Array
 
@@ -205,14 +205,13 @@ def local_bound(
 
 @partial(jax.jit, static_argnames=("network", "layer"))
 def _activation(network, variables, inputs, layer):
-    return network.advance(variables, inputs, {}, layer, train=False, rng=None)[0]
+    return network.run(Pass(variables, inputs), {}, layer)[0]
 
 
 @partial(jax.jit, static_argnames=("network", "layer", "target"))
 def _power_step(network, variables, inputs, layer, target, activation, v):
     def above(activation):
-        pinned = {layer: activation}
-        return network.advance(variables, inputs, pinned, target, train=False, rng=None)[0]
+        return network.run(Pass(variables, inputs), {layer: activation}, target)[0]
 
     _, jacobian_v = jax.jvp(above, (activation,), (v,))
     _, transposed = jax.vjp(above, activation)
@@ -238,11 +237,6 @@ def _recorded(
 
         return tap
 
-    network.walk(
-        variables,
-        inputs,
-        {**taps, **{layer: recording(layer) for layer in layers}},
-        train=False,
-        rng=None,
-    )
+    watched = {layer: recording(layer) for layer in layers}
+    network.run_with_taps(Pass(variables, inputs), {**taps, **watched})
     return seen

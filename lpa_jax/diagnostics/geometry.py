@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import injection, metrics, pgd, tables
+from lpa_jax import injection, metrics, tables
+from lpa_jax.checks import check_labels
 from lpa_jax.losses import cross_entropy
-from lpa_jax.perturbations import Perturbation, Site
+from lpa_jax.perturbations import Perturbation
+from lpa_jax.perturbations.perturbed_pass import PerturbedPass
 
 Array = jax.Array
 Loss = Callable[[Array, Array], Array]
@@ -95,34 +97,30 @@ def observe(
     num_classes = shapes[injection.LOGITS].shape[-1]
     if states is None:
         states = {layer: p.init(shapes[layer], num_classes) for layer, p in perturbations.items()}
-    dropout_rng, site_rng = jax.random.split(rng)
-    targets = {"now": jax.nn.one_hot(labels, num_classes)}
+    dropout_rng, sites_rng = jax.random.split(rng)
+    perturbed = PerturbedPass(batch, num_classes, states, loss)
     seen: dict[str, Observation] = {}
 
-    def tap_at(layer, perturbation, depth):
-        def tap(activation, decode):
-            rng = jax.random.fold_in(site_rng, depth)
-            site = Site(activation, targets["now"], labels, decode, loss, rng)
-            applied = perturbation.apply(states[layer], site)
-            wide = pgd.perturbation_dtype(activation)
+    def recording(layer):
+        def record(site, applied, activation):
             seen[layer] = Observation(
-                before=activation.astype(wide),
-                after=applied.activation.astype(wide),
-                loss_before=site.losses_and_logits(activation)[0],
-                loss_after=loss(decode(applied.activation), applied.targets),
+                before=tables.at_least_float32(site.activation),
+                after=tables.at_least_float32(applied.activation),
+                loss_before=site.losses_and_logits(site.activation)[0],
+                loss_after=loss(site.decode(applied.activation), applied.targets),
                 sign=_stated(applied.aux, "sign"),
                 radius=_stated(applied.aux, "radius"),
             )
-            targets["now"] = applied.targets
-            return applied.activation
+            return activation
 
-        return tap
+        return record
 
-    taps = {
-        layer: tap_at(layer, perturbation, depth)
-        for depth, (layer, perturbation) in enumerate(perturbations.items())
-    }
-    injection.forward(network, variables, inputs, taps, train=train, rng=dropout_rng)
+    taps = {}
+    for depth, (layer, perturbation) in enumerate(perturbations.items()):
+        site_rng = jax.random.fold_in(sites_rng, depth)
+        taps[layer] = perturbed.tap(layer, perturbation, site_rng, after=recording(layer))
+    given = injection.Pass(variables, inputs, train, dropout_rng)
+    injection.run_perturbed(network, given, taps)
     return seen
 
 
@@ -217,13 +215,13 @@ def class_geometry(
     [ 2.  2. nan] [ 5.  1. nan] [ 1.  1. nan]
     """
     labels = jnp.asarray(labels)
-    pgd.check_labels(labels, num_classes)
+    check_labels(labels, num_classes)
     _check_rows(observation, labels, mask)
     mask = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask)
     weight = (mask != 0).astype(observation.before.dtype)
     _check_finite(observation, weight)
-    counts = pgd.class_sums(weight, labels, num_classes)
-    member_sums = pgd.class_sums(
+    counts = tables.class_sums(weight, labels, num_classes)
+    member_sums = tables.class_sums(
         observation.before * tables.over_classes(weight, observation.before), labels, num_classes
     )
     # Directions only: the sum of the members points where their mean does.
@@ -234,8 +232,8 @@ def class_geometry(
     )
 
     def pair(values, weight=weight):
-        total = pgd.class_sums(jnp.where(weight != 0, values, 0.0), labels, num_classes)
-        return total, pgd.class_sums(weight, labels, num_classes)
+        total = tables.class_sums(jnp.where(weight != 0, values, 0.0), labels, num_classes)
+        return total, tables.class_sums(weight, labels, num_classes)
 
     def stated(values):
         if values is None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax import metrics, pgd
-from lpa_jax.injection import LOGITS, Network, Variables, activation_shapes
+from lpa_jax.injection import LOGITS, Network, Pass, Variables, activation_shapes
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -147,7 +147,7 @@ def batch_losses(
     pinned: Mapping[str, Array],
 ) -> metrics.Pair:
     """Losses [B] of a batch in evaluation mode, 0 for padding, and what counts in it, [B]."""
-    logits, _ = network.advance(variables, batch["image"], pinned, LOGITS, train=False, rng=None)
+    logits, _ = network.run(Pass(variables, batch["image"]), pinned, LOGITS)
     losses = loss(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
     counted = jnp.asarray(batch.get("mask", jnp.ones(losses.shape))) != 0
     return jnp.where(counted, losses, 0.0), counted.astype(losses.dtype)

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.injection import Network, as_network
-from lpa_jax.injection.base import Array, Variables, model_state, walk_by_segments
+from lpa_jax.injection.api import as_network
+from lpa_jax.injection.base import Array, Network, Pass, Variables, model_state, run_by_segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,41 +39,32 @@ class Accumulated:
         """Initial variables; see `Network.init`."""
         return self.network.init(rng, inputs)
 
-    def advance(
-        self,
-        variables: Variables,
-        inputs: Array,
-        pinned: Mapping[str, Array],
-        stop: str,
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
+    def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
         """Runs the network part by part in training, all at once in evaluation.
 
-        See `Network.advance`. The key of part j is `fold_in(rng, j)`, as that of device j is.
+        See `Network.run`. The key of part j is `fold_in(rng, j)`, as that of device j is.
 
         Raises:
           ValueError: the batch does not divide into `micro_batches` equal parts.
         """
-        if not train or stop in pinned:
-            return self.network.advance(variables, inputs, pinned, stop, train=train, rng=rng)
+        if not given.train or stop in pinned:
+            return self.network.run(given, pinned, stop)
 
-        def advance_part(_, part):
+        def run_part(_, part):
             number, inputs, pinned = part
-            key = None if rng is None else jax.random.fold_in(rng, number)
-            return None, self.network.advance(variables, inputs, pinned, stop, train=train, rng=key)
+            rng = None if given.rng is None else jax.random.fold_in(given.rng, number)
+            return None, self.network.run(given._replace(inputs=inputs, rng=rng), pinned, stop)
 
-        # Nothing of a part outlives it but its result: its gradient runs the part once more.
+        # Only the result of a part is kept: its gradient runs the part once more.
         _, (activations, states) = jax.lax.scan(
-            jax.checkpoint(advance_part, prevent_cse=False),
+            jax.checkpoint(run_part, prevent_cse=False),
             None,
-            (jnp.arange(self.micro_batches), self._cut(inputs), self._cut(dict(pinned))),
+            (jnp.arange(self.micro_batches), self._cut(given.inputs), self._cut(dict(pinned))),
         )
         whole = jnp.reshape(activations, (-1, *activations.shape[2:]))
-        return whole, jax.tree.map(_mean_update, model_state(variables), states)
+        return whole, jax.tree.map(_mean_update, model_state(given.variables), states)
 
-    walk = walk_by_segments
+    run_with_taps = run_by_segments
 
     def _cut(self, batch: Any) -> Any:
         def cut(values):

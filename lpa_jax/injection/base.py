@@ -8,7 +8,7 @@ existing Linen or NNX module, cut by exchanging the output of one of its submodu
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax.core import tracers
@@ -19,6 +19,23 @@ Tap = Callable[[Array, Callable[[Array], Array]], Array]
 
 INPUT = "input"
 LOGITS = "logits"
+
+
+class Pass(NamedTuple):
+    """What a pass through a network is given.
+
+    Attributes:
+      variables: parameters and model state.
+      inputs: the network's input, [B, ...].
+      train: training mode (batch statistics, dropout) or evaluation mode.
+      rng: key for dropout in training mode. The same key gives the same masks, whatever is pinned
+        and wherever the pass stops.
+    """
+
+    variables: Variables
+    inputs: Array
+    train: bool = False
+    rng: Array | None = None
 
 
 @runtime_checkable
@@ -38,26 +55,13 @@ class Network(Protocol):
         """Initial variables for a batch of inputs."""
         ...
 
-    def advance(
-        self,
-        variables: Variables,
-        inputs: Array,
-        pinned: Mapping[str, Array],
-        stop: str,
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Computes the activation at `stop` with the activations at earlier layers exchanged.
+    def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
+        """Computes the activation at `stop`, with the activations at earlier layers replaced.
 
         Args:
-          variables: parameters and model state.
-          inputs: the network's input, [B, ...].
-          pinned: activations that replace the network's own at layers before `stop`.
-          stop: the layer to advance to.
-          train: training mode (batch statistics, dropout) or evaluation mode.
-          rng: key for dropout in training mode. The same key gives the same masks, whatever is
-            pinned and wherever the pass stops.
+          given: variables, inputs, mode and key.
+          pinned: activations that replace the network's own at layers up to `stop`.
+          stop: the layer to run to.
 
         Returns:
           The activation at `stop`, and the model state (everything but `"params"`), where the
@@ -65,19 +69,17 @@ class Network(Protocol):
         """
         ...
 
-    def walk(
-        self,
-        variables: Variables,
-        inputs: Array,
-        taps: Mapping[str, Callable[[Array], Array]],
-        *,
-        train: bool,
-        rng: Array | None,
+    def run_with_taps(
+        self, given: Pass, taps: Mapping[str, Callable[[Array], Array]]
     ) -> tuple[Array, Variables]:
-        """One pass in which the activation at every tapped layer is replaced by what its tap says.
+        """Runs to the logits; the activation at every tapped layer is replaced by its tap's result.
 
         Nothing is computed twice: a tap is called in the middle of the pass, with the activation
-        that the taps below have led to. Arguments as for `advance`.
+        that the taps below have led to.
+
+        Args:
+          given: variables, inputs, mode and key.
+          taps: layer -> function from its activation to the one that takes its place.
 
         Returns:
           The logits and the new model state.
@@ -156,27 +158,29 @@ class SubmoduleOutputs:
             raise ValueError(f"submodule {path!r} was not called in the pass through the module")
 
 
-def forward(
-    network: Network,
-    variables: Variables,
-    inputs: Array,
-    taps: Mapping[str, Tap],
-    *,
-    train: bool,
-    rng: Array | None,
+def run_perturbed(
+    network: Network, given: Pass, taps: Mapping[str, Tap]
 ) -> tuple[Array, Variables]:
-    """One pass through the network, handing the activation at every tapped layer to its tap.
+    """One pass through the network; each tap replaces the activation at its layer.
 
-    Each tap is called as `tap(activation, decode)` and returns the activation that takes its place.
-    `decode` runs the network above that layer, with the taps below in force and those above not; it
-    leaves the model state alone and no gradient reaches the parameters through it.
+    A tap is called as `tap(activation, decode)`. `decode` runs the network above that layer, with
+    the taps below in force and those above not; it leaves the model state alone, and no gradient
+    reaches the parameters through it.
+
+    Args:
+      network: a cut network.
+      given: variables, inputs, mode and key.
+      taps: layer -> tap.
 
     Returns:
       The logits and the new model state.
+
+    Raises:
+      ValueError: an unknown layer.
     """
     for layer in taps:
         check_layer(network.layers, layer)
-    frozen = jax.lax.stop_gradient(dict(variables))
+    frozen = given._replace(variables=jax.lax.stop_gradient(dict(given.variables)))
     pinned: dict[str, Array] = {}
 
     def tap_at(layer):
@@ -184,40 +188,31 @@ def forward(
             below = jax.lax.stop_gradient(dict(pinned))
 
             def decode(activation):
-                exchanged = {**below, layer: activation}
-                return network.advance(frozen, inputs, exchanged, LOGITS, train=train, rng=rng)[0]
+                return network.run(frozen, {**below, layer: activation}, LOGITS)[0]
 
             pinned[layer] = taps[layer](activation, decode)
             return pinned[layer]
 
         return tap
 
-    return network.walk(
-        variables, inputs, {layer: tap_at(layer) for layer in taps}, train=train, rng=rng
-    )
+    return network.run_with_taps(given, {layer: tap_at(layer) for layer in taps})
 
 
-def walk_by_segments(
-    network: Network,
-    variables: Variables,
-    inputs: Array,
-    taps: Mapping[str, Callable[[Array], Array]],
-    *,
-    train: bool,
-    rng: Array | None,
+def run_by_segments(
+    network: Network, given: Pass, taps: Mapping[str, Callable[[Array], Array]]
 ) -> tuple[Array, Variables]:
-    """`Network.walk` for networks whose `advance` runs no more than it is asked for."""
-    state = model_state(variables)
+    """`Network.run_with_taps` for networks whose `run` computes no more than it is asked for."""
+    state = model_state(given.variables)
     pinned: dict[str, Array] = {}
 
-    def advance(stop):
-        current = {"params": variables["params"], **state}
-        return network.advance(current, inputs, pinned, stop, train=train, rng=rng)
+    def run(stop):
+        variables = {"params": given.variables["params"], **state}
+        return network.run(given._replace(variables=variables), pinned, stop)
 
     for layer in (name for name in network.layers if name in taps):
-        activation, state = advance(layer)
+        activation, state = run(layer)
         pinned[layer] = taps[layer](activation)
-    return advance(LOGITS) if LOGITS not in pinned else (pinned[LOGITS], state)
+    return run(LOGITS) if LOGITS not in pinned else (pinned[LOGITS], state)
 
 
 def untapped(activation: Array) -> Array:
@@ -233,7 +228,7 @@ def activation_shapes(
         check_layer(network.layers, layer)
     return {
         layer: jax.eval_shape(
-            lambda v, x, stop=layer: network.advance(v, x, {}, stop, train=False, rng=None)[0],
+            lambda v, x, stop=layer: network.run(Pass(v, x), {}, stop)[0],
             variables,
             inputs,
         )

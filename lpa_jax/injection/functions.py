@@ -8,11 +8,12 @@ from lpa_jax.injection.base import (
     INPUT,
     LOGITS,
     Array,
+    Pass,
     Variables,
     check_layer,
     last_pinned,
     model_state,
-    walk_by_segments,
+    run_by_segments,
 )
 
 
@@ -55,25 +56,15 @@ class CutFunctions:
             raise ValueError("init_params is needed to initialise a network cut from functions")
         return {"params": self.init_params(rng, inputs)}
 
-    def advance(
-        self,
-        variables: Variables,
-        inputs: Array,
-        pinned: Mapping[str, Array],
-        stop: str,
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Composes the two functions as needed; see `Network.advance`."""
-        del train, rng  # plain functions have neither
+    def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
+        """Composes the two functions as needed; see `Network.run`."""
         check_layer(self.layers, stop)
         layer = last_pinned(self.layers, pinned, stop) or INPUT
-        activation = pinned.get(layer, inputs)
+        activation = pinned.get(layer, given.inputs)
         chain = {INPUT: self.encode, self.layer: self.decode}
         while layer != stop:
-            activation = chain[layer](variables["params"], activation)
+            activation = chain[layer](given.variables["params"], activation)
             layer = self.layers[self.layers.index(layer) + 1]
-        return activation, model_state(variables)
+        return activation, model_state(given.variables)
 
-    walk = walk_by_segments
+    run_with_taps = run_by_segments

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lpa_jax.injection.base import Array, Variables, model_state
+from lpa_jax.injection.base import Array, Pass, SubmoduleOutputs, Variables, model_state
 from lpa_jax.injection.submodules import InjectedModule
 
 # How modules in the wild name the switch between training and evaluation, and its value in
@@ -55,9 +55,9 @@ class InjectedLinen(InjectedModule):
         rngs = {"params": params_rng, "dropout": dropout_rng}
         return self.module.init(rngs, inputs, **self._keywords(train=False))
 
-    def _pass(self, variables, inputs, outputs, train, rng) -> tuple[Array, Variables]:
+    def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
         """Runs the module with `outputs` listening: logits and new model state."""
-        state = model_state(variables)
+        state = model_state(given.variables)
 
         def intercept(next_function, args, kwargs, context):
             output = next_function(*args, **kwargs)
@@ -65,12 +65,16 @@ class InjectedLinen(InjectedModule):
             is_cut = context.method_name == "__call__" and path in self.paths
             return outputs.exchange(path, output) if is_cut and not outputs.tapping else output
 
-        mutable = list(state) if train and state else False
+        mutable = list(state) if given.train and state else False
         # Linen falls back on "params" for the streams that have no key of their own.
-        rngs = None if rng is None else {"dropout": rng, "params": rng}
+        rngs = None if given.rng is None else {"dropout": given.rng, "params": given.rng}
         with nn.intercept_methods(intercept):
             result = self.module.apply(
-                variables, inputs, rngs=rngs, mutable=mutable, **self._keywords(train)
+                given.variables,
+                given.inputs,
+                rngs=rngs,
+                mutable=mutable,
+                **self._keywords(given.train),
             )
         logits, updated = result if mutable else (result, {})
         return logits, {**state, **updated}

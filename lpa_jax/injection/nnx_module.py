@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lpa_jax.injection.base import Array, Variables, model_state
+from lpa_jax.injection.base import Array, Pass, SubmoduleOutputs, Variables, model_state
 from lpa_jax.injection.submodules import InjectedModule
 
 
@@ -38,19 +38,19 @@ class InjectedNNX(InjectedModule):
         # Copies, because a step that donates its state would take the module's own arrays with it.
         return jax.tree.map(jnp.copy, dict(self.variables))
 
-    def _pass(self, variables, inputs, outputs, train, rng) -> tuple[Array, Variables]:
+    def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
         """Runs a copy of the module with `outputs` listening: logits and new model state."""
-        state = model_state(variables)
-        random_state = self.random_state if rng is None else _rekeyed(self.random_state, rng)
+        state, random_state = model_state(given.variables), self.random_state
+        if given.rng is not None:
+            random_state = _rekeyed(random_state, given.rng)
         # Copies, because NNX refuses to write to variables made outside of the current trace.
-        module = nnx.merge(
-            self.graphs[train], variables["params"], random_state, state["nnx"], copy=True
-        )
+        graph, params = self.graphs[given.train], given.variables["params"]
+        module = nnx.merge(graph, params, random_state, state["nnx"], copy=True)
         for path in self.paths:
             record = functools.partial(outputs.exchange, path)
             _exchange_output(_submodule(module, path), record)
-        logits = module(inputs)
-        return logits, {"nnx": nnx.state(module, _is_model_state)} if train else state
+        logits = module(given.inputs)
+        return logits, {"nnx": nnx.state(module, _is_model_state)} if given.train else state
 
 
 def inject_nnx(module: nnx.Module, *paths: str) -> InjectedNNX:

@@ -9,11 +9,12 @@ import jax
 from lpa_jax.injection.base import (
     INPUT,
     Array,
+    Pass,
     Variables,
     check_layer,
     last_pinned,
     model_state,
-    walk_by_segments,
+    run_by_segments,
 )
 
 
@@ -40,31 +41,22 @@ class StagedNetwork:
         init = jax.jit(self.model.init, static_argnames="train")
         return init({"params": params_rng, "dropout": dropout_rng}, inputs, train=False)
 
-    def advance(
-        self,
-        variables: Variables,
-        inputs: Array,
-        pinned: Mapping[str, Array],
-        stop: str,
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Runs the stages between the deepest pinned layer and `stop`; see `Network.advance`."""
+    def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
+        """Runs the stages between the deepest pinned layer and `stop`; see `Network.run`."""
         check_layer(self.layers, stop)
         start = last_pinned(self.layers, pinned, stop) or INPUT
-        activation = pinned.get(start, inputs)
-        state = model_state(variables)
+        activation = pinned.get(start, given.inputs)
+        state = model_state(given.variables)
         if start == stop:
             return activation, state
-        arguments = {"train": train, "start": start, "stop": stop}
-        rngs = None if rng is None else {"dropout": rng}
-        if not (train and state):
-            output = self.model.apply(variables, activation, rngs=rngs, **arguments)
+        arguments = {"train": given.train, "start": start, "stop": stop}
+        rngs = None if given.rng is None else {"dropout": given.rng}
+        if not (given.train and state):
+            output = self.model.apply(given.variables, activation, rngs=rngs, **arguments)
             return output, state
         output, updated = self.model.apply(
-            variables, activation, rngs=rngs, mutable=list(state), **arguments
+            given.variables, activation, rngs=rngs, mutable=list(state), **arguments
         )
         return output, {**state, **updated}
 
-    walk = walk_by_segments
+    run_with_taps = run_by_segments

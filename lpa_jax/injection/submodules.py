@@ -6,6 +6,7 @@ from lpa_jax.injection.base import (
     INPUT,
     LOGITS,
     Array,
+    Pass,
     SubmoduleOutputs,
     Variables,
     check_layer,
@@ -25,56 +26,34 @@ class InjectedModule:
         """`input`, the paths, `logits`."""
         return (INPUT, *self.paths, LOGITS)
 
-    def advance(
-        self,
-        variables: Variables,
-        inputs: Array,
-        pinned: Mapping[str, Array],
-        stop: str,
-        *,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
-        """Runs the module with pinned outputs exchanged; see `Network.advance`."""
+    def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
+        """Runs the module with pinned outputs exchanged; see `Network.run`."""
         check_layer(self.layers, stop)
-        state = model_state(variables)
+        state = model_state(given.variables)
         if last_pinned(self.layers, pinned, stop) == stop:
             return pinned[stop], state
-        inputs = pinned.get(INPUT, inputs)
+        given = given._replace(inputs=pinned.get(INPUT, given.inputs))
         if stop == INPUT:
-            return inputs, state
+            return given.inputs, state
         taps = {path: lambda _, value=value: value for path, value in pinned.items()}
         outputs = SubmoduleOutputs(self.paths, taps)
-        logits, updated = self._pass(variables, inputs, outputs, train, rng)
+        logits, updated = self._pass(given, outputs)
         if stop == LOGITS:
             outputs.check_seen(set(pinned) - {INPUT, LOGITS})
             return logits, updated
         outputs.check_seen({stop})
         return outputs.seen[stop], state
 
-    def walk(
-        self,
-        variables: Variables,
-        inputs: Array,
-        taps: Mapping[str, Callable[[Array], Array]],
-        *,
-        train: bool,
-        rng: Array | None,
+    def run_with_taps(
+        self, given: Pass, taps: Mapping[str, Callable[[Array], Array]]
     ) -> tuple[Array, Variables]:
-        """Runs the module once, taps in the middle of it; see `Network.walk`."""
+        """Runs the module once, taps in the middle of it; see `Network.run_with_taps`."""
         outputs = SubmoduleOutputs(self.paths, taps)
-        inputs = taps.get(INPUT, untapped)(inputs)
-        logits, state = self._pass(variables, inputs, outputs, train, rng)
+        inputs = taps.get(INPUT, untapped)(given.inputs)
+        logits, state = self._pass(given._replace(inputs=inputs), outputs)
         outputs.check_seen(set(taps) - {INPUT, LOGITS})
         return taps.get(LOGITS, untapped)(logits), state
 
-    def _pass(
-        self,
-        variables: Variables,
-        inputs: Array,
-        outputs: SubmoduleOutputs,
-        train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, Variables]:
+    def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
         """Runs the module with `outputs` listening: logits and new model state."""
         raise NotImplementedError

@@ -147,9 +147,8 @@ def eval_step(
     """
     labels, mask = batch["label"], batch.get("mask")
     check_labels(labels, state.num_classes)
-    logits, _ = state.network.advance(
-        state.variables, batch["image"], {}, injection.LOGITS, train=False, rng=None
-    )
+    given = injection.Pass(state.variables, batch["image"])
+    logits, _ = state.network.run(given, {}, injection.LOGITS)
     if adjust_logits is not None:
         logits = adjust_logits(logits)
     losses = loss(logits, jax.nn.one_hot(labels, state.num_classes))
@@ -201,7 +200,6 @@ def _step_keys(state: TrainState, axis_name: str | None) -> _StepKeys:
 
 def _objective(state, batch, plan, penalties, loss, keys, axis_name):
     """(params, probes) -> mean loss plus penalties, and a record of the pass."""
-    images = batch["image"]
 
     def objective(params, probes):
         variables = {"params": params, **state.model_state}
@@ -210,16 +208,13 @@ def _objective(state, batch, plan, penalties, loss, keys, axis_name):
         )
         taps, seen = _perturbing_taps(perturbed, plan, probes, state.network.layers, keys)
         taps, features = _watching_taps(taps, penalties)
-        logits, model_state = injection.forward(
-            state.network, variables, images, taps, train=True, rng=keys.dropout
-        )
+        given = injection.Pass(variables, batch["image"], train=True, rng=keys.dropout)
+        logits, model_state = injection.run_perturbed(state.network, given, taps)
         losses = loss(logits, perturbed.targets)
 
         def decode(layer, activation):
-            pinned = {layer: activation}
-            return state.network.advance(
-                variables, images, pinned, injection.LOGITS, train=False, rng=None
-            )[0]
+            at = injection.Pass(variables, batch["image"])
+            return state.network.run(at, {layer: activation}, injection.LOGITS)[0]
 
         observed = Observed(
             losses=losses,

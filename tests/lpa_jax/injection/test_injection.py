@@ -13,6 +13,7 @@ from flax import nnx
 
 import lpa_jax
 from lpa_jax import injection
+from lpa_jax.injection import Pass
 from tests.helpers import toy
 from tests.helpers.cut_networks import IMAGES, INPUTS, CompactNet, cut, nnx_module
 from tests.helpers.toy import CLASSES, LABELS, assert_trees_close
@@ -62,7 +63,7 @@ def walker(name):
             return tap
 
         taps = {layer: tap_of(layer) for layer in network.layers}
-        logits, state = injection.forward(network, variables, images, taps, train=True, rng=rng)
+        logits, state = injection.run_perturbed(network, Pass(variables, images, True, rng), taps)
         composed = {}
         for layer in network.layers:
             h = lpa_jax.encode(network, variables, images, layer)
@@ -142,7 +143,7 @@ def test_taps_at_both_ends_replace_the_input_and_the_logits(name):
 
     @jax.jit
     def forward(variables, images):
-        return injection.forward(network, variables, images, taps, train=False, rng=None)[0]
+        return injection.run_perturbed(network, Pass(variables, images), taps)[0]
 
     plain, _ = cut(name).plain(variables, -IMAGES, False, None)
     np.testing.assert_allclose(forward(variables, IMAGES), 2.0 * plain, rtol=1e-5, atol=1e-6)
@@ -155,8 +156,8 @@ def test_gradient_reaches_the_parameters_below_through_the_tap_alone(name):
 
     def total(params, keep):
         taps = {path: lambda h, decode: keep * h + (1 - keep) * jnp.ones_like(h)}
-        logits, _ = injection.forward(
-            network, {**variables, "params": params}, IMAGES, taps, train=False, rng=None
+        logits, _ = injection.run_perturbed(
+            network, Pass({**variables, "params": params}, IMAGES), taps
         )
         return jnp.sum(logits**2)
 
@@ -177,8 +178,8 @@ def test_no_gradient_reaches_the_parameters_through_decode():
             predicted = jnp.mean(decode(jax.lax.stop_gradient(h)))
             return h + jnp.where(stop, jax.lax.stop_gradient(predicted), predicted)
 
-        logits, _ = injection.forward(
-            network, {**variables, "params": params}, IMAGES, {path: tap}, train=False, rng=None
+        logits, _ = injection.run_perturbed(
+            network, Pass({**variables, "params": params}, IMAGES), {path: tap}
         )
         return jnp.sum(logits**2)
 
@@ -203,7 +204,7 @@ def test_decode_sees_the_taps_below_where_the_network_skips():
         return 2.0 * h
 
     taps = {"first": lambda h, decode: seen.setdefault("first", h + 1.0), "second": second}
-    logits, _ = injection.forward(network, variables, IMAGES, taps, train=False, rng=None)
+    logits, _ = injection.run_perturbed(network, Pass(variables, IMAGES), taps)
     kernel, bias = (variables["params"]["second"][key] for key in ("kernel", "bias"))
     above = seen["first"] @ kernel + bias[None]
     np.testing.assert_allclose(seen["second"], seen["first"] + above, rtol=1e-5, atol=1e-6)
@@ -234,7 +235,7 @@ def test_module_with_random_streams_of_its_own_can_be_cut():
     network = lpa_jax.inject(Streams(), "body")
     variables = network.init(jax.random.key(0), IMAGES)
     first, again, other = (
-        network.advance(variables, IMAGES, {}, "logits", train=True, rng=jax.random.key(seed))[0]
+        network.run(Pass(variables, IMAGES, True, jax.random.key(seed)), {}, "logits")[0]
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
@@ -264,7 +265,7 @@ def test_nnx_streams_stacked_or_not_drop_differently():
 
     @jax.jit
     def outputs(variables, rng):
-        return network.advance(variables, IMAGES, {}, "logits", train=True, rng=rng)[0]
+        return network.run(Pass(variables, IMAGES, True, rng), {}, "logits")[0]
 
     found = outputs(network.init(None, None), jax.random.key(1))
     masks = np.asarray(found[:, :128] == 0).reshape(-1, 4, 32)

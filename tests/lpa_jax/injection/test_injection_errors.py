@@ -96,7 +96,7 @@ def test_path_that_a_training_pass_leaves_out_is_refused():
     variables = network.init(jax.random.key(0), IMAGES)
     taps = {"body": lambda h, decode: h}
     with pytest.raises(ValueError, match=r"submodule 'body' was not called in the pass"):
-        injection.forward(network, variables, IMAGES, taps, train=True, rng=None)
+        injection.run_perturbed(network, injection.Pass(variables, IMAGES, train=True), taps)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from experiments.methods import build as assembly
 from experiments.methods import search
 from experiments.training import suggested_radii as radius_center
 from lpa_jax import assignment, data, injection, models
-from lpa_jax.diagnostics import observe
-from lpa_jax.diagnostics.suggest_radius import suggest_radius
+from lpa_jax.diagnostics import observe, suggest_radius
 from lpa_jax.losses import cross_entropy
 from lpa_jax.perturbations import Site, lpa, lpl, radius_target, stateless
 from lpa_jax.training.step import TrainState, lpa_step

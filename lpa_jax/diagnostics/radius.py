@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import injection, pgd
-from lpa_jax.diagnostics import observe
+from lpa_jax import checks, injection
+from lpa_jax.diagnostics.geometry import observe
 from lpa_jax.losses import cross_entropy
 from lpa_jax.perturbations import Perturbation, lpa
 from lpa_jax.perturbations.radius_target import measured_change, sign_group_means
@@ -168,14 +168,11 @@ def _bisect(change_at, target, lower, upper, tolerance) -> float:
 
 def _check_arguments(target, group, low, high, tolerance, options) -> None:
     for name, value in (("target", target), ("low", low), ("high", high), ("tolerance", tolerance)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be finite and > 0, got {value!r}")
-    if not low < high:
-        raise ValueError(f"low must be smaller than high, got low={low:g} and high={high:g}")
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {group!r}")
-    if options.get("mode", "cold") != "cold":
-        raise ValueError(f"mode must be 'cold' to suggest a radius, got {options['mode']!r}")
+        checks.number(name, value, open_low=True)
+    checks.require(low < high, "low", f"smaller than high={high:g}", low)
+    checks.choice("group", group, GROUPS)
+    mode = options.get("mode", "cold")
+    checks.require(mode == "cold", "mode", "'cold' to suggest a radius", mode)
 
 
 def _check_batch(network, variables, batch, layer) -> None:
@@ -183,4 +180,4 @@ def _check_batch(network, variables, batch, layer) -> None:
     if not batch["label"].size:
         raise ValueError("batch must hold at least one example, got none")
     shapes = injection.activation_shapes(network, variables, batch["image"], [injection.LOGITS])
-    pgd.check_labels(batch["label"], shapes[injection.LOGITS].shape[-1])
+    checks.check_labels(batch["label"], shapes[injection.LOGITS].shape[-1])

@@ -1,0 +1,139 @@
+"""Cutting a network, and running the parts below and above an injection point."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from lpa_jax.injection.base import INPUT, LOGITS, Array, Network, Pass, Variables, check_layer
+from lpa_jax.injection.functions import CutFunctions
+from lpa_jax.injection.linen_module import inject_linen
+from lpa_jax.injection.nnx_module import inject_nnx
+from lpa_jax.injection.staged import StagedNetwork
+
+
+def inject(module: nn.Module | nnx.Module, *paths: str, **options: Any) -> Network:
+    """Cuts an existing Linen or NNX module at named submodules, without editing it.
+
+    The output of each named submodule becomes an injection point. Running statistics and random
+    streams of the module keep working; statistics are updated once per training pass.
+
+    Args:
+      module: takes a batch of inputs, returns logits.
+      *paths: paths of submodules in the order of the pass, parts separated by `/`, for example
+        `"encoder/block_2"`. `submodule_paths` (Linen) and `nnx_submodule_paths` list them.
+      **options: for Linen: `train_argument`, the keyword that switches training mode (found by
+        itself if it is one of train, training, is_training, deterministic, use_running_average),
+        and further keyword arguments of the module's `__call__`.
+
+    Returns:
+      A `Network` with layers ("input", *paths, "logits").
+
+    Raises:
+      ValueError: no path, a path named twice or called `input` or `logits`, or (NNX) an unknown
+        path. A Linen path that is never called, called twice in a pass or returns anything but
+        one array is refused when the module first runs.
+
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return nn.Dense(3, name="head")(nn.relu(nn.Dense(8, name="body")(x)))
+    >>> inject(Net(), "body").layers
+    ('input', 'body', 'logits')
+    """
+    if not paths:
+        raise ValueError("paths must name at least one submodule, got none")
+    repeated = [path for path in paths if paths.count(path) > 1 or path in (INPUT, LOGITS)]
+    if repeated:
+        raise ValueError(f"paths must be distinct and not input or logits, got {repeated[0]!r}")
+    if isinstance(module, nnx.Module):
+        if options:
+            raise ValueError(f"an NNX module takes no options, got {sorted(options)[0]!r}")
+        return inject_nnx(module, *paths)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module must be a Linen or NNX module, got {type(module).__name__}")
+    return inject_linen(module, *paths, **options)
+
+
+def as_network(model: Any) -> Network:
+    """The `Network` of a model: itself if it is one, a cut of a staged Linen model otherwise.
+
+    Raises:
+      ValueError: neither.
+    """
+    if isinstance(model, Network):
+        return model
+    # A field called `layers` does not make a model staged: nn.Sequential has one too.
+    layers = getattr(model, "layers", None) if isinstance(model, nn.Module) else None
+    if isinstance(layers, Sequence) and (*layers[:1], *layers[-1:]) == (INPUT, LOGITS):
+        return StagedNetwork(model)
+    raise ValueError(
+        f"model must be a staged model or a cut network, got {type(model).__name__}; "
+        "cut an existing module with lpa_jax.inject(module, 'path/of/submodule')"
+    )
+
+
+def encode(
+    model: Any,
+    variables: Variables,
+    inputs: Array,
+    layer: str,
+    *,
+    train: bool = False,
+    rng: Array | None = None,
+) -> Array:
+    """The activation h = encode_l(x) at an injection point.
+
+    Args:
+      model: a staged model or a `Network`.
+      variables: `{"params": ..., ...}`, as from `init`.
+      inputs: x, [B, ...].
+      layer: the injection point l.
+      train: training mode; new running statistics are dropped.
+      rng: key for dropout in training mode.
+
+    Returns:
+      [B, *S].
+
+    Raises:
+      ValueError: unknown `layer`.
+    """
+    network = as_network(model)
+    return network.run(Pass(variables, inputs, train, rng), {}, layer)[0]
+
+
+def decode(
+    model: Any,
+    variables: Variables,
+    activation: Array,
+    layer: str,
+    *,
+    inputs: Array | None = None,
+    train: bool = False,
+    rng: Array | None = None,
+) -> Array:
+    """The logits z = decode_l(h) above an injection point; arguments as for `encode`.
+
+    Args:
+      model: a staged model or a `Network`.
+      variables: `{"params": ..., ...}`.
+      activation: h, [B, *S].
+      layer: the injection point l.
+      inputs: x; needed where the network was cut by `inject`, which runs the module from its input
+        (under jit XLA drops what the result does not depend on).
+      train: training mode; new running statistics are dropped.
+      rng: key for dropout in training mode.
+
+    Returns:
+      [B, C].
+
+    Raises:
+      ValueError: unknown `layer`, or `inputs` missing where they are needed.
+    """
+    network = as_network(model)
+    check_layer(network.layers, layer)
+    if inputs is None and not isinstance(network, StagedNetwork | CutFunctions):
+        raise ValueError("inputs are needed to decode a network that was cut by inject")
+    given = Pass(variables, inputs, train, rng)
+    return network.run(given, {layer: activation}, LOGITS)[0]
