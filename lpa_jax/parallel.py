@@ -24,8 +24,8 @@ class PlacedBatch:
     """A checked batch whose arrays are on their way to the devices; made by `MappedStep.place`.
 
     Attributes:
-      host: the batch on the host; `placed[name]` reads it without waiting for a device.
-      arrays: its arrays as the mapped step takes them.
+      host: The batch on the host; `placed[name]` reads it without waiting for a device.
+      arrays: Its arrays as the mapped step takes them.
     """
 
     host: Mapping[str, Any]
@@ -43,11 +43,11 @@ class MappedStep:
     and all further arguments are the same on each.
 
     Attributes:
-      mapped: the compiled (state, arrays of the batch, tuple of replicated arguments) -> results.
-      put_batch: sends the arrays of a host batch to the devices.
-      to_devices: sends a pytree to every device, except the leaves that are there already.
+      mapped: The compiled (state, arrays of the batch, tuple of replicated arguments) -> results.
+      put_batch: Sends the arrays of a host batch to the devices.
+      to_devices: Sends a pytree to every device, except the leaves that are there already.
       num_classes: C, against which labels are checked; None reads it from the state.
-      bound: replicated arguments that come before those of a call; see `bind`.
+      bound: Replicated arguments that come before those of a call; see `bind`.
     """
 
     mapped: Callable[[Any, Mapping[str, Any], tuple[Any, ...]], Any]
@@ -71,11 +71,11 @@ class MappedStep:
         devices work on this one.
 
         Args:
-          batch: arrays [B, ...] by name.
+          batch: Arrays [B, ...] by name.
           num_classes: C, if the step was made without it.
 
         Raises:
-          ValueError: labels outside 0..C-1, or a batch that does not split evenly.
+          ValueError: Labels outside 0..C-1, or a batch that does not split evenly.
         """
         check_batch(batch, self.num_classes or num_classes)
         return PlacedBatch(batch, self.put_batch(batch))
@@ -101,9 +101,9 @@ def pmap_step(
     Args:
       step: (state, batch, *replicated, axis_name=...) -> replicated results, such as `lpa_step` or
         `eval_step` with their keyword arguments bound by `functools.partial`.
-      axis_name: name of the mapped axis that the step reduces over.
-      devices: the devices; all of them, of every host, if None.
-      donate_state: let the new state take the memory of the old one, which cannot be read again.
+      axis_name: Name of the mapped axis that the step reduces over.
+      devices: The devices; all of them, of every host, if None.
+      donate_state: Let the new state take the memory of the old one, which cannot be read again.
         The first state needs buffers of its own: see `with_own_buffers`. Other arguments keep
         theirs.
       num_classes: C, against which labels are checked; None reads it from a `TrainState`.
@@ -116,11 +116,12 @@ def pmap_step(
     Raises:
       ValueError: (when called) the batch does not split evenly, or labels are outside 0..C-1.
 
-    >>> def count(state, batch, weight, axis_name):
-    ...     return state + weight * jax.lax.psum(jnp.sum(batch["image"]), axis_name)
-    >>> batch = {"image": np.ones(8 * jax.device_count(), np.float32)}
-    >>> float(pmap_step(count)(1.0, batch, 2.0) - 1) / 8
-    2.0
+    Example:
+      >>> def count(state, batch, weight, axis_name):
+      ...     return state + weight * jax.lax.psum(jnp.sum(batch["image"]), axis_name)
+      >>> batch = {"image": np.ones(8 * jax.device_count(), np.float32)}
+      >>> float(pmap_step(count)(1.0, batch, 2.0) - 1) / 8
+      2.0
     """
     devices = jax.devices() if devices is None else list(devices)
     local = [device for device in devices if device.process_index == jax.process_index()]
@@ -157,10 +158,10 @@ def pmapped(
     """The mapped step inside `pmap_step`, without its checks: for `.lower` and ahead-of-time use.
 
     Args:
-      step: as for `pmap_step`.
-      devices: the devices; for `.lower(...).compile()` alone they need not exist.
-      axis_name: as for `pmap_step`.
-      donate_state: as for `pmap_step`.
+      step: As for `pmap_step`.
+      devices: The devices; for `.lower(...).compile()` alone they need not exist.
+      axis_name: As for `pmap_step`.
+      donate_state: As for `pmap_step`.
 
     Returns:
       (state, batch, tuple of replicated arguments) -> results, the arrays of the batch split as by
@@ -183,8 +184,8 @@ def map_step(
 
     Args:
       step: (state, batch, *replicated, axis_name=...) -> results, as for `pmap_step`.
-      donate_state: as for `pmap_step`.
-      num_classes: as for `pmap_step`.
+      donate_state: As for `pmap_step`.
+      num_classes: As for `pmap_step`.
     """
     if jax.device_count() > 1:
         return pmap_step(step, donate_state=donate_state, num_classes=num_classes)
@@ -202,10 +203,11 @@ def with_own_buffers(state: Any) -> Any:
 
     A new state can hold one array twice, for example slow weights that start as the weights.
 
-    >>> zero = jnp.zeros(2)
-    >>> a, b = with_own_buffers((zero, zero))
-    >>> a is b
-    False
+    Example:
+      >>> zero = jnp.zeros(2)
+      >>> a, b = with_own_buffers((zero, zero))
+      >>> a is b
+      False
     """
     return jax.tree.map(jnp.copy, state)
 
@@ -229,8 +231,9 @@ def shard_batch(batch: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
     Raises:
       ValueError: B is not a multiple of `num_shards`.
 
-    >>> shard_batch({"label": np.arange(4)}, 2)["label"].tolist()
-    [[0, 1], [2, 3]]
+    Example:
+      >>> shard_batch({"label": np.arange(4)}, 2)["label"].tolist()
+      [[0, 1], [2, 3]]
     """
     for name, values in batch.items():
         if values.shape[0] % num_shards:
@@ -248,7 +251,7 @@ def check_batch(batch: Mapping[str, Any], num_classes: int | None) -> None:
     """Refuses labels that a device would silently clamp.
 
     Raises:
-      ValueError: a label outside 0..num_classes-1.
+      ValueError: A label outside 0..num_classes-1.
     """
     if num_classes is not None and "label" in batch:
         check_labels(batch["label"], num_classes)

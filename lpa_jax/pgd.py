@@ -1,4 +1,4 @@
-r"""Class-level projected gradient ascent on an activation: the core of LPA, with nothing around it.
+r"""Class-level projected gradient ascent on an activation: the core of LPA.
 
 For a batch of activations h_i with labels y_i, every class c present in the global batch gets one
 perturbation
@@ -47,17 +47,17 @@ LossFn = Callable[[Array], Array]
 
 
 class PGDOptions(NamedTuple):
-    """How the ascent moves: the static half of a class-level PGD problem.
+    """The static options of a class-level ascent.
 
     Attributes:
-      steps: number of ascent steps, each one forward and one backward pass above the activation.
-      step_size: total path length in radii; one step is `step_size * eps_c / steps` long.
+      steps: Number of ascent steps, each one forward and one backward pass above the activation.
+      step_size: Total path length in radii; one step is `step_size * eps_c / steps` long.
       geometry: `"signed"` keeps s_c <delta_c, hbar_c> >= 0, `"flipped"` reverses it, `"free"` drops
         it.
       norm: `"l2"` (normalised gradient, ball) or `"linf"` (gradient sign, box).
-      shape: `"full"` (one value an activation entry) or `"channel"` (one value a channel).
-      min_cosine: smallest s_c cos(delta_c, hbar_c) (of -hbar_c for `"flipped"`), in [0, 1]: above
-        0 the half-space becomes a cone, whose perturbations change the norm to first order. Where
+      shape: `"full"` (one value per activation entry) or `"channel"` (one value per channel).
+      min_cosine: Smallest s_c cos(delta_c, hbar_c) (of -hbar_c for `"flipped"`), in [0, 1]: above
+        0 the half-space becomes a cone, whose perturbations change the norm to first order. If
         the loss pulls almost straight against it, the cone's nearest point is its apex: delta is 0.
     """
 
@@ -72,7 +72,7 @@ class PGDOptions(NamedTuple):
         """Returns itself.
 
         Raises:
-          ValueError: naming the first option that is out of range.
+          ValueError: An option is out of range.
         """
         integer("steps", self.steps, minimum=0)
         number("step_size", self.step_size, open_low=True)
@@ -96,8 +96,9 @@ def reduce_to_shape(values: Array, shape: str, reduction=jnp.mean) -> Array:
 def row_shape(activation: Array | jax.ShapeDtypeStruct, shape: str) -> tuple[int, ...]:
     """Shape of one perturbation of an activation [B, *S], S or (1, ..., 1, channels).
 
-    >>> row_shape(jax.ShapeDtypeStruct((32, 8, 8, 16), jnp.float32), "channel")
-    (1, 1, 16)
+    Example:
+      >>> row_shape(jax.ShapeDtypeStruct((32, 8, 8, 16), jnp.float32), "channel")
+      (1, 1, 16)
     """
     return jax.eval_shape(lambda h: reduce_to_shape(h, shape), activation).shape[1:]
 
@@ -129,15 +130,16 @@ def project(
       radius: [C], eps_c >= 0, in units of the activation.
       cone: [C, *S] unit axes or None, from `cone_directions`.
       norm: `"l2"` or `"linf"`.
-      min_cosine: smallest cosine of a row and its axis, in [0, 1]; 0 is a half-space.
+      min_cosine: Smallest cosine of a row and its axis, in [0, 1]; 0 is a half-space.
 
-    >>> delta, cone = jnp.array([[3.0, 4.0], [-1.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    >>> print(np.asarray(project(delta, jnp.array([1.0, 2.0]), cone)).round(2))
-    [[0.6 0.8]
-     [0.  1. ]]
-    >>> print(np.asarray(project(delta, jnp.array([5.0, 5.0]), cone, min_cosine=0.8)).round(2))
-    [[3.84 2.88]
-     [0.   0.  ]]
+    Example:
+      >>> delta, cone = jnp.array([[3.0, 4.0], [-1.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
+      >>> print(np.asarray(project(delta, jnp.array([1.0, 2.0]), cone)).round(2))
+      [[0.6 0.8]
+       [0.  1. ]]
+      >>> print(np.asarray(project(delta, jnp.array([5.0, 5.0]), cone, min_cosine=0.8)).round(2))
+      [[3.84 2.88]
+       [0.   0.  ]]
     """
     shape, delta = delta.shape, as_rows(delta)
     bound = over_classes(radius.astype(delta.dtype), delta)
@@ -157,7 +159,7 @@ def _into_cone(delta: Array, axis: Array, min_cosine: float) -> Array:
         return delta - over_classes(jnp.minimum(along, 0.0), delta) * axis
     across = delta - over_classes(along, delta) * axis
     width = row_norms(across)
-    # A class mean of zero has no direction, and then there is nothing to keep to.
+    # A class mean of zero has no direction, and its row no constraint.
     cosine = jnp.where(inner_products(axis, axis) > 0, min_cosine, 0.0)
     sine = jnp.sqrt(1 - cosine**2)
     # In the plane of axis and row the cone's edge is a ray; from behind it, its apex is nearest.
@@ -176,7 +178,7 @@ def ascent_step(
     cone: Array | None,
     options: PGDOptions,
 ) -> Array:
-    """One signed, normalised gradient step, then the projection; `delta=None` stands for zero."""
+    """One signed, normalised gradient step and a projection; `delta=None` is zero."""
     shape, gradient = gradient.shape, as_rows(gradient)
     direction = unit_rows(gradient) if options.norm == "l2" else jnp.sign(gradient)
     length = sign * radius * (options.step_size / max(options.steps, 1))
@@ -210,7 +212,7 @@ def class_gradient(
     Args:
       loss_fn: [B, *S] perturbed activations -> ([B] losses, auxiliary output).
       activations: [B, *S].
-      classes: the classes of the global batch.
+      classes: The classes of the global batch.
       delta: [C, *S'] or None for zero.
       shape: `"full"` or `"channel"`.
 
@@ -239,8 +241,8 @@ def ascend(
 ) -> Array | None:
     """Projects `initial` (None is zero), then runs `options.steps` unrolled ascent steps from it.
 
-    `first_gradient` is the gradient at the start where the caller has already computed it, which
-    saves one pass.
+    A caller that has already computed the gradient at the start passes it as `first_gradient`,
+    which saves one pass.
     """
     delta = initial
     if delta is not None:
@@ -262,17 +264,17 @@ def ascend_by_class(
     initial: Array | None = None,
     first_gradient: Array | None = None,
 ) -> Array | None:
-    """The ascent of all classes in their sets K_c: what `class_perturbation` and `lpa` run.
+    """Runs the ascent of all classes in their sets K_c, for `class_perturbation` and for `lpa`.
 
     Args:
-      gradient_fn: table of perturbations or None -> table of gradients, as by `class_gradient`.
+      gradient_fn: Table of perturbations or None -> table of gradients, as by `class_gradient`.
       activations: h_i, [B, *S], whose class means give the cones.
-      classes: the classes of the global batch.
+      classes: The classes of the global batch.
       sign: s_c, a table [C].
       radius: eps_c, a table [C]; 0 for absent classes.
-      options: steps, geometry, norm and shape.
-      initial: table to start from, in the dtype of the perturbation; it is projected first.
-      first_gradient: see `ascend`.
+      options: Steps, geometry, norm and shape.
+      initial: Table to start from, in the dtype of the perturbation; it is projected first.
+      first_gradient: See `ascend`.
 
     Returns:
       The table of perturbations, or None for zero without steps.
@@ -312,37 +314,39 @@ def class_perturbation(
     through the result.
 
     Args:
-      loss_fn: perturbed activations [B, *S] -> losses [B]. Targets (hard or soft), the rest of the
+      loss_fn: Perturbed activations [B, *S] -> losses [B]. Targets (hard or soft), the rest of the
         network and its parameters are closed over.
       activations: h_i at the injection point, [B, *S], any rank, float32, bfloat16 or float64.
       labels: y_i, [B] integers in 0..C-1, the classes that share a perturbation.
       sign: s_c in {-1, 0, +1}, [C]. +1 raises the class's loss, -1 lowers it.
       radius: eps_c >= 0, [C], in units of the activation's norm.
-      steps: ascent steps; 0 returns the projected `initial`, or zero.
-      step_size: path length of all steps together, in radii.
+      steps: Ascent steps; 0 returns the projected `initial`, or zero.
+      step_size: Path length of all steps together, in radii.
       geometry: `"signed"`, `"free"` or `"flipped"`, see `PGDOptions`.
       norm: `"l2"` or `"linf"`.
-      shape: `"full"`, or `"channel"` for one value a channel (the last axis), shared by all
-        positions.
-      min_cosine: see `PGDOptions`; of the channel means for `"channel"`.
-      initial: starting perturbations [C, *S'] carried over from an earlier call, or None for zero.
-      axis_name: mapped axis over which the batch is spread. Class means are then taken over the
+      shape: `"full"`, or `"channel"` for one value per channel (the last axis), shared by
+        all positions.
+      min_cosine: See `PGDOptions`; of the channel means for `"channel"`.
+      initial: Starting perturbations [C, *S'] carried over from an earlier call, or None for zero.
+      axis_name: Mapped axis over which the batch is spread. Class means are then taken over the
         global batch.
 
     Returns:
       delta, [C, *S] for `"full"` and [C, 1, ..., 1, channels] for `"channel"`, float32 or wider.
 
     Raises:
-      ValueError: an option out of range, arguments whose shapes disagree, or (outside jit) labels
+      ValueError: An option out of range, arguments whose shapes disagree, or (outside jit) labels
         outside 0..C-1, a sign other than -1, 0, 1, a radius that is negative or not finite.
 
-    Source: method of arXiv 2605.29525 (abstract); equations as in the module docstring.
+    Example:
+      >>> h, y = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+      >>> loss = lambda h: 0.5 * jnp.sum(h**2, axis=-1)      # grows with the norm
+      >>> signs, radii = jnp.array([1.0, -1.0]), jnp.array([0.5, 0.5])
+      >>> class_perturbation(loss, h, y, sign=signs, radius=radii).round(3).tolist()
+      [[0.5, 0.0], [0.0, -0.5]]
 
-    >>> h, y = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
-    >>> loss = lambda h: 0.5 * jnp.sum(h**2, axis=-1)      # grows with the norm
-    >>> signs, radii = jnp.array([1.0, -1.0]), jnp.array([0.5, 0.5])
-    >>> class_perturbation(loss, h, y, sign=signs, radius=radii).round(3).tolist()
-    [[0.5, 0.0], [0.0, -0.5]]
+    References:
+      Method of arXiv 2605.29525 (abstract); equations as in the module docstring.
     """
     options = PGDOptions(steps, step_size, geometry, norm, shape, min_cosine).validate()
     activations, labels = jnp.asarray(activations), jnp.asarray(labels)

@@ -29,8 +29,9 @@ def at_least_float32(values: Array) -> Array:
 def as_rows(table: Array) -> Array:
     """[C, *S] -> [C, S], a view: TPUs pad the last axis of an array to a multiple of 128 entries.
 
-    >>> as_rows(jnp.zeros((10, 8, 8, 32))).shape, as_rows(jnp.zeros(10)).shape
-    ((10, 2048), (10,))
+    Example:
+      >>> as_rows(jnp.zeros((10, 8, 8, 32))).shape, as_rows(jnp.zeros(10)).shape
+      ((10, 2048), (10,))
     """
     return jnp.reshape(table, (table.shape[0], -1)) if table.ndim > 2 else table
 
@@ -43,13 +44,14 @@ def inner_products(a: Array, b: Array) -> Array:
 def row_norms(table: Array, norm: str = "l2") -> Array:
     """Row-wise norms, [C, ...] -> [C], of rows of any size: no square under- or overflows.
 
-    >>> print(row_norms(jnp.array([[3.0, 4.0], [3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])))
-    [5.e+00 5.e-30 5.e+30 0.e+00]
+    Example:
+      >>> print(row_norms(jnp.array([[3.0, 4.0], [3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])))
+      [5.e+00 5.e-30 5.e+30 0.e+00]
     """
     if norm == "linf":
         return jnp.max(jnp.abs(table), axis=tuple(range(1, table.ndim)))
-    # For a TPU a third fewer cycles on a step's tables, as its compiler estimates; for a CPU, which
-    # reads the table once a sum, twice the time.
+    # On a TPU, one read takes a third fewer cycles (its compiler's estimate); on a CPU, which reads
+    # the table once per sum, twice the time.
     return jax.lax.platform_dependent(table, tpu=_norms_in_one_read, default=_norms_in_two_reads)
 
 
@@ -105,8 +107,8 @@ def class_means(
     Args:
       values: [B, ...].
       labels: [B] integers in 0..C-1.
-      counts: number of examples of each class in the global batch, [C].
-      axis_name: mapped axis over which the global batch is spread, or None.
+      counts: Number of examples of each class in the global batch, [C].
+      axis_name: Mapped axis over which the global batch is spread, or None.
       rows: [R] classes whose means are returned, [R, ...]; None for all.
     """
     sums = class_sums(values, labels, counts.shape[0], axis_name)
@@ -127,10 +129,10 @@ class BatchClasses(NamedTuple):
     """The classes of one global batch, counted once.
 
     Attributes:
-      labels: class of each example of this device, [B] integers in 0..C-1.
-      counts: number of examples of each class in the global batch, [C].
-      axis_name: mapped axis over which the global batch is spread, or None.
-      by_example: tables hold the rows of this device's examples, [B, ...], not those of all
+      labels: Class of each example of this device, [B] integers in 0..C-1.
+      counts: Number of examples of each class in the global batch, [C].
+      axis_name: Mapped axis over which the global batch is spread, or None.
+      by_example: Tables hold the rows of this device's examples, [B, ...], not those of all
         classes. On a pod, where a device has few examples, this saves arithmetic on the others.
     """
 
@@ -149,11 +151,12 @@ class BatchClasses(NamedTuple):
     def means(self, values: Array) -> Array:
         """Class means of `values` [B, ...] over the global batch: a table.
 
-        >>> classes = BatchClasses.of(jnp.array([0, 2, 2]), num_classes=3)
-        >>> classes.means(jnp.array([1.0, 2.0, 4.0])).tolist()
-        [1.0, 0.0, 3.0]
-        >>> classes._replace(by_example=True).means(jnp.array([1.0, 2.0, 4.0])).tolist()
-        [1.0, 3.0, 3.0]
+        Example:
+          >>> classes = BatchClasses.of(jnp.array([0, 2, 2]), num_classes=3)
+          >>> classes.means(jnp.array([1.0, 2.0, 4.0])).tolist()
+          [1.0, 0.0, 3.0]
+          >>> classes._replace(by_example=True).means(jnp.array([1.0, 2.0, 4.0])).tolist()
+          [1.0, 3.0, 3.0]
         """
         rows = self.labels if self.by_example else None
         return class_means(values, self.labels, self.counts, self.axis_name, rows)

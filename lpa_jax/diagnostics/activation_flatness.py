@@ -45,12 +45,12 @@ def activation_objective(
     perturbation. Evaluation mode, in which examples do not interact.
 
     Args:
-      network: a cut network.
-      variables: its parameters and model state.
+      network: A cut network.
+      variables: Its parameters and model state.
       batches: `{"image": [B, ...], "label": [B]}`, with a `"mask"` [B] where padded, preprocessed
         as the network takes them; any collection that can be gone over again and again. At level
         `"example"` one batch (`activation_flatness` goes over many).
-      layer: the injection point.
+      layer: The injection point.
       level: `"class"` or `"example"`.
       loss: (logits [B, C], targets [B, C]) -> [B].
 
@@ -59,16 +59,17 @@ def activation_objective(
       classes without examples and for padding.
 
     Raises:
-      ValueError: unknown layer or level, an activation that is not floating, more than one batch at
+      ValueError: Unknown layer or level, an activation that is not floating, more than one batch at
         level `"example"`, an iterator that can be used once only, no example, a label outside
         0..C-1, or a loss that is not finite.
 
-    >>> from lpa_jax.injection import CutFunctions
-    >>> network = CutFunctions(lambda p, x: x, lambda p, h: h)
-    >>> batch = {"image": jnp.zeros((3, 2)), "label": jnp.array([0, 1, 1])}
-    >>> objective = activation_objective(network, {"params": ()}, [batch], "hidden")
-    >>> objective.gradient(jnp.zeros((2, 2))).tolist()  # softmax - onehot
-    [[-0.5, 0.5], [0.5, -0.5]]
+    Example:
+      >>> from lpa_jax.injection import CutFunctions
+      >>> network = CutFunctions(lambda p, x: x, lambda p, h: h)
+      >>> batch = {"image": jnp.zeros((3, 2)), "label": jnp.array([0, 1, 1])}
+      >>> objective = activation_objective(network, {"params": ()}, [batch], "hidden")
+      >>> objective.gradient(jnp.zeros((2, 2))).tolist()  # softmax - onehot
+      [[-0.5, 0.5], [0.5, -0.5]]
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
@@ -100,10 +101,10 @@ class ActivationFlatness(NamedTuple):
     """Flatness at an injection point: means over rows (classes or examples) and their errors.
 
     Attributes:
-      rows: how many classes or examples were averaged.
+      rows: How many classes or examples were averaged.
       largest_eigenvalue: lambda_max of the Hessian in the activation.
-      trace: its trace.
-      worst_case: rise of the loss within the ball.
+      trace: Its trace.
+      worst_case: Rise of the loss within the ball.
     """
 
     rows: int
@@ -133,20 +134,20 @@ def activation_flatness(
     trace's probes, which are drawn for every example.
 
     Args:
-      network: a cut network.
-      variables: its parameters and model state.
-      batches: as for `activation_objective`; at level `"example"` each is measured on its own.
-      layer: the injection point.
+      network: A cut network.
+      variables: Its parameters and model state.
+      batches: As for `activation_objective`; at level `"example"` each is measured on its own.
+      layer: The injection point.
       radius: r of the ball, in units of the activation, >= 0.
-      rng: a key.
+      rng: A key.
       level: `"example"` or `"class"`.
       loss: (logits [B, C], targets [B, C]) -> [B].
-      lanczos_steps: at most N are made.
-      probes: random vectors for the trace, >= 2.
-      ascent_steps: of the worst case.
+      lanczos_steps: At most N are made.
+      probes: Random vectors for the trace, >= 2.
+      ascent_steps: Of the worst case.
 
     Raises:
-      ValueError: as `activation_objective`, or a value out of range.
+      ValueError: As `activation_objective`, or a value out of range.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")

@@ -26,11 +26,12 @@ def layers_above(network: Network, layer: str) -> tuple[str, ...]:
     """Names of the injection points after `layer`, in order.
 
     Raises:
-      ValueError: unknown `layer`.
+      ValueError: Unknown `layer`.
 
-    >>> from lpa_jax.injection import CutFunctions
-    >>> layers_above(CutFunctions(lambda p, x: x, lambda p, h: h), "input")
-    ('hidden', 'logits')
+    Example:
+      >>> from lpa_jax.injection import CutFunctions
+      >>> layers_above(CutFunctions(lambda p, x: x, lambda p, h: h), "input")
+      ('hidden', 'logits')
     """
     check_layer(network.layers, layer)
     return tuple(network.layers[network.layers.index(layer) + 1 :])
@@ -40,15 +41,16 @@ def random_directions(rng: Array, delta: Array) -> Array:
     """Directions drawn uniformly from the sphere, each as long as the row of `delta` in its place.
 
     Args:
-      rng: a key.
+      rng: A key.
       delta: [B, *S].
 
     Returns:
       [B, *S], in at least float32.
 
-    >>> delta = jnp.array([[3.0, 4.0], [0.0, 0.0]])
-    >>> tables.row_norms(random_directions(jax.random.key(0), delta)).round(4).tolist()
-    [5.0, 0.0]
+    Example:
+      >>> delta = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+      >>> tables.row_norms(random_directions(jax.random.key(0), delta)).round(4).tolist()
+      [5.0, 0.0]
     """
     delta = jnp.asarray(delta)
     normal = jax.random.normal(rng, delta.shape, pgd.perturbation_dtype(delta))
@@ -65,10 +67,10 @@ def gains(
     Two forward passes for all layers together. Pure, so it can be compiled.
 
     Args:
-      network: a cut network.
-      variables: its parameters and model state.
+      network: A cut network.
+      variables: Its parameters and model state.
       inputs: [B, ...].
-      layer: the injection point l.
+      layer: The injection point l.
       delta: [B, *S]: LPA's or another method's (`observe(...)[layer].delta`), or random directions
         of the same lengths (`random_directions`).
 
@@ -77,14 +79,15 @@ def gains(
       `metrics.mean(gain, jnp.isfinite(gain))`).
 
     Raises:
-      ValueError: unknown `layer`, no example, a delta of another shape than the activation there,
+      ValueError: Unknown `layer`, no example, a delta of another shape than the activation there,
         or (outside jit) a delta or an activation that is not finite, with or without delta.
 
-    >>> from lpa_jax.injection import CutFunctions
-    >>> network = CutFunctions(lambda p, x: 3 * x, lambda p, h: 2 * h)
-    >>> found = gains(network, {"params": ()}, jnp.ones((1, 4)), "input", jnp.ones((1, 4)))
-    >>> {name: gain.tolist() for name, gain in found.items()}
-    {'hidden': [3.0], 'logits': [6.0]}
+    Example:
+      >>> from lpa_jax.injection import CutFunctions
+      >>> network = CutFunctions(lambda p, x: 3 * x, lambda p, h: 2 * h)
+      >>> found = gains(network, {"params": ()}, jnp.ones((1, 4)), "input", jnp.ones((1, 4)))
+      >>> {name: gain.tolist() for name, gain in found.items()}
+      {'hidden': [3.0], 'logits': [6.0]}
     """
     above = layers_above(network, layer)
     if not len(inputs):
@@ -126,7 +129,7 @@ class LocalBound(NamedTuple):
     Attributes:
       sigma: [B], the power iteration's estimate, which approaches the truth from below.
       relative_change: [B], |sigma_t - sigma_{t-1}| / sigma_t in the last iteration.
-      iterations: how many were run.
+      iterations: How many were run.
     """
 
     sigma: np.ndarray
@@ -155,26 +158,27 @@ def local_bound(
     to rounding); its error shrinks by (sigma_2/sigma_1)^4 an iteration.
 
     Args:
-      network: a cut network, hashable (as all of `lpa_jax.injection` are).
-      variables: its parameters and model state.
+      network: A cut network, hashable (as all of `lpa_jax.injection` are).
+      variables: Its parameters and model state.
       inputs: [B, ...].
-      layer: the lower layer l.
-      target: the upper layer m, after `layer`.
-      rng: key for the first direction.
-      tolerance: relative change at which it stops, > 0.
-      iterations: the most that are run, >= 1. The host loops; each is one compiled call.
+      layer: The lower layer l.
+      target: The upper layer m, after `layer`.
+      rng: Key for the first direction.
+      tolerance: Relative change at which it stops, > 0.
+      iterations: The most that are run, >= 1. The host loops; each is one compiled call.
 
     Raises:
-      ValueError: unknown layer, a `target` not above `layer`, an empty batch, a value out of range,
+      ValueError: Unknown layer, a `target` not above `layer`, an empty batch, a value out of range,
         or an activation or a Jacobian that is not finite.
 
-    >>> from lpa_jax.injection import CutFunctions
-    >>> network = CutFunctions(lambda p, x: x @ p, lambda p, h: h)
-    >>> params = {"params": jnp.diag(jnp.array([3.0, 1.0]))}
-    >>> bound = local_bound(network, params, jnp.ones((2, 2)), "input", "hidden",
-    ...                     rng=jax.random.key(0), tolerance=1e-6)
-    >>> bound.sigma.round(4).tolist()
-    [3.0, 3.0]
+    Example:
+      >>> from lpa_jax.injection import CutFunctions
+      >>> network = CutFunctions(lambda p, x: x @ p, lambda p, h: h)
+      >>> params = {"params": jnp.diag(jnp.array([3.0, 1.0]))}
+      >>> bound = local_bound(network, params, jnp.ones((2, 2)), "input", "hidden",
+      ...                     rng=jax.random.key(0), tolerance=1e-6)
+      >>> bound.sigma.round(4).tolist()
+      [3.0, 3.0]
     """
     if target not in layers_above(network, layer):
         check_layer(network.layers, target)

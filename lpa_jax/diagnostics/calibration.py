@@ -16,10 +16,10 @@ class Reliability(NamedTuple):
     """Accuracy against confidence, by bins of confidence.
 
     Attributes:
-      edges: of the bins, [K + 1]; for adaptive bins the smallest and largest confidences in them.
-      confidence: mean confidence in each bin, [K], nan where it is empty.
-      accuracy: share of right predictions in each bin, [K], nan where it is empty.
-      count: examples in each bin, [K].
+      edges: Of the bins, [K + 1]; for adaptive bins the smallest and largest confidences in them.
+      confidence: Mean confidence in each bin, [K], nan where it is empty.
+      accuracy: Share of right predictions in each bin, [K], nan where it is empty.
+      count: Examples in each bin, [K].
     """
 
     edges: np.ndarray
@@ -55,19 +55,21 @@ def reliability(
       logits: [n, C], without padding.
       labels: [n].
       bins: K >= 1; at most n are used with `adaptive`.
-      adaptive: bins of equal count in place of equal width.
+      adaptive: Bins of equal count in place of equal width.
 
     Raises:
-      ValueError: shapes that do not fit, no example, logits that are not finite, a label outside
+      ValueError: Shapes that do not fit, no example, logits that are not finite, a label outside
         0..C-1, or `bins` out of range.
 
-    Source: Guo et al., ICML 2017 (arXiv 1706.04599), section 2; adaptive bins as in Nixon et al.,
-    2019 (arXiv 1904.01685), for the predicted class.
+    Example:
+      >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
+      >>> curve = reliability(logits, [0, 1, 0], bins=10)
+      >>> curve.count.tolist(), round(curve.expected_calibration_error, 4)  # (2 * 0.4 + 0.4) / 3
+      ([0, 0, 0, 0, 0, 1, 0, 0, 2, 0], 0.4)
 
-    >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
-    >>> curve = reliability(logits, [0, 1, 0], bins=10)
-    >>> curve.count.tolist(), round(curve.expected_calibration_error, 4)  # (2 * 0.4 + 0.4) / 3
-    ([0, 0, 0, 0, 0, 1, 0, 0, 2, 0], 0.4)
+    References:
+      Guo et al., ICML 2017 (arXiv 1706.04599), section 2; adaptive bins as in Nixon et al.,
+      2019 (arXiv 1904.01685), for the predicted class.
     """
     checks.integer("bins", bins, minimum=1)
     log_probabilities, labels = _log_probabilities(logits, labels)
@@ -96,8 +98,9 @@ def expected_calibration_error(
 ) -> float:
     """ECE, the mean gap between confidence and accuracy; arguments as for `reliability`.
 
-    >>> round(expected_calibration_error(np.log([[0.8, 0.2]]), [0]), 4)
-    0.2
+    Example:
+      >>> round(expected_calibration_error(np.log([[0.8, 0.2]]), [0]), 4)
+      0.2
     """
     return reliability(logits, labels, bins=bins, adaptive=adaptive).expected_calibration_error
 
@@ -110,10 +113,11 @@ def negative_log_likelihood(logits: ArrayLike, labels: ArrayLike) -> float:
       labels: [n].
 
     Raises:
-      ValueError: as `reliability`.
+      ValueError: As `reliability`.
 
-    >>> round(negative_log_likelihood(np.log([[0.75, 0.25]]), [1]), 4)  # log 4
-    1.3863
+    Example:
+      >>> round(negative_log_likelihood(np.log([[0.75, 0.25]]), [1]), 4)  # log 4
+      1.3863
     """
     log_probabilities, labels = _log_probabilities(logits, labels)
     return float(-np.mean(log_probabilities[np.arange(len(labels)), labels]))

@@ -36,8 +36,9 @@ _TABLE: dict[str, tuple[Corruption, tuple[float, ...]]] = {}
 def names() -> tuple[str, ...]:
     """Names of all corruptions, sorted.
 
-    >>> names()[:3]
-    ('brightness', 'contrast', 'gaussian_blur')
+    Example:
+      >>> names()[:3]
+      ('brightness', 'contrast', 'gaussian_blur')
     """
     return tuple(sorted(_TABLE))
 
@@ -46,20 +47,21 @@ def create(name: str, severity: int) -> augment.Augmentation:
     """Builds a corruption by name.
 
     Args:
-      name: one of `names()`.
+      name: One of `names()`.
       severity: 1 (weak) to 5 (strong).
 
     Returns:
       (rng, images [B, H, W, ch], positions int [B]) -> images; see the module for units.
 
     Raises:
-      ValueError: unknown name or severity; when called, images of another rank or type, positions
+      ValueError: Unknown name or severity; when called, images of another rank or type, positions
         that do not fit, or (outside jit) floating images outside [0, 1].
 
-    >>> images = jnp.full((2, 8, 8, 1), 128, jnp.uint8)
-    >>> brighter = jax.jit(create("brightness", severity=2))
-    >>> int(brighter(jax.random.key(0), images, jnp.arange(2))[0, 0, 0, 0])  # 128 + 0.1 * 255
-    154
+    Example:
+      >>> images = jnp.full((2, 8, 8, 1), 128, jnp.uint8)
+      >>> brighter = jax.jit(create("brightness", severity=2))
+      >>> int(brighter(jax.random.key(0), images, jnp.arange(2))[0, 0, 0, 0])  # 128 + 0.1 * 255
+      154
     """
     if name not in _TABLE:
         raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")

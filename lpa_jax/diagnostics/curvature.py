@@ -22,8 +22,9 @@ Array = jax.Array
 class Estimate(NamedTuple):
     """A mean over random samples and its standard error, s / sqrt(n) with s over n - 1.
 
-    >>> Estimate.over(np.array([1.0, 3.0]))
-    Estimate(value=np.float64(2.0), standard_error=np.float64(1.0))
+    Example:
+      >>> Estimate.over(np.array([1.0, 3.0]))
+      Estimate(value=np.float64(2.0), standard_error=np.float64(1.0))
     """
 
     value: np.ndarray
@@ -82,10 +83,11 @@ def lanczos(product: Callable[[Array], Array], start: Array, steps: int) -> Trid
       start: [R, N].
       steps: k, at most N.
 
-    >>> spectrum = jnp.array([[1.0, 2.0, 4.0]])
-    >>> tridiagonal = lanczos(lambda v: spectrum * v, jnp.ones((1, 3)), steps=3)
-    >>> tridiagonal.ritz()[0].round(4).tolist()
-    [[1.0, 2.0, 4.0]]
+    Example:
+      >>> spectrum = jnp.array([[1.0, 2.0, 4.0]])
+      >>> tridiagonal = lanczos(lambda v: spectrum * v, jnp.ones((1, 3)), steps=3)
+      >>> tridiagonal.ritz()[0].round(4).tolist()
+      [[1.0, 2.0, 4.0]]
     """
     negligible = 100 * np.finfo(start.dtype).eps
     basis = [tables.unit_rows(start)]
@@ -130,9 +132,9 @@ def top_eigenvalues(
     vector, an eigenvalue of multiplicity m is found once.
 
     Args:
-      objective: from `weight_objective` or `activation_objective`.
-      k: how many, 1 to N.
-      rng: key for the starting vectors.
+      objective: From `weight_objective` or `activation_objective`.
+      k: How many, 1 to N.
+      rng: Key for the starting vectors.
       steps: Lanczos steps, each one Hessian product over all batches; None is min(N, 2 k + 20).
         Memory R N `steps`.
 
@@ -163,9 +165,9 @@ def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
     Unbiased, with variance 2 sum_{i != j} H_ij^2 a probe: exact for a diagonal Hessian.
 
     Args:
-      objective: from `weight_objective` or `activation_objective`.
-      rng: a key.
-      probes: number of random vectors, >= 2; one Hessian product over all batches each.
+      objective: From `weight_objective` or `activation_objective`.
+      rng: A key.
+      probes: Number of random vectors, >= 2; one Hessian product over all batches each.
 
     Returns:
       Estimate of shape [*lead].
@@ -173,7 +175,8 @@ def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
     Raises:
       ValueError: `probes` out of range.
 
-    Source: Hutchinson, Communications in Statistics 18 (1989).
+    References:
+      Hutchinson, Communications in Statistics 18 (1989).
     """
     checks.integer("probes", probes, minimum=2)
     samples = []
@@ -193,18 +196,19 @@ def worst_case_sharpness(
     zero where the gradient vanishes.
 
     Args:
-      objective: from `weight_objective` or `activation_objective`.
-      radius: of the l2 ball, in units of the objective's shift, >= 0.
-      steps: ascent steps, >= 1; one gradient over all batches each.
-      step_size: path length of all steps together, in radii.
+      objective: From `weight_objective` or `activation_objective`.
+      radius: Of the l2 ball, in units of the objective's shift, >= 0.
+      steps: Ascent steps, >= 1; one gradient over all batches each.
+      step_size: Path length of all steps together, in radii.
 
     Returns:
       [*lead], in units of the loss.
 
     Raises:
-      ValueError: a value out of range, or a loss within the ball that is not finite.
+      ValueError: A value out of range, or a loss within the ball that is not finite.
 
-    Source: Foret et al., ICLR 2021 (arXiv 2010.01412), equation 2 for one step.
+    References:
+      Foret et al., ICLR 2021 (arXiv 2010.01412), equation 2 for one step.
     """
     check_range("radius", radius, 0.0)
     checks.integer("steps", steps, minimum=1)
@@ -229,16 +233,16 @@ def average_sharpness(
     averages to nothing, adds no noise.
 
     Args:
-      objective: from `weight_objective` or `activation_objective`.
-      radius: of the l2 sphere, >= 0.
-      rng: a key.
-      samples: number of pairs, >= 2; two forward passes over all batches each.
+      objective: From `weight_objective` or `activation_objective`.
+      radius: Of the l2 sphere, >= 0.
+      rng: A key.
+      samples: Number of pairs, >= 2; two forward passes over all batches each.
 
     Returns:
       Estimate of shape [*lead].
 
     Raises:
-      ValueError: a value out of range, or a loss on the sphere that is not finite.
+      ValueError: A value out of range, or a loss on the sphere that is not finite.
     """
     check_range("radius", radius, 0.0)
     checks.integer("samples", samples, minimum=2)

@@ -40,29 +40,31 @@ def weight_objective(
     Evaluation mode: running statistics are used as they are, dropout is off.
 
     Args:
-      network: a cut network.
-      variables: its parameters and model state.
+      network: A cut network.
+      variables: Its parameters and model state.
       batches: `{"image": [B, ...], "label": [B]}`, with a `"mask"` [B] where padded, preprocessed
         as the network takes them; any collection that can be gone over again and again.
       loss: (logits [B, C], targets [B, C]) -> [B].
-      filter_normalized: measure shifts in units of the filters' norms.
+      filter_normalized: Measure shifts in units of the filters' norms.
 
     Returns:
       An objective of one row, N the number of parameters; results have no leading shape.
 
     Raises:
-      ValueError: an iterator that can be used once only, no example, a label outside 0..C-1, or a
+      ValueError: An iterator that can be used once only, no example, a label outside 0..C-1, or a
         loss that is not finite.
 
-    Source: filters as in Li et al., NeurIPS 2018 (arXiv 1712.09913), section 4; T as in ASAM, Kwon
-    et al., ICML 2021 (arXiv 2102.11600), section 3.
+    Example:
+      >>> from lpa_jax.injection import CutFunctions
+      >>> network = CutFunctions(lambda p, x: x, lambda p, h: h @ p)
+      >>> batch = {"image": jnp.eye(2), "label": jnp.array([0, 1])}
+      >>> objective = weight_objective(network, {"params": jnp.zeros((2, 2))}, [batch])
+      >>> objective.dimension, objective.base.round(4).tolist()
+      (4, [0.6931])
 
-    >>> from lpa_jax.injection import CutFunctions
-    >>> network = CutFunctions(lambda p, x: x, lambda p, h: h @ p)
-    >>> batch = {"image": jnp.eye(2), "label": jnp.array([0, 1])}
-    >>> objective = weight_objective(network, {"params": jnp.zeros((2, 2))}, [batch])
-    >>> objective.dimension, objective.base.round(4).tolist()
-    (4, [0.6931])
+    References:
+      Filters as in Li et al., NeurIPS 2018 (arXiv 1712.09913), section 4; T as in ASAM, Kwon
+      et al., ICML 2021 (arXiv 2102.11600), section 3.
     """
     (logits,) = first_batch_shapes(network, variables, batches, LOGITS)
     flat = jax.eval_shape(lambda params: ravel_pytree(params)[0], variables["params"])
@@ -81,8 +83,9 @@ def weight_objective(
 def filter_norms(weights: Array) -> Array:
     """l2 norms over every axis but the last, [..., F] -> [1, ..., 1, F].
 
-    >>> filter_norms(jnp.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
-    [[5.0, 1.0]]
+    Example:
+      >>> filter_norms(jnp.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
+      [[5.0, 1.0]]
     """
     columns = jnp.moveaxis(weights, -1, 0)
     return jnp.reshape(tables.row_norms(columns), (1,) * (weights.ndim - 1) + (-1,))

@@ -63,30 +63,31 @@ def observe(
     every method and mode, on networks that were trained with it and on networks that were not.
 
     Args:
-      network: a cut network.
-      variables: its parameters and model state, which are left alone.
+      network: A cut network.
+      variables: Its parameters and model state, which are left alone.
       batch: `{"image": [B, ...], "label": [B]}`.
-      perturbations: layer -> perturbation, one layer each.
-      rng: key for dropout and random perturbations.
-      states: layer -> perturbation state, as in `TrainState.perturbation_state`; None starts afresh
+      perturbations: Layer -> perturbation, one layer each.
+      rng: Key for dropout and random perturbations.
+      states: Layer -> perturbation state, as in `TrainState.perturbation_state`; None starts afresh
         (a carried delta is then zero: use `mode="cold"` to measure LPA on a network without one).
       loss: (logits [B, C], targets [B, C]) -> [B].
-      train: training mode (dropout, batch statistics) instead of evaluation mode.
+      train: Training mode (dropout, batch statistics) instead of evaluation mode.
 
     Returns:
       layer -> observation.
 
     Raises:
-      ValueError: unknown layer, or an empty batch.
+      ValueError: Unknown layer, or an empty batch.
 
-    >>> network = injection.CutFunctions(lambda p, x: x, lambda p, h: h @ p)
-    >>> batch = {"image": jnp.ones((2, 3)), "label": jnp.array([0, 1])}
-    >>> from lpa_jax.perturbations import stateless
-    >>> double = stateless("double", lambda site: (2 * site.activation, site.targets))
-    >>> seen = observe(network, {"params": jnp.eye(3)}, batch, {"hidden": double},
-    ...                rng=jax.random.key(0))
-    >>> seen["hidden"].delta.tolist()
-    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    Example:
+      >>> network = injection.CutFunctions(lambda p, x: x, lambda p, h: h @ p)
+      >>> batch = {"image": jnp.ones((2, 3)), "label": jnp.array([0, 1])}
+      >>> from lpa_jax.perturbations import stateless
+      >>> double = stateless("double", lambda site: (2 * site.activation, site.targets))
+      >>> seen = observe(network, {"params": jnp.eye(3)}, batch, {"hidden": double},
+      ...                rng=jax.random.key(0))
+      >>> seen["hidden"].delta.tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     labels, inputs = batch["label"], batch["image"]
     if not jnp.shape(labels)[0]:
@@ -146,13 +147,13 @@ def perturbation_effect(
     mode, as the perturbation acts.
 
     Args:
-      network: a cut network.
-      variables: its parameters and model state, which are left alone.
-      states: layer -> perturbation state, as in `TrainState.perturbation_state`.
+      network: A cut network.
+      variables: Its parameters and model state, which are left alone.
+      states: Layer -> perturbation state, as in `TrainState.perturbation_state`.
       batch: `{"image": [B, ...], "label": [B]}`.
-      perturbations: layer -> perturbation, one layer each.
+      perturbations: Layer -> perturbation, one layer each.
       loss: (logits, targets) -> [B].
-      rng: key for dropout and random perturbations.
+      rng: Key for dropout and random perturbations.
 
     Returns:
       (sum, count) pairs named `layer/loss_change/group`, `layer/norm_ratio/group` and, of methods
@@ -194,7 +195,7 @@ def class_geometry(
     with hbar_c the mean of h_i over the class's members in this batch.
 
     Args:
-      observation: from `observe`, or made by hand from activations and losses before and after.
+      observation: From `observe`, or made by hand from activations and losses before and after.
       labels: y_i, [B].
       num_classes: C.
       mask: 0 for padding, [B]; None counts every example.
@@ -205,14 +206,15 @@ def class_geometry(
       zero (`cosine`) are not counted. `metrics.compute` turns a count of 0 into nan.
 
     Raises:
-      ValueError: activations, losses, labels and mask that do not fit together, or (unless traced)
+      ValueError: Activations, losses, labels and mask that do not fit together, or (unless traced)
         a loss that is not finite.
 
-    >>> h = jnp.array([[3.0, 4.0], [1.0, 0.0]])
-    >>> grown = Observation(h, 2 * h, jnp.zeros(2), jnp.ones(2), None, None)
-    >>> values = metrics.compute(class_geometry(grown, jnp.array([0, 1]), num_classes=3))
-    >>> print(values["norm_ratio"], values["delta_norm"], values["cosine"].round(3))
-    [ 2.  2. nan] [ 5.  1. nan] [ 1.  1. nan]
+    Example:
+      >>> h = jnp.array([[3.0, 4.0], [1.0, 0.0]])
+      >>> grown = Observation(h, 2 * h, jnp.zeros(2), jnp.ones(2), None, None)
+      >>> values = metrics.compute(class_geometry(grown, jnp.array([0, 1]), num_classes=3))
+      >>> print(values["norm_ratio"], values["delta_norm"], values["cosine"].round(3))
+      [ 2.  2. nan] [ 5.  1. nan] [ 1.  1. nan]
     """
     labels = jnp.asarray(labels)
     check_labels(labels, num_classes)
@@ -255,10 +257,10 @@ class Agreement(NamedTuple):
     """How far expansive means positive and contractive means negative, over the moved classes.
 
     Attributes:
-      classes: number of classes whose activation the perturbation moved.
-      loss_and_norm: share of them where loss and norm moved the same way.
-      sign_and_loss: share of the signed classes whose loss moved the way of their sign.
-      sign_and_norm: share of the signed classes whose norm moved the way of their sign.
+      classes: Number of classes whose activation the perturbation moved.
+      loss_and_norm: Share of them where loss and norm moved the same way.
+      sign_and_loss: Share of the signed classes whose loss moved the way of their sign.
+      sign_and_norm: Share of the signed classes whose norm moved the way of their sign.
       correlation: Pearson correlation of loss change and norm ratio over the moved classes, nan
         where one of them is constant.
     """
@@ -277,12 +279,13 @@ def agreement(geometry: Mapping[str, np.ndarray]) -> Agreement:
       geometry: `metrics.compute(class_geometry(...))`: vectors [C] with nan for absent classes.
 
     Raises:
-      ValueError: fewer than two classes were moved, so that nothing can be compared.
+      ValueError: Fewer than two classes were moved, so that nothing can be compared.
 
-    >>> up_and_down = {"norm_ratio": np.array([1.1, 0.9, 0.8]), "sign": np.array([1.0, -1.0, 1.0]),
-    ...                "loss_change": np.array([0.2, -0.1, 0.3]), "delta_norm": np.ones(3)}
-    >>> agreement(up_and_down)[:4]
-    (3, 0.6666666666666666, 1.0, 0.6666666666666666)
+    Example:
+      >>> moved = {"norm_ratio": np.array([1.1, 0.9, 0.8]), "sign": np.array([1.0, -1.0, 1.0]),
+      ...          "loss_change": np.array([0.2, -0.1, 0.3]), "delta_norm": np.ones(3)}
+      >>> agreement(moved)[:4]
+      (3, 0.6666666666666666, 1.0, 0.6666666666666666)
     """
     moved = np.nan_to_num(geometry["delta_norm"]) > 0
     if moved.sum() < 2:

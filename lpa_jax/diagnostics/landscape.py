@@ -26,8 +26,8 @@ def filter_normalized_directions(rng: Array, params: Any, count: int = 2) -> Arr
     filter by a of its norm, so that slices of networks whose weights differ in scale compare.
 
     Args:
-      rng: a key.
-      params: the parameters w.
+      rng: A key.
+      params: The parameters w.
       count: D, number of independent directions, >= 1.
 
     Returns:
@@ -36,12 +36,14 @@ def filter_normalized_directions(rng: Array, params: Any, count: int = 2) -> Arr
     Raises:
       ValueError: `count` out of range.
 
-    Source: Li et al., NeurIPS 2018 (arXiv 1712.09913), section 4.
+    Example:
+      >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.ones(2)}
+      >>> bias, kernel = jnp.split(filter_normalized_directions(jax.random.key(0), params)[0], [2])
+      >>> bias.tolist(), filter_norms(kernel.reshape(2, 2)).round(4).tolist()
+      ([0.0, 0.0], [[5.0, 2.0]])
 
-    >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.ones(2)}
-    >>> bias, kernel = jnp.split(filter_normalized_directions(jax.random.key(0), params)[0], [2])
-    >>> bias.tolist(), filter_norms(kernel.reshape(2, 2)).round(4).tolist()
-    ([0.0, 0.0], [[5.0, 2.0]])
+    References:
+      Li et al., NeurIPS 2018 (arXiv 1712.09913), section 4.
     """
     checks.integer("count", count, minimum=1)
     _, unravel = ravel_pytree(params)
@@ -72,7 +74,7 @@ def loss_slice(
     array says inf or nan.
 
     Args:
-      objective: of one row, from `weight_objective`.
+      objective: Of one row, from `weight_objective`.
       directions: [D, N], from `filter_normalized_directions`, differences of two networks'
         parameters (flattened by `ravel_pytree`), or Hessian eigenvectors.
       coordinates: D sequences of steps; 0 is the network itself.
@@ -81,14 +83,15 @@ def loss_slice(
       [len(coordinates[0]), ..., len(coordinates[D-1])], float64.
 
     Raises:
-      ValueError: an objective with several rows, or directions and coordinates that do not fit it.
+      ValueError: An objective with several rows, or directions and coordinates that do not fit it.
 
-    >>> from lpa_jax.diagnostics.objective import objective_over
-    >>> def bowl(variables, shift, batch):
-    ...     return jnp.sum(shift**2, axis=1), jnp.ones(1)
-    >>> objective = objective_over(bowl, {}, [{}], rows=1, dimension=2, lead=())
-    >>> loss_slice(objective, jnp.eye(2), [(0, 1), (0, 1, 2)]).tolist()
-    [[0.0, 1.0, 4.0], [1.0, 2.0, 5.0]]
+    Example:
+      >>> from lpa_jax.diagnostics.objective import objective_over
+      >>> def bowl(variables, shift, batch):
+      ...     return jnp.sum(shift**2, axis=1), jnp.ones(1)
+      >>> objective = objective_over(bowl, {}, [{}], rows=1, dimension=2, lead=())
+      >>> loss_slice(objective, jnp.eye(2), [(0, 1), (0, 1, 2)]).tolist()
+      [[0.0, 1.0, 4.0], [1.0, 2.0, 5.0]]
     """
     directions = jnp.asarray(directions, objective.dtype)
     if objective.lead != ():

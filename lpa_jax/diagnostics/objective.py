@@ -37,14 +37,14 @@ class Objective(NamedTuple):
     """R independent functions of the rows of a shift [R, N], averaged over batches.
 
     Attributes:
-      value: shift [R, N] -> f_r(shift_r), NumPy float64 [R].
-      gradient: shift [R, N] -> gradients [R, N].
-      hessian_product: vectors [R, N] -> H_r v_r at shift zero, [R, N].
+      value: Shift [R, N] -> f_r(shift_r), NumPy float64 [R].
+      gradient: Shift [R, N] -> gradients [R, N].
+      hessian_product: Vectors [R, N] -> H_r v_r at shift zero, [R, N].
       base: f_r(0), [R], nan for a row without examples.
-      counts: examples behind each row, [R].
+      counts: Examples behind each row, [R].
       dimension: N.
-      dtype: of shifts and gradients.
-      lead: leading shape of results: () for one function, (R,) for a table of them.
+      dtype: Of shifts and gradients.
+      lead: Leading shape of results: () for one function, (R,) for a table of them.
     """
 
     value: Callable[[Array], np.ndarray]
@@ -87,24 +87,25 @@ def objective_over(
       row_losses: (variables, shift [R, N], batch) -> (sums of losses [R], numbers of examples [R]),
         twice differentiable in the shift, hashable (it is a static argument of `jax.jit`, so equal
         ones compile once).
-      variables: handed to `row_losses`.
-      batches: a list or any other collection that can be gone over again and again.
+      variables: Handed to `row_losses`.
+      batches: A list or any other collection that can be gone over again and again.
       rows: R.
       dimension: N.
-      dtype: of the shift, at least float32.
-      lead: leading shape of results, (R,) if None.
+      dtype: Of the shift, at least float32.
+      lead: Leading shape of results, (R,) if None.
       num_classes: C, to check the labels on the host; None does not.
 
     Raises:
-      ValueError: an iterator that can be used once only, no example, a label outside 0..C-1, or a
+      ValueError: An iterator that can be used once only, no example, a label outside 0..C-1, or a
         loss that is not finite.
 
-    >>> def bowl(variables, shift, batch):
-    ...     return jnp.sum(batch["image"]) * jnp.sum(shift**2, axis=1), jnp.ones(1)
-    >>> batches = [{"image": np.ones(3)}, {"image": np.ones(5)}]
-    >>> objective = objective_over(bowl, {}, batches, rows=1, dimension=2, lead=())
-    >>> objective.hessian_product(jnp.array([[1.0, 0.0]])).tolist()  # 2 (3 + 5) / 2
-    [[8.0, 0.0]]
+    Example:
+      >>> def bowl(variables, shift, batch):
+      ...     return jnp.sum(batch["image"]) * jnp.sum(shift**2, axis=1), jnp.ones(1)
+      >>> batches = [{"image": np.ones(3)}, {"image": np.ones(5)}]
+      >>> objective = objective_over(bowl, {}, batches, rows=1, dimension=2, lead=())
+      >>> objective.hessian_product(jnp.array([[1.0, 0.0]])).tolist()  # 2 (3 + 5) / 2
+      [[8.0, 0.0]]
     """
     _check_collection(batches)
 
@@ -159,7 +160,7 @@ def first_batch_shapes(
     """Shapes at `layers` for the first batch.
 
     Raises:
-      ValueError: unknown layer, no example, or an iterator that can be used once only.
+      ValueError: Unknown layer, no example, or an iterator that can be used once only.
     """
     _check_collection(batches)
     batch = next(iter(batches), None)

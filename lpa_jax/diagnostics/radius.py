@@ -54,44 +54,46 @@ def suggest_radius(
     given change takes a far larger radius than it does later.
 
     Args:
-      model: a staged model or a `Network`; `state.network` of a `TrainState`.
+      model: A staged model or a `Network`; `state.network` of a `TrainState`.
       variables: `{"params": ..., ...}`, left alone; `state.variables` of a `TrainState`.
       batch: `{"image": [B, ...], "label": [B] integers}`, all of which counts; the more examples,
         the less the answer depends on them.
-      layer: injection point.
-      target: change wanted, in nats, > 0.
+      layer: Injection point.
+      target: Change wanted, in nats, > 0.
       group: `"positive"` (s_c = +1) or `"negative"` (s_c = -1), whose change cannot exceed its
         loss.
-      method: factory of a perturbation that states signs: (radius, **options) -> Perturbation, such
+      method: Factory of a perturbation that states signs: (radius, **options) -> Perturbation, such
         as `lpa` or `lpl`. The radius that it is given is traced.
       loss: (logits [B, C], targets [B, C]) -> [B].
-      rng: key for dropout; `jax.random.key(0)` if None.
-      low: smallest radius that is looked at.
-      high: largest radius that is looked at.
-      tolerance: the change at the answer is within this share of the target.
-      **options: of `method`, for example `assignment=lpa_jax.by_frequency(counts)`, `steps`,
+      rng: Key for dropout; `jax.random.key(0)` if None.
+      low: Smallest radius that is looked at.
+      high: Largest radius that is looked at.
+      tolerance: The change at the answer is within this share of the target.
+      **options: Of `method`, for example `assignment=lpa_jax.by_frequency(counts)`, `steps`,
         `geometry`. `mode` must be `"cold"`, the default: the others start from a carried delta.
 
     Returns:
       The radius, to be given to `method` with the same options.
 
     Raises:
-      ValueError: an argument out of range; unknown layer; no class of the group in the batch; a
+      ValueError: An argument out of range; unknown layer; no class of the group in the batch; a
         loss that is not finite; a change above the target at `low`, below it up to `high`, or one
         that jumps over it.
 
-    Source: this library's; the papers tune the radius.
+    Example:
+      >>> model = injection.CutFunctions(lambda p, x: x, lambda p, h: h @ p)  # logits = hidden
+      >>> batch = {"image": jnp.eye(3), "label": jnp.arange(3)}
+      >>> def linear_loss(logits, targets):  # of the true class alone: changes by the radius itself
+      ...     return -jnp.sum(logits * targets, axis=-1)
+      >>> from lpa_jax import all_positive
+      >>> suggestion = suggest_radius(
+      ...     model, {"params": jnp.eye(3)}, batch, "hidden", target=0.5, tolerance=0.01,
+      ...     loss=linear_loss, assignment=all_positive(), geometry="free", scale="absolute")
+      >>> abs(suggestion - 0.5) < 0.005
+      True
 
-    >>> model = injection.CutFunctions(lambda p, x: x, lambda p, h: h @ p)  # logits = hidden
-    >>> batch = {"image": jnp.eye(3), "label": jnp.arange(3)}
-    >>> def linear_loss(logits, targets):  # of the true class alone: changes by the radius itself
-    ...     return -jnp.sum(logits * targets, axis=-1)
-    >>> from lpa_jax import all_positive
-    >>> suggestion = suggest_radius(
-    ...     model, {"params": jnp.eye(3)}, batch, "hidden", target=0.5, tolerance=0.01,
-    ...     loss=linear_loss, assignment=all_positive(), geometry="free", scale="absolute")
-    >>> abs(suggestion - 0.5) < 0.005
-    True
+    References:
+      This library's; the papers tune the radius.
     """
     network = injection.as_network(model)
     _check_arguments(target, group, low, high, tolerance, options)

@@ -19,20 +19,22 @@ def linear_cka(x: ArrayLike, y: ArrayLike, *, debiased: bool = False) -> float:
     negative.
 
     Args:
-      x: activations [n, ...], flattened to [n, p].
-      y: activations [n, ...] of the same examples in the same order.
-      debiased: use the unbiased estimator; needs n >= 4.
+      x: Activations [n, ...], flattened to [n, p].
+      y: Activations [n, ...] of the same examples in the same order.
+      debiased: Use the unbiased estimator; needs n >= 4.
 
     Raises:
-      ValueError: numbers of examples that differ or are too small, values that are not finite, or
+      ValueError: Numbers of examples that differ or are too small, values that are not finite, or
         a representation in which all examples are the same.
 
-    Source: Kornblith et al., ICML 2019 (arXiv 1905.00414), section 3; unbiased HSIC of Song et al.,
-    JMLR 13 (2012), as used for CKA by Nguyen et al., ICLR 2021 (arXiv 2010.15327).
+    Example:
+      >>> x = np.array([[1.0, 2.0], [3.0, 5.0], [4.0, 1.0]])
+      >>> round(linear_cka(x, 7 - 2 * x[:, ::-1]), 4)
+      1.0
 
-    >>> x = np.array([[1.0, 2.0], [3.0, 5.0], [4.0, 1.0]])
-    >>> round(linear_cka(x, 7 - 2 * x[:, ::-1]), 4)
-    1.0
+    References:
+      Kornblith et al., ICML 2019 (arXiv 1905.00414), section 3; unbiased HSIC of Song et al.,
+      JMLR 13 (2012), as used for CKA by Nguyen et al., ICLR 2021 (arXiv 2010.15327).
     """
     x, y = _features("x", x), _features("y", y)
     least = 4 if debiased else 2
@@ -54,14 +56,15 @@ def prediction_agreement(a: ArrayLike, b: ArrayLike) -> float:
     Two good networks agree for lack of errors alone; `error_consistency` corrects for that.
 
     Args:
-      a: logits [n, C] of one network.
-      b: logits [n, C] of the other on the same examples.
+      a: Logits [n, C] of one network.
+      b: Logits [n, C] of the other on the same examples.
 
     Raises:
-      ValueError: shapes that differ, no example, or logits that are not finite.
+      ValueError: Shapes that differ, no example, or logits that are not finite.
 
-    >>> prediction_agreement([[2.0, 1.0], [0.0, 1.0]], [[5.0, 1.0], [1.0, 0.0]])
-    0.5
+    Example:
+      >>> prediction_agreement([[2.0, 1.0], [0.0, 1.0]], [[5.0, 1.0], [1.0, 0.0]])
+      0.5
     """
     return float(np.mean(_predictions("a", a, b) == _predictions("b", b, a)))
 
@@ -75,21 +78,23 @@ def error_consistency(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> float:
     equal errors, 0 independent ones.
 
     Args:
-      a: logits [n, C] of one network.
-      b: logits [n, C] of the other on the same examples.
-      labels: classes [n].
+      a: Logits [n, C] of one network.
+      b: Logits [n, C] of the other on the same examples.
+      labels: Classes [n].
 
     Returns:
       kappa; nan where both networks are always right or always wrong, and chance explains all.
 
     Raises:
-      ValueError: shapes that do not fit, no example, or logits that are not finite.
+      ValueError: Shapes that do not fit, no example, or logits that are not finite.
 
-    Source: Geirhos et al., NeurIPS 2020 (arXiv 2006.16736).
+    Example:
+      >>> right, wrong = [1.0, 0.0], [0.0, 1.0]
+      >>> error_consistency([right, wrong], [right, wrong], [0, 0])
+      1.0
 
-    >>> right, wrong = [1.0, 0.0], [0.0, 1.0]
-    >>> error_consistency([right, wrong], [right, wrong], [0, 0])
-    1.0
+    References:
+      Geirhos et al., NeurIPS 2020 (arXiv 2006.16736).
     """
     labels = np.asarray(labels)
     right_a, right_b = _predictions("a", a, b) == labels, _predictions("b", b, a) == labels

@@ -23,13 +23,16 @@ class SpectralQuadrature(NamedTuple):
     vectors p = 1..n. Exact in expectation for polynomials g up to degree 2 steps - 1.
 
     Attributes:
-      nodes: theta, [*lead, n, steps]; nan beyond the end of a Krylov space.
+      nodes: Theta, [*lead, n, steps]; nan beyond the end of a Krylov space.
       weights: w, [*lead, n, steps]; they sum to 1 for every probe, and are 0 at nodes of nan.
 
-    >>> found = SpectralQuadrature(np.array([[0.0, 4.0], [1.0, np.nan]]),
-    ...                            np.array([[0.5, 0.5], [1.0, 0.0]]))
-    >>> found.mean(np.square).value.item(), found.density([1.0], width=0.01).value.round(2).tolist()
-    (4.5, [19.95])
+    Example:
+      >>> found = SpectralQuadrature(np.array([[0.0, 4.0], [1.0, np.nan]]),
+      ...                            np.array([[0.5, 0.5], [1.0, 0.0]]))
+      >>> found.mean(np.square).value.item()
+      4.5
+      >>> found.density([1.0], width=0.01).value.round(2).tolist()
+      [19.95]
     """
 
     nodes: np.ndarray
@@ -44,13 +47,13 @@ class SpectralQuadrature(NamedTuple):
 
         Args:
           grid: t, [G].
-          width: standard deviation of the Gaussians, in units of the nodes, > 0.
+          width: Standard deviation of the Gaussians, in units of the nodes, > 0.
 
         Returns:
           Density and standard error over probes, [*lead, G].
 
         Raises:
-          ValueError: a width out of range.
+          ValueError: A width out of range.
         """
         check_range("width", width, np.finfo(float).tiny)
         grid = np.asarray(grid, np.float64)
@@ -71,17 +74,18 @@ def spectral_quadrature(
     """Lanczos from random sign vectors.
 
     Args:
-      objective: from `weight_objective` or `activation_objective`.
-      rng: a key.
+      objective: From `weight_objective` or `activation_objective`.
+      rng: A key.
       probes: n, >= 2.
       steps: Lanczos steps a probe, each one Hessian product over all batches, >= 1; at most N are
         made. Memory R N `steps`.
 
     Raises:
-      ValueError: a value out of range.
+      ValueError: A value out of range.
 
-    Source: Golub and Meurant, Matrices, Moments and Quadrature (1994); for Hessians Ghorbani et
-    al., ICML 2019 (arXiv 1901.10159).
+    References:
+      Golub and Meurant, Matrices, Moments and Quadrature (1994); for Hessians Ghorbani et
+      al., ICML 2019 (arXiv 1901.10159).
     """
     checks.integer("probes", probes, minimum=2)
     steps = min(checks.integer("steps", steps, minimum=1), objective.dimension)
@@ -97,10 +101,10 @@ class SpectralDensity(NamedTuple):
     """Density of the Hessian's eigenvalues, smoothed by Gaussians.
 
     Attributes:
-      grid: eigenvalues t, [G].
+      grid: Eigenvalues t, [G].
       density: phi(t), [*lead, G]; integrates to 1.
-      standard_error: of the density over probes, [*lead, G].
-      quadrature: what it was made of.
+      standard_error: Of the density over probes, [*lead, G].
+      quadrature: What it was made of.
     """
 
     grid: np.ndarray
@@ -121,15 +125,15 @@ def spectral_density(
     """`spectral_quadrature`, smoothed on a grid that holds all of it.
 
     Args:
-      objective: from `weight_objective` or `activation_objective`.
-      rng: a key.
+      objective: From `weight_objective` or `activation_objective`.
+      rng: A key.
       probes: n, >= 2.
       steps: Lanczos steps a probe, >= 1; at most N are made.
       points: G, >= 2, evenly over the Ritz values and five widths on both sides.
-      width: of the Gaussians, in units of the eigenvalues; None is 1% of the range of Ritz values.
+      width: Of the Gaussians, in units of the eigenvalues; None is 1% of the range of Ritz values.
 
     Raises:
-      ValueError: a value out of range.
+      ValueError: A value out of range.
     """
     checks.integer("points", points, minimum=2)
     quadrature = spectral_quadrature(objective, rng=rng, probes=probes, steps=steps)

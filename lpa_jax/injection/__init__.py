@@ -17,6 +17,7 @@ from lpa_jax.injection.base import (
 from lpa_jax.injection.functions import CutFunctions
 from lpa_jax.injection.linen_module import submodule_paths
 from lpa_jax.injection.nnx_module import nnx_submodule_paths
+from lpa_jax.injection.staged import StagedNetwork
 
 __all__ = [
     "INPUT",
@@ -24,6 +25,7 @@ __all__ = [
     "CutFunctions",
     "Network",
     "Pass",
+    "StagedNetwork",
     "Tap",
     "Variables",
     "accumulate",

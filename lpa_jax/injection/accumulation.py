@@ -1,9 +1,9 @@
 """Gradient accumulation: a large batch in the memory of a small one, with exact class statistics.
 
-`accumulate` turns a network into one that runs its training passes micro-batch by micro-batch. The
-step around it does not change and sees the whole batch at every injection point: class means, class
-gradients, radii and confidences are those of the whole accumulated batch, and so are the pairs of
-Manifold Mixup and the penalties. Only what happens inside the network is confined to a micro-batch.
+`accumulate` makes a network that runs its training passes micro-batch by micro-batch. The step
+around it does not change and sees the whole batch at every injection point: class means, class
+gradients, radii, confidences, the pairs of Manifold Mixup and the penalties are those of the whole
+batch. Only batch normalisation and dropout inside the network work per micro-batch.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class Accumulated:
     """A network whose training passes run micro-batch by micro-batch; made by `accumulate`.
 
     Attributes:
-      network: the network that runs.
-      micro_batches: k, the number of parts that a device's share of the batch is cut into.
+      network: The network that runs.
+      micro_batches: k, the number of parts of a device's share of the batch.
     """
 
     network: Network
@@ -45,7 +45,7 @@ class Accumulated:
         See `Network.run`. The key of part j is `fold_in(rng, j)`, as that of device j is.
 
         Raises:
-          ValueError: the batch does not divide into `micro_batches` equal parts.
+          ValueError: The batch does not divide into `micro_batches` equal parts.
         """
         if not given.train or stop in pinned:
             return self.network.run(given, pinned, stop)
@@ -55,7 +55,7 @@ class Accumulated:
             rng = None if given.rng is None else jax.random.fold_in(given.rng, number)
             return None, self.network.run(given._replace(inputs=inputs, rng=rng), pinned, stop)
 
-        # Only the result of a part is kept: its gradient runs the part once more.
+        # Only the result of a part is kept: its gradient runs the part again.
         _, (activations, states) = jax.lax.scan(
             jax.checkpoint(run_part, prevent_cse=False),
             None,
@@ -81,32 +81,33 @@ class Accumulated:
 def accumulate(model: Any, micro_batches: int) -> Network:
     r"""The same network, with the activations of one micro-batch in memory at a time.
 
-    The batch is cut into k = `micro_batches` equal parts. Between two injection points (and the
-    ends of the network) one part after the other passes, and its activations are forgotten; the
-    backward pass computes them once more, part by part, and adds the parameters' gradients up.
+    The batch is cut into k = `micro_batches` equal parts. Between two perturbed layers (and the
+    ends of the network) the parts run one after the other, and their activations are not kept; the
+    backward pass computes them again, part by part, and sums the gradients of the parameters.
 
     Formal guarantees, for a network without batch normalisation and dropout: `lpa_step` gives the
     result of the whole batch at once, up to the order of summation, for every perturbation and
     penalty: the statistics of a class are those of all its examples in the global batch. Otherwise
     k parts on one device give what k devices with local statistics give: batch normalisation
-    normalises by part, running statistics are the mean over the parts' updates of the same old
-    ones, once a step; dropout draws a mask a part.
+    normalises within a part; every part updates the same old running statistics, and the mean of
+    the updates is kept, once per step; dropout draws one mask per part.
 
-    Cost: one forward pass more for every backward pass, so about 4/3 of an ERM step's arithmetic.
-    Memory: activations of one part, and for the whole batch those at the input, at the perturbed
+    Cost: one more forward pass for every backward pass, so about 4/3 of an ERM step's arithmetic.
+    Memory: the activations of one part, and of the whole batch those at the input, at the perturbed
     layers and at the logits.
 
     Args:
-      model: a staged model or a cut network, as for `TrainState.create`, which takes the result.
+      model: A staged model or a cut network, as for `TrainState.create`, which takes the result.
       micro_batches: k >= 1; 1 changes nothing.
 
     Raises:
       ValueError: `micro_batches` is not a whole number >= 1; when traced, the share of a device
         is not a multiple of it.
 
-    >>> from lpa_jax.models import MLP
-    >>> accumulate(MLP(num_classes=3), 4).layers
-    ('input', 'hidden1', 'hidden2', 'hidden3', 'logits')
+    Example:
+      >>> from lpa_jax.models import MLP
+      >>> accumulate(MLP(num_classes=3), 4).layers
+      ('input', 'hidden1', 'hidden2', 'hidden3', 'logits')
     """
     if not isinstance(micro_batches, numbers.Integral) or micro_batches < 1:
         raise ValueError(f"micro_batches must be a whole number >= 1, got {micro_batches!r}")
@@ -115,7 +116,7 @@ def accumulate(model: Any, micro_batches: int) -> Network:
 
 
 def _mean_update(old: Array, new: Array) -> Array:
-    """Mean over the parts [k, ...] of what they made of `old`; counters are equal in all parts."""
+    """Mean over the parts' updates [k, ...] of `old`; counters are equal in all parts."""
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return new[0]
     return old + jnp.mean(new - old[None], axis=0)

@@ -16,31 +16,32 @@ from lpa_jax.injection.staged import StagedNetwork
 def inject(module: nn.Module | nnx.Module, *paths: str, **options: Any) -> Network:
     """Cuts an existing Linen or NNX module at named submodules, without editing it.
 
-    The output of each named submodule becomes an injection point. Running statistics and random
-    streams of the module keep working; statistics are updated once per training pass.
+    The output of each named submodule becomes an injection point. The module's running statistics
+    and random streams keep working; statistics are updated once per training pass.
 
     Args:
-      module: takes a batch of inputs, returns logits.
-      *paths: paths of submodules in the order of the pass, parts separated by `/`, for example
+      module: Takes a batch of inputs, returns logits.
+      *paths: Paths of submodules in the order of the pass, parts separated by `/`, for example
         `"encoder/block_2"`. `submodule_paths` (Linen) and `nnx_submodule_paths` list them.
-      **options: for Linen: `train_argument`, the keyword that switches training mode (found by
-        itself if it is one of train, training, is_training, deterministic, use_running_average),
+      **options: For Linen: `train_argument`, the keyword that switches training mode (found
+        automatically if it is train, training, is_training, deterministic or use_running_average),
         and further keyword arguments of the module's `__call__`.
 
     Returns:
       A `Network` with layers ("input", *paths, "logits").
 
     Raises:
-      ValueError: no path, a path named twice or called `input` or `logits`, or (NNX) an unknown
-        path. A Linen path that is never called, called twice in a pass or returns anything but
-        one array is refused when the module first runs.
+      ValueError: No path, a path that is named twice or called `input` or `logits`, or (NNX) an
+        unknown path. A Linen path that is not called, is called twice in a pass or returns anything
+        but one array is refused when the module first runs.
 
-    >>> class Net(nn.Module):
-    ...     @nn.compact
-    ...     def __call__(self, x):
-    ...         return nn.Dense(3, name="head")(nn.relu(nn.Dense(8, name="body")(x)))
-    >>> inject(Net(), "body").layers
-    ('input', 'body', 'logits')
+    Example:
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         return nn.Dense(3, name="head")(nn.relu(nn.Dense(8, name="body")(x)))
+      >>> inject(Net(), "body").layers
+      ('input', 'body', 'logits')
     """
     if not paths:
         raise ValueError("paths must name at least one submodule, got none")
@@ -60,7 +61,7 @@ def as_network(model: Any) -> Network:
     """The `Network` of a model: itself if it is one, a cut of a staged Linen model otherwise.
 
     Raises:
-      ValueError: neither.
+      ValueError: The model is neither.
     """
     if isinstance(model, Network):
         return model
@@ -86,18 +87,18 @@ def encode(
     """The activation h = encode_l(x) at an injection point.
 
     Args:
-      model: a staged model or a `Network`.
+      model: A staged model or a `Network`.
       variables: `{"params": ..., ...}`, as from `init`.
       inputs: x, [B, ...].
-      layer: the injection point l.
-      train: training mode; new running statistics are dropped.
-      rng: key for dropout in training mode.
+      layer: The injection point l.
+      train: Training mode; new running statistics are dropped.
+      rng: Key for dropout in training mode.
 
     Returns:
       [B, *S].
 
     Raises:
-      ValueError: unknown `layer`.
+      ValueError: Unknown `layer`.
     """
     network = as_network(model)
     return network.run(Pass(variables, inputs, train, rng), {}, layer)[0]
@@ -116,20 +117,20 @@ def decode(
     """The logits z = decode_l(h) above an injection point; arguments as for `encode`.
 
     Args:
-      model: a staged model or a `Network`.
+      model: A staged model or a `Network`.
       variables: `{"params": ..., ...}`.
       activation: h, [B, *S].
-      layer: the injection point l.
-      inputs: x; needed where the network was cut by `inject`, which runs the module from its input
+      layer: The injection point l.
+      inputs: x; needed if the network was cut by `inject`, which runs the module from its input
         (under jit XLA drops what the result does not depend on).
-      train: training mode; new running statistics are dropped.
-      rng: key for dropout in training mode.
+      train: Training mode; new running statistics are dropped.
+      rng: Key for dropout in training mode.
 
     Returns:
       [B, C].
 
     Raises:
-      ValueError: unknown `layer`, or `inputs` missing where they are needed.
+      ValueError: Unknown `layer`, or `inputs` are missing but needed.
     """
     network = as_network(model)
     check_layer(network.layers, layer)

@@ -1,10 +1,10 @@
-"""Where a perturbation is injected: a network as a chain of named layers that can be cut at each.
+"""A network as a chain of named layers that can be cut at each.
 
     x = input -> h_1 -> h_2 -> ... -> logits
 
-Three kinds of network reach the same interface: staged models, made to be cut (`staged.py`); any
-existing Linen or NNX module, cut by exchanging the output of one of its submodules
-(`linen_module.py`, `nnx_module.py`); and a pair of plain functions (`functions.py`).
+Three kinds of network have this interface: staged models, which are made to be cut (`staged.py`);
+any Linen or NNX module, cut by replacing the output of one of its submodules (`linen_module.py`,
+`nnx_module.py`); and a pair of plain functions (`functions.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ LOGITS = "logits"
 
 
 class Pass(NamedTuple):
-    """What a pass through a network is given.
+    """The inputs of a pass through a network.
 
     Attributes:
-      variables: parameters and model state.
-      inputs: the network's input, [B, ...].
-      train: training mode (batch statistics, dropout) or evaluation mode.
-      rng: key for dropout in training mode. The same key gives the same masks, whatever is pinned
+      variables: Parameters and model state.
+      inputs: The network's input, [B, ...].
+      train: Training mode (batch statistics, dropout) or evaluation mode.
+      rng: Key for dropout in training mode. The same key gives the same masks, whatever is pinned
         and wherever the pass stops.
     """
 
@@ -59,9 +59,9 @@ class Network(Protocol):
         """Computes the activation at `stop`, with the activations at earlier layers replaced.
 
         Args:
-          given: variables, inputs, mode and key.
-          pinned: activations that replace the network's own at layers up to `stop`.
-          stop: the layer to run to.
+          given: Variables, inputs, mode and key.
+          pinned: Activations that replace the network's own at layers up to `stop`.
+          stop: The layer to run to.
 
         Returns:
           The activation at `stop`, and the model state (everything but `"params"`), where the
@@ -78,8 +78,8 @@ class Network(Protocol):
         that the taps below have led to.
 
         Args:
-          given: variables, inputs, mode and key.
-          taps: layer -> function from its activation to the one that takes its place.
+          given: Variables, inputs, mode and key.
+          taps: Layer -> function from its activation to the one that replaces it.
 
         Returns:
           The logits and the new model state.
@@ -105,11 +105,11 @@ def last_pinned(layers: Sequence[str], pinned: Mapping[str, Array], stop: str) -
 
 
 class SubmoduleOutputs:
-    """Records the outputs of named submodules during one pass and exchanges the tapped ones.
+    """Records the outputs of named submodules during one pass and replaces the tapped ones.
 
     Attributes:
-      seen: the submodules' own outputs so far.
-      tapping: whether a tap runs just now; it may pass through the same module on its own account.
+      seen: The submodules' own outputs so far.
+      tapping: Whether a tap is running: its own passes through the module are not recorded.
     """
 
     def __init__(self, paths: Sequence[str], taps: Mapping[str, Callable[[Array], Array]]):
@@ -120,10 +120,10 @@ class SubmoduleOutputs:
         self._trace = tracers.current_trace()
 
     def exchange(self, path: str, output: Any) -> Array:
-        """The output that takes the place of `output`, which submodule `path` has returned.
+        """What replaces `output`, which submodule `path` has returned.
 
         Raises:
-          ValueError: the output cannot be an injection point.
+          ValueError: The output cannot be an injection point.
         """
         if path in self.seen:
             raise ValueError(
@@ -168,15 +168,15 @@ def run_perturbed(
     reaches the parameters through it.
 
     Args:
-      network: a cut network.
-      given: variables, inputs, mode and key.
-      taps: layer -> tap.
+      network: A cut network.
+      given: Variables, inputs, mode and key.
+      taps: Layer -> tap.
 
     Returns:
       The logits and the new model state.
 
     Raises:
-      ValueError: an unknown layer.
+      ValueError: An unknown layer.
     """
     for layer in taps:
         check_layer(network.layers, layer)
@@ -216,14 +216,14 @@ def run_by_segments(
 
 
 def untapped(activation: Array) -> Array:
-    """The tap that changes nothing."""
+    """A tap that changes nothing."""
     return activation
 
 
 def activation_shapes(
     network: Network, variables: Variables, inputs: Any, layers: Sequence[str]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the activations at `layers` for a batch like `inputs`, without computing them."""
+    """Layer -> shape of its activation for a batch like `inputs`, without computing it."""
     for layer in layers:
         check_layer(network.layers, layer)
     return {

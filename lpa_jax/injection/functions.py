@@ -24,8 +24,8 @@ class CutFunctions:
     Attributes:
       encode: (params, inputs) -> activation.
       decode: (params, activation) -> logits.
-      layer: name of the injection point between them.
-      init_params: (rng, inputs) -> params, or None where the caller brings the parameters.
+      layer: Name of the injection point between them.
+      init_params: (rng, inputs) -> params, or None if the caller has the parameters.
 
     Raises:
       ValueError: `layer` is `input` or `logits`.
@@ -37,7 +37,7 @@ class CutFunctions:
     init_params: Callable[[Array, Array], Any] | None = None
 
     def __post_init__(self):
-        """Refuses a name that the two ends of the chain have already."""
+        """Refuses the names of the two ends of the chain."""
         if self.layer in (INPUT, LOGITS):
             raise ValueError(f"layer must not be input or logits, got {self.layer!r}")
 
@@ -50,7 +50,7 @@ class CutFunctions:
         """Initial variables; see `Network.init`.
 
         Raises:
-          ValueError: there is no `init_params`.
+          ValueError: There is no `init_params`.
         """
         if self.init_params is None:
             raise ValueError("init_params is needed to initialise a network cut from functions")

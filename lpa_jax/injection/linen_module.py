@@ -10,8 +10,7 @@ import jax
 from lpa_jax.injection.base import Array, Pass, SubmoduleOutputs, Variables, model_state
 from lpa_jax.injection.submodules import InjectedModule
 
-# How modules in the wild name the switch between training and evaluation, and its value in
-# training.
+# Names that modules use for the switch between training and evaluation, and the value in training.
 TRAIN_ARGUMENTS = {
     "train": True,
     "training": True,
@@ -25,17 +24,17 @@ TRAIN_ARGUMENTS = {
 class InjectedLinen(InjectedModule):
     """A Linen module cut at the outputs of some of its submodules.
 
-    The training pass runs the module once, taps being called in the middle of it. Decoding runs
-    the whole module with a submodule's output exchanged; what lies below then reaches no result,
-    and under jit XLA drops it. (Running the module once for the activation and once for the rest
-    would not do: both passes need the batch statistics below, and XLA, which simplifies the one
-    that has a backward pass differently, does not merge them.)
+    The training pass runs the module once and calls the taps inside it. Decoding runs the whole
+    module with a submodule's output replaced; the result then does not depend on the layers below,
+    and under jit XLA drops them. (One pass for the activation and another one for the rest would
+    cost more: both need the batch statistics below, and XLA does not merge them, because it
+    simplifies the one with a backward pass differently.)
 
     Attributes:
-      module: the module, unchanged. Its `__call__` takes the input and returns logits.
-      paths: paths of the submodules, in the order of the pass, `/`-separated.
-      train_argument: keyword of `__call__` that switches training mode, or None if it has none.
-      arguments: further keyword arguments of `__call__`, as (name, value) pairs.
+      module: The module, unchanged. Its `__call__` takes the input and returns logits.
+      paths: Paths of the submodules, in the order of the pass, `/`-separated.
+      train_argument: Keyword of `__call__` that switches training mode, or None if it has none.
+      arguments: Further keyword arguments of `__call__`, as (name, value) pairs.
     """
 
     module: nn.Module
@@ -56,7 +55,7 @@ class InjectedLinen(InjectedModule):
         return self.module.init(rngs, inputs, **self._keywords(train=False))
 
     def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
-        """Runs the module with `outputs` listening: logits and new model state."""
+        """Runs the module, its outputs passing through `outputs`: logits and new model state."""
         state = model_state(given.variables)
 
         def intercept(next_function, args, kwargs, context):
@@ -66,7 +65,7 @@ class InjectedLinen(InjectedModule):
             return outputs.exchange(path, output) if is_cut and not outputs.tapping else output
 
         mutable = list(state) if given.train and state else False
-        # Linen falls back on "params" for the streams that have no key of their own.
+        # Linen uses "params" for streams without a key of their own.
         rngs = None if given.rng is None else {"dropout": given.rng, "params": given.rng}
         with nn.intercept_methods(intercept):
             result = self.module.apply(

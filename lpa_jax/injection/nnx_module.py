@@ -17,14 +17,14 @@ from lpa_jax.injection.submodules import InjectedModule
 class InjectedNNX(InjectedModule):
     """An NNX module cut at the outputs of some of its submodules; see `InjectedLinen`.
 
-    The module given is left as it is: every pass works on a copy merged from its graph. Random
-    streams are re-keyed from the pass's own key, so that equal keys give equal dropout masks.
+    The module itself does not change: every pass runs a copy, merged from its graph. Random streams
+    get new keys from the key of the pass, so that equal keys give equal dropout masks.
 
     Attributes:
-      graphs: the module's graph in training and in evaluation mode.
-      variables: its parameters and state at the time of the cut.
-      random_state: its random streams at the time of the cut.
-      paths: paths of the submodules, in the order of the pass, `/`-separated.
+      graphs: The module's graph in training and in evaluation mode.
+      variables: Its parameters and state at the time of the cut.
+      random_state: Its random streams at the time of the cut.
+      paths: Paths of the submodules, in the order of the pass, `/`-separated.
     """
 
     graphs: Mapping[bool, nnx.GraphDef]
@@ -33,17 +33,17 @@ class InjectedNNX(InjectedModule):
     paths: tuple[str, ...]
 
     def init(self, rng: Array, inputs: Array) -> Variables:
-        """The variables that the module held when it was cut: NNX modules initialise themselves."""
+        """The module's variables at the time of the cut: NNX modules initialise themselves."""
         del rng, inputs
-        # Copies, because a step that donates its state would take the module's own arrays with it.
+        # Copies: a step that donates its state would delete the module's own arrays.
         return jax.tree.map(jnp.copy, dict(self.variables))
 
     def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
-        """Runs a copy of the module with `outputs` listening: logits and new model state."""
+        """Runs a copy of the module, its outputs passing through `outputs`."""
         state, random_state = model_state(given.variables), self.random_state
         if given.rng is not None:
             random_state = _rekeyed(random_state, given.rng)
-        # Copies, because NNX refuses to write to variables made outside of the current trace.
+        # Copies: NNX refuses to write to variables from outside the current trace.
         graph, params = self.graphs[given.train], given.variables["params"]
         module = nnx.merge(graph, params, random_state, state["nnx"], copy=True)
         for path in self.paths:
@@ -75,7 +75,7 @@ def _is_model_state(path: Any, value: Any) -> bool:
 
 
 def _rekeyed(random_state: nnx.State, rng: Array) -> nnx.State:
-    """Every stream's key folded from `rng` by its position, every count back at zero."""
+    """The streams with keys folded from `rng` by position, and counts of zero."""
 
     def renew(position, leaf):
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -112,7 +112,7 @@ def nnx_submodule_paths(module: nnx.Module) -> tuple[str, ...]:
 
 
 def _exchange_output(module: nnx.Module, record: Callable[[Any], Array]) -> None:
-    """Makes this instance (of a private copy) hand its output to `record`."""
+    """Makes this instance (of a private copy) pass its output to `record`."""
     module.__class__ = _recording_class(type(module))
     object.__setattr__(module, "_record_output", record)
 

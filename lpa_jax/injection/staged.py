@@ -20,10 +20,10 @@ from lpa_jax.injection.base import (
 
 @dataclasses.dataclass(frozen=True)
 class StagedNetwork:
-    """A staged Linen model as a `Network`: every segment runs on its own, nothing is recomputed.
+    """A staged Linen model as a `Network`: every segment runs once, nothing is recomputed.
 
     Attributes:
-      model: a Linen module with `layers` and
+      model: A Linen module with `layers` and
         `__call__(x, *, train, start, stop)`, see `lpa_jax.models.StagedModel`.
     """
 
@@ -37,7 +37,7 @@ class StagedNetwork:
     def init(self, rng: Array, inputs: Array) -> Variables:
         """Initial variables; see `Network.init`."""
         params_rng, dropout_rng = jax.random.split(rng)
-        # One compilation instead of one for every initialiser.
+        # Under jit there is one compilation, not one for every initialiser.
         init = jax.jit(self.model.init, static_argnames="train")
         return init({"params": params_rng, "dropout": dropout_rng}, inputs, train=False)
 

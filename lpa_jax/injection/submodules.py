@@ -1,4 +1,4 @@
-"""What Linen and NNX modules cut at submodules share: everything but running the module."""
+"""The base class of Linen and NNX modules that are cut at submodules."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ from lpa_jax.injection.base import (
 
 
 class InjectedModule:
-    """A module cut at the outputs of its submodules `paths`; a subclass says how one pass runs."""
+    """A module cut at the outputs of its submodules `paths`; a subclass runs a pass."""
 
     paths: tuple[str, ...]
 
@@ -27,7 +27,7 @@ class InjectedModule:
         return (INPUT, *self.paths, LOGITS)
 
     def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
-        """Runs the module with pinned outputs exchanged; see `Network.run`."""
+        """Runs the module with pinned outputs replaced; see `Network.run`."""
         check_layer(self.layers, stop)
         state = model_state(given.variables)
         if last_pinned(self.layers, pinned, stop) == stop:
@@ -47,7 +47,7 @@ class InjectedModule:
     def run_with_taps(
         self, given: Pass, taps: Mapping[str, Callable[[Array], Array]]
     ) -> tuple[Array, Variables]:
-        """Runs the module once, taps in the middle of it; see `Network.run_with_taps`."""
+        """Runs the module once, with the taps inside the pass; see `Network.run_with_taps`."""
         outputs = SubmoduleOutputs(self.paths, taps)
         inputs = taps.get(INPUT, untapped)(given.inputs)
         logits, state = self._pass(given._replace(inputs=inputs), outputs)
@@ -55,5 +55,5 @@ class InjectedModule:
         return taps.get(LOGITS, untapped)(logits), state
 
     def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
-        """Runs the module with `outputs` listening: logits and new model state."""
+        """Runs the module, its outputs passing through `outputs`: logits and new model state."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ def adversarial(
     norm: str = "l2",
     scale: str = "relative",
 ) -> Perturbation:
-    r"""Raises the loss of every example within a ball: LPA's sample-level, unsigned counterpart.
+    r"""Raises the loss of every example within a ball: LPA with one delta per example, no sign.
 
         delta_i <- Proj_{||delta|| <= eps}( delta_i + eta g_i / ||g_i|| ),    from zero,
         g_i = grad of loss(decode(h_i + delta_i), t_i),    eta = step_size eps / steps,
@@ -31,19 +31,21 @@ def adversarial(
       radius: eps before scaling, >= 0. 0 is no perturbation, bitwise.
       steps: PGD steps, each one forward and one backward pass above the injection point. 0 is no
         perturbation, bitwise.
-      step_size: path length of all steps together, in radii.
+      step_size: Path length of all steps together, in radii.
       norm: `"l2"` or `"linf"`.
       scale: `"relative"` multiplies the radius by the global batch mean of ||h_i||, in the chosen
         norm; `"absolute"` by 1.
 
     Raises:
-      ValueError: an option out of range.
+      ValueError: An option out of range.
 
-    Source: Madry et al., ICLR 2018 (arXiv 1706.06083), at the input; started from zero instead of
-    at random, so that it differs from LPA in nothing but the level and the sign.
+    Example:
+      >>> adversarial(radius=0.05, steps=3).name
+      'adversarial'
 
-    >>> adversarial(radius=0.05, steps=3).name
-    'adversarial'
+    References:
+      Madry et al., ICLR 2018 (arXiv 1706.06083), at the input. It starts at random; this starts
+      at zero, so that it differs from LPA only in the level and the sign.
     """
     number("radius", radius)
     choice("scale", scale, SCALES)

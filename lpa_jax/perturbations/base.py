@@ -1,9 +1,10 @@
-"""The perturbation interface: a perturbation is a value, pure functions over an explicit state.
+"""The perturbation interface: pure functions over an explicit state, as in optax.
 
 Every method of the library (Dropout, Manifold Mixup, adversarial feature perturbation, LPL, LPA,
-...) has the form h~_i = h_i + delta_i at one injection point, trained on loss(decode(h~_i), t~_i).
-They differ in where delta comes from (random, paired, learned) and to whom it belongs (a sample or
-a class), and in nothing else; so one interface carries them all.
+...) has the form h~_i = h_i + delta_i at one injection point and trains on
+loss(decode(h~_i), t~_i). The methods differ only in where delta comes from (random, paired or
+learned) and in what shares it (nothing: one delta per example, or a class), so they share one
+interface.
 """
 
 import dataclasses
@@ -27,15 +28,15 @@ class Site:
 
     Attributes:
       activation: h_i, [B, *S].
-      targets: soft targets t_i, [B, C].
-      labels: classes y_i, [B] integers. A perturbation that mixes targets leaves them as they are.
+      targets: Soft targets t_i, [B, C].
+      labels: Classes y_i, [B] integers. A perturbation that mixes targets does not change them.
       decode: [B, *S] -> logits [B, C], the network above the injection point. It never updates
         running statistics, sees the same dropout masks as the training pass, and no gradient
         reaches the parameters through it.
       loss: (logits, targets) -> [B], the training loss.
-      rng: a key for this site, step and device.
-      axis_name: mapped axis over which the global batch is spread, or None.
-      domain: each example's domain, [B] integers in 0..D-1, or None if the batch names none.
+      rng: A key for this site, step and device.
+      axis_name: Mapped axis over which the global batch is spread, or None.
+      domain: Each example's domain, [B] integers in 0..D-1, or None if the batch names none.
     """
 
     activation: Array
@@ -64,13 +65,13 @@ class Site:
 
 
 class Applied(NamedTuple):
-    """What `apply` returns.
+    """The result of `apply`.
 
     Attributes:
       activation: h~_i, [B, *S], in the dtype of the activation it replaces.
       targets: t~_i, [B, C].
-      state: the state for the next step.
-      aux: diagnostics by name, equal on every device, for example `sign` and `radius` [C].
+      state: The state for the next step.
+      aux: Diagnostics by name, equal on all devices, for example `sign` and `radius` [C].
     """
 
     activation: Array
@@ -80,11 +81,11 @@ class Applied(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What the training pass tells a perturbation afterwards.
+    """What a perturbation can learn from after the training pass.
 
     Attributes:
       gradient: d loss_i / d h~_i for every example, [B, *S], at the perturbed activation.
-      logits: logits of the training pass, [B, C].
+      logits: Logits of the training pass, [B, C].
     """
 
     gradient: Array
@@ -95,7 +96,7 @@ class Perturbation(NamedTuple):
     """Pure functions that perturb the activation at an injection point.
 
     Attributes:
-      name: the method's name in the registry.
+      name: The method's name in the registry.
       init: (activation: ShapeDtypeStruct of one batch, num_classes) -> state, a pytree of arrays.
       apply: (state, site: Site) -> Applied.
       update: (state, site, feedback: Feedback) -> state after the training pass, for methods that
@@ -111,9 +112,10 @@ class Perturbation(NamedTuple):
 def stateless(name: str, perturb: Callable[[Site], tuple[Array, Array]]) -> Perturbation:
     """A perturbation without state from a function site -> (activation, targets).
 
-    >>> shift = stateless("shift", lambda site: (site.activation + 1.0, site.targets))
-    >>> shift.init(jax.ShapeDtypeStruct((2, 3), jnp.float32), 10)
-    ()
+    Example:
+      >>> shift = stateless("shift", lambda site: (site.activation + 1.0, site.targets))
+      >>> shift.init(jax.ShapeDtypeStruct((2, 3), jnp.float32), 10)
+      ()
     """
 
     def apply(state, site):
@@ -124,10 +126,11 @@ def stateless(name: str, perturb: Callable[[Site], tuple[Array, Array]]) -> Pert
 
 
 def identity(name: str = "none") -> Perturbation:
-    """No perturbation: empirical risk minimisation. Methods of zero strength return this, bitwise.
+    """No perturbation: empirical risk minimisation. Methods of zero strength return it, bitwise.
 
-    >>> identity().name
-    'none'
+    Example:
+      >>> identity().name
+      'none'
     """
     return stateless(name, lambda site: (site.activation, site.targets))
 
@@ -138,11 +141,12 @@ def chain(*perturbations: Perturbation) -> Perturbation:
     Each sees the activation and targets that the one before it left.
 
     Raises:
-      ValueError: nothing to chain; or a perturbation that learns from the training pass stands
-        anywhere but first, where it would learn at another activation than it perturbed.
+      ValueError: Nothing to chain; or a perturbation that learns from the training pass is not the
+        first, so that it would learn at another activation than the one it perturbed.
 
-    >>> chain(identity("a"), identity("b")).name
-    'a+b'
+    Example:
+      >>> chain(identity("a"), identity("b")).name
+      'a+b'
     """
     if not perturbations:
         raise ValueError("chain needs at least one perturbation, got none")

@@ -1,4 +1,4 @@
-"""Class-level PGD at an injection point: what `lpa` and `lpl` share. See `lpa` for the method."""
+"""Class-level PGD at an injection point: the algorithm of `lpa` and `lpl`."""
 
 import dataclasses
 import functools
@@ -34,21 +34,10 @@ def class_level(
     radius_target: float | None = None,
     memory_limit: int | None = None,
 ) -> Perturbation:
-    """The perturbation that `lpa` and `lpl` share.
-
-    Args:
-      name: the method's name in the registry.
-      options: how the ascent moves.
-      radius: see `lpa`, as for all further arguments.
-      assignment: which classes, how far.
-      scale: `"relative"` or `"absolute"`.
-      negative_scale: factor on the radius of classes with s_c = -1.
-      mode: `"cold"`, `"carry"` or `"free"`.
-      radius_target: loss change in nats, or None.
-      memory_limit: bytes of a table, or None.
+    """The perturbation behind `lpa` and `lpl`; see `lpa` for the arguments.
 
     Raises:
-      ValueError: an option out of range.
+      ValueError: An option out of range.
     """
     number("radius", radius)
     number("negative_scale", negative_scale)
@@ -78,12 +67,11 @@ def class_level(
 
 
 class _Rows(NamedTuple):
-    """Which rows the tables of one batch hold.
+    """The rows of a batch's tables: min(C, global batch) classes, or this device's examples.
 
     Attributes:
-      classes: the classes of the global batch, renumbered by row: as many rows as classes, but no
-        more than examples in the global batch; or the rows of this device's examples.
-      index: class of each row, C for unused ones; None where row c is class c.
+      classes: The classes of the global batch, numbered by row.
+      index: Class of each row, C for an unused row; None if row c is class c.
     """
 
     classes: BatchClasses
@@ -94,7 +82,7 @@ class _Rows(NamedTuple):
         return table if self.index is None else table.at[self.index].get(mode="fill", fill_value=0)
 
     def write(self, table: Array, rows: Array) -> Array:
-        """The table of all classes with these rows in it; absent classes are left alone."""
+        """The table of all classes with these rows replaced; absent classes keep theirs."""
         if self.index is not None:
             return table.at[self.index].set(rows, mode="drop")
         return jnp.where(tables.over_classes(self.classes.counts > 0, table), rows, table)
@@ -113,8 +101,8 @@ def _rows(site: Site, classes: BatchClasses, may_be_by_example: bool) -> _Rows:
         counts = classes.counts.at[index].get(mode="fill", fill_value=0)
         renumbered = BatchClasses(jnp.searchsorted(index, labels), counts, axis_name)
     if may_be_by_example and labels.shape[0] < num_rows:
-        # On a pod, where a device has few examples, arithmetic on the rows of all classes would
-        # cost more than the network.
+        # On a pod a device has few examples: arithmetic on the rows of all classes would cost more
+        # than the network.
         return _Rows(renumbered._replace(by_example=True), labels)
     return _Rows(renumbered, index)
 
@@ -158,7 +146,7 @@ class _ClassLevel:
         )
         first_gradient, logits = None, None
         if self.mode == "cold":
-            # Every device sums all rows, also where it then steps those of its own examples alone.
+            # Every device sums all rows, even if it then steps only those of its own examples.
             self._check_memory(activation, rows.classes.counts.shape[0])
             first_gradient, logits = gradient_at(delta=None)
         elif self.mode == "carry" and self.assignment.uses_confidence:
@@ -197,7 +185,7 @@ class _ClassLevel:
         return Applied(perturbed, site.targets, jax.lax.stop_gradient(state), aux)
 
     def update(self, state: State, site: Site, feedback: Feedback) -> State:
-        """One ascent step of `mode="free"` with the gradient that the training pass left."""
+        """One ascent step of `mode="free"` with the gradient of the training pass."""
         classes = _count(site)
         rows = _rows(site, classes, may_be_by_example=False)
         state = self._observe(state, classes, feedback.logits)
@@ -209,7 +197,7 @@ class _ClassLevel:
         return {**state, "delta": rows.write(state["delta"], delta)}
 
     def _ascend(self, state, site, rows, sign, radius, gradient_fn, first_gradient, steps) -> Array:
-        """The ascent from zero, or from the perturbations kept in the state."""
+        """The perturbations after `steps`, from zero or from those kept in the state."""
         activation = jax.lax.stop_gradient(site.activation)
         dtype = pgd.perturbation_dtype(activation)
         return pgd.ascend_by_class(
@@ -229,7 +217,7 @@ class _ClassLevel:
         return rule.uses_confidence and (rule.ema > 0 or self.mode == "free")
 
     def _observe(self, state: State, classes: BatchClasses, logits: Array | None) -> State:
-        """Folds the confidence of this batch into the smoothed one, where one is kept."""
+        """The state with this batch's confidence averaged in, if it keeps a confidence."""
         if logits is None or not self._remembers_confidence:
             return state
         confidence, present = _batch_confidence(classes, logits), classes.counts > 0
@@ -262,7 +250,7 @@ class _ClassLevel:
         return sign, jnp.where(sign != 0, radius, 0.0), present
 
     def _check_memory(self, activation: Array | jax.ShapeDtypeStruct, num_rows: int) -> None:
-        """Raises ValueError where a table of `num_rows` classes is larger than `memory_limit`."""
+        """Raises ValueError if a table of `num_rows` classes is larger than `memory_limit`."""
         row = pgd.row_shape(activation, self.options.shape)
         entry_bytes = pgd.perturbation_dtype(activation).itemsize
 

@@ -33,56 +33,57 @@ def lpa(
 
     with J_c the mean loss of class c's members in the global batch, hbar_c their mean activation,
     and (s_c, m_c) from the assignment rule. s_c = +1 raises the loss and the norm (expansive,
-    positive augmentation), s_c = -1 lowers the loss and, to first order in delta, the norm
-    (contractive, negative augmentation). Lowering the loss pulls the other way, so that with
-    min_cosine = 0 delta ends at right angles to hbar_c and lengthens it a little; with min_cosine
-    >= ||delta|| / (2 ||hbar_c||) it never does.
+    positive augmentation); s_c = -1 lowers the loss and, to first order in delta, the norm
+    (contractive, negative augmentation). The gradient that lowers the loss usually increases the
+    norm. With min_cosine = 0, such a delta is orthogonal to hbar_c and increases its norm slightly;
+    with min_cosine >= ||delta|| / (2 ||hbar_c||) it never increases it.
 
-    Three modes, by cost above plain training:
-      * `"cold"`: `steps` passes above the injection point, from zero, in every training step.
-      * `"carry"`: the same from the delta of the class's last appearance; one step suffices. A
-        `confidence` assignment costs one forward pass more.
-      * `"free"`: no extra pass. The gradient that the training pass leaves at the injection point
-        moves delta for the next time; a `confidence` assignment then reads the training pass's
-        logits, so under the perturbation.
+    Three modes, which differ in cost:
+      * `"cold"`: Every training step runs `steps` passes above the injection point, from zero.
+      * `"carry"`: The same, from the delta of the class's last appearance; one step is enough. A
+        `confidence` assignment costs one more forward pass.
+      * `"free"`: No extra pass. The gradient of the training pass at the injection point updates
+        delta for the class's next appearance. A `confidence` assignment reads the logits of the
+        training pass, which are those under the perturbation.
 
     Args:
-      radius: eps before scaling, >= 0. 0 is no perturbation, bitwise. Tune it per layer: useful
-        values differ by orders of magnitude between layers and models.
+      radius: eps before scaling, >= 0. 0 is no perturbation, bitwise. Tune it for every layer:
+        useful values differ by orders of magnitude between layers and models.
       steps: PGD steps; None is 3 for `cold` and 1 for `carry` and `free` (which allows no other).
-      assignment: which classes, how far; None is `by_confidence()`.
+      assignment: Gives every class its sign and multiplier; None is `by_confidence()`.
       mode: `"cold"`, `"carry"` or `"free"`.
       geometry: `"signed"`, or `"free"` / `"flipped"` as ablations of the half-space.
-      shape: `"full"`, or `"channel"` for one value a channel: a small table for many classes.
+      shape: `"full"`, or `"channel"` for one value per channel: a small table for many classes.
       norm: `"l2"` or `"linf"`.
-      step_size: path length of all steps together, in radii.
+      step_size: Path length of all steps together, in radii.
       scale: `"relative"` multiplies the radius by the batch mean of ||h_i|| (of the channel means
         for `shape="channel"`, in the chosen norm); `"absolute"` by 1.
-      negative_scale: factor on the radius of classes with s_c = -1, >= 0.
-      min_cosine: smallest cosine of s_c delta_c and hbar_c, in [0, 1] (of -s_c delta_c for
+      negative_scale: Factor on the radius of classes with s_c = -1, >= 0.
+      min_cosine: Smallest cosine of s_c delta_c and hbar_c, in [0, 1] (of -s_c delta_c for
         `"flipped"`; 0 for `"free"`, which has no such bound).
-      radius_target: loss change in nats, > 0, to which the radius is slowly adapted, by a factor
-        for each sign group that starts at 1 (`perturbations/radius_target.py`); for the negative
-        one the target, too, is multiplied by `negative_scale`. None keeps the radius. Costs no pass
-        with `"cold"` where nothing above is perturbed; `"free"`, and `"carry"` without a
-        `confidence` assignment, take one forward pass more.
-      memory_limit: bytes that a table may take on every device: that of all C perturbations, which
-        `"carry"` and `"free"` keep, or that in which `"cold"` sums gradients, min(C, global batch)
-        rows; None for any number.
+      radius_target: Loss change in nats, > 0. One factor per sign group, which starts at 1, slowly
+        adapts the radius until the perturbation causes this change; the negative group's target is
+        multiplied by `negative_scale`. See `lpa_jax.perturbations.radius_target`. None keeps the
+        radius. It costs no pass with `"cold"` if nothing above is perturbed; `"free"`, and
+        `"carry"` without a `confidence` assignment, run one more forward pass.
+      memory_limit: Largest table in bytes on a device: `"carry"` and `"free"` keep one of all C
+        perturbations, `"cold"` sums gradients in one of min(C, global batch) rows. None for no
+        limit.
 
     Raises:
-      ValueError: an option out of range; `steps` other than 1 with `mode="free"`; from
-        `TrainState.create`, a kept table larger than `memory_limit`, and from the first step one of
-        gradients.
+      ValueError: An option out of range, or `steps` other than 1 with `mode="free"`. A table larger
+        than `memory_limit` is refused by `TrainState.create` or, with `"cold"`, by the first step.
 
-    Source: the abstract of arXiv 2605.29525 fixes class-level perturbation of a hidden layer by
-    PGD, expansive or contractive; the rest is this library's choice.
+    Example:
+      >>> import jax
+      >>> perturbation = lpa(radius=0.1, mode="free")
+      >>> state = perturbation.init(jax.ShapeDtypeStruct((32, 8, 8, 16), "float32"), num_classes=10)
+      >>> state["delta"].shape
+      (10, 8, 8, 16)
 
-    >>> import jax
-    >>> perturbation = lpa(radius=0.1, mode="free")
-    >>> state = perturbation.init(jax.ShapeDtypeStruct((32, 8, 8, 16), "float32"), num_classes=10)
-    >>> state["delta"].shape
-    (10, 8, 8, 16)
+    References:
+      The abstract of arXiv 2605.29525 fixes class-level perturbation of a hidden layer by
+      PGD, expansive or contractive; the rest is this library's choice.
     """
     if steps is None:
         steps = 3 if mode == "cold" else 1

@@ -19,30 +19,32 @@ def lpl(
 ) -> Perturbation:
     r"""Learning to Perturb Logits: `lpa` at the injection point `logits`, with LPL's settings.
 
-        z~_i = z_i + delta_{y_i},     grad J_c = (1/n_c) sum_{y_i = c} (softmax(z_i + delta_c) -
-        t_i)
+        z~_i = z_i + delta_{y_i},
+        grad J_c = (1/n_c) sum_{y_i = c} (softmax(z_i + delta_c) - t_i)
 
-    for cross entropy. Published LPL constrains the length of delta only, so there is no half-space
-    (`geometry="free"`), and measures the radius in units of the logits (`scale="absolute"`). LPL
-    fixes the length of a step and varies their number with the bound; here the number is fixed and
-    the length varies, which keeps shapes static and reaches the same bound.
+    for cross entropy. Published LPL constrains only the norm of delta, so there is no half-space
+    (`geometry="free"`), and its radius is in units of the logits (`scale="absolute"`). LPL fixes
+    the length of a step and derives the number of steps from the bound. Here the number is fixed
+    and the length is derived, which reaches the same bound with one compiled program.
 
     Args:
       radius: eps, in units of the logits, >= 0. 0 is no perturbation, bitwise.
-      steps: PGD steps. They cost next to nothing here: nothing lies above the logits.
-      assignment: which classes, how far; None is `by_confidence()`.
+      steps: PGD steps. They cost next to nothing, because no layer is above the logits.
+      assignment: Gives every class its sign and multiplier; None is `by_confidence()`.
       geometry: `"free"`, `"signed"` or `"flipped"`.
-      step_size: path length of all steps together, in radii.
+      step_size: Path length of all steps together, in radii.
       scale: `"absolute"`, or `"relative"` to the mean norm of the logits.
-      negative_scale: factor on the radius of classes with s_c = -1, >= 0.
+      negative_scale: Factor on the radius of classes with s_c = -1, >= 0.
 
     Raises:
-      ValueError: an option out of range.
+      ValueError: An option out of range.
 
-    Source: Li et al., AAAI 2022, and arXiv 2209.05668.
+    Example:
+      >>> lpl(radius=2.0).name
+      'lpl'
 
-    >>> lpl(radius=2.0).name
-    'lpl'
+    References:
+      Li et al., AAAI 2022, and arXiv 2209.05668.
     """
     return class_level(
         "lpl",

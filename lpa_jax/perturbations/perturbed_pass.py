@@ -1,4 +1,4 @@
-"""How perturbations act in a pass through a network, in training and in diagnostics alike."""
+"""The taps by which perturbations act in a pass through a network."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,8 +16,8 @@ class PerturbedPass:
     """One pass through a network; each perturbation sees what those below it left.
 
     Attributes:
-      targets: soft targets [B, C] as the perturbations so far have left them.
-      states: state of the perturbation at each layer, replaced when its tap is passed.
+      targets: Soft targets [B, C] after the perturbations so far.
+      states: State of the perturbation at each layer, replaced when its tap runs.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class PerturbedPass:
         """The tap that applies a perturbation at a layer.
 
         Args:
-          layer: the layer.
-          perturbation: what is done there.
-          rng: the site's key.
-          used: whether the perturbation takes effect, a traced boolean; None if it always does.
-          after: (site, what `apply` returned, perturbed activation) -> activation that the pass
-            continues from.
+          layer: The layer.
+          perturbation: The perturbation.
+          rng: The site's key.
+          used: Whether the perturbation takes effect, a traced boolean; None if it always does.
+          after: (site, result of `apply`, perturbed activation) -> activation from which the pass
+            continues.
         """
 
         def tap(activation, decode):

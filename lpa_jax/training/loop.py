@@ -1,4 +1,4 @@
-"""The training loop: step, watch, evaluate, report, stop. It neither prints nor writes files."""
+"""The training loop: step, evaluate, record, stop. It neither prints nor writes files."""
 
 import time
 import types
@@ -26,15 +26,15 @@ class TrainBatches(Protocol):
 
 
 class EpochRecord(NamedTuple):
-    """What is known after an epoch.
+    """Results of one epoch.
 
     Attributes:
-      epoch: epochs completed, from 1.
-      step: steps completed.
-      train: training metrics averaged over the epoch, under perturbation.
-      evaluation: results of `evaluate`, or None in epochs without one.
-      seconds: wall time of the epoch's steps, compilation included.
-      examples_per_second: training throughput of the epoch.
+      epoch: Epochs completed, from 1.
+      step: Steps completed.
+      train: Training metrics averaged over the epoch, under perturbation.
+      evaluation: Results of `evaluate`, or None in epochs without one.
+      seconds: Wall time of the epoch's steps, compilation included.
+      examples_per_second: Training throughput of the epoch.
     """
 
     epoch: int
@@ -64,36 +64,36 @@ def train(
     watch: Callable[[int, Totals], None] = lambda done, totals: None,
     block_every_step: bool = False,
 ) -> Iterator[tuple[TrainState, EpochRecord]]:
-    """Trains epoch by epoch, yielding the state and a record after each.
+    """Trains epoch by epoch and yields the state and a record after each.
 
-    The host never waits for a step within an epoch, unless it saves: metrics stay on the device
-    until then, and only then is the loss of every step checked.
+    Within an epoch the host does not wait for a step, unless it saves: metrics stay on the device,
+    and the loss of every step is checked at the end of the epoch or before a save.
 
-    Formal guarantee: with the (state, totals) of any call of `save`, `train` yields what it would
-    have yielded from there, bit for bit (times aside). What is saved after the last step of an
-    epoch comes before that epoch's evaluation and record, which then come first.
+    Formal guarantee: started from the (state, totals) of any call of `save`, `train` yields what
+    the first run yields from there on, bit for bit (except for times). After a save at the last
+    step of an epoch, it starts with that epoch's evaluation and record.
 
     Args:
-      state: where to start; `state.step` says which batch comes next.
+      state: Where to start; `state.step` is the number of the next batch.
       stages: (first epoch, step) pairs in ascending order, the first at 0: with two, the loss or
         the perturbations change during training (deferred re-weighting).
-      batches: training batches by step.
-      epochs: total number of epochs, those before `state.step` included.
-      evaluate: state -> metrics, called every `evaluate_every` epochs and after the last; None
-        instead of metrics says that it was asked to stop.
-      evaluate_every: epochs between evaluations, >= 1.
-      totals: sums of the training metrics since the epoch began, as given to `save`.
-      save: called with a state whose steps were all finite, and the totals that belong to it.
-      should_save: asked after every step, with the number of steps completed.
-      should_stop: asked after every step; True saves and ends the iteration there.
-      watch: called after every step but an epoch's last, with the number of steps handed to the
-        devices and the totals of the epoch, which may still be computed: reading them waits.
-      block_every_step: wait for each step, which several CPU devices of one process need.
+      batches: Training batches by step.
+      epochs: Total number of epochs, including those before `state.step`.
+      evaluate: State -> metrics, called every `evaluate_every` epochs and after the last. It
+        returns None if it was asked to stop.
+      evaluate_every: Epochs between evaluations, >= 1.
+      totals: Sums of the training metrics since the epoch began, as given to `save`.
+      save: Called with a state whose steps were all finite, and its totals.
+      should_save: Called after every step with the number of completed steps.
+      should_stop: Called after every step; True saves and ends the iteration.
+      watch: Called after every step except an epoch's last, with the number of steps sent to the
+        devices and the totals of the epoch. These may still be computed: reading them waits.
+      block_every_step: Wait for each step, which several CPU devices of one process need.
 
     Raises:
-      ValueError: stages that do not start at epoch 0 or do not ascend.
-      NonFiniteLossError: naming the first step whose loss or gradient is NaN or infinite, or the
-        last one before parameters, running statistics, perturbations or an evaluation loss are.
+      ValueError: Stages do not start at epoch 0 or do not ascend.
+      NonFiniteLossError: A loss, a gradient, a parameter, a running statistic, a perturbation or an
+        evaluation loss is NaN or infinite. The error names the step.
     """
     firsts = [first for first, _ in stages]
     if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
@@ -152,7 +152,7 @@ _WATCHED = {"loss": "training loss", "gradient_norm": "gradient's norm"}
 
 
 def _lasting(state: TrainState) -> dict[str, Any]:
-    """What the last step of all could break without a loss that shows it."""
+    """What the last step can break without a later loss that shows it."""
     return {
         "parameters": state.params,
         "running statistics": state.model_state,
@@ -168,14 +168,15 @@ def check_finite(
     """Raises NonFiniteLossError, naming the step, unless every loss and gradient is finite.
 
     Args:
-      history: metrics of consecutive steps, of which `loss` and `gradient_norm` are read.
-      first_step: the step of the first of them.
-      arrays: by name what must be finite, too, after the last of them.
+      history: Metrics of consecutive steps, of which `loss` and `gradient_norm` are read.
+      first_step: The step of the first of them.
+      arrays: Name -> arrays that must be finite after the last of them.
 
-    >>> check_finite([{"loss": (1.0, 2.0)}, {"loss": (float("nan"), 2.0)}], first_step=7)
-    Traceback (most recent call last):
-        ...
-    lpa_jax.training.loop.NonFiniteLossError: the training loss is nan at step 8
+    Example:
+      >>> check_finite([{"loss": (1.0, 2.0)}, {"loss": (float("nan"), 2.0)}], first_step=7)
+      Traceback (most recent call last):
+          ...
+      lpa_jax.training.loop.NonFiniteLossError: the training loss is nan at step 8
     """
     for offset, pairs in enumerate(jax.device_get(list(history))):
         for name, (total, _) in pairs.items():
@@ -200,7 +201,7 @@ def evaluate_batches(
 
     Returns:
       Metrics by name: floats, and arrays for per-class metrics. None if `should_stop`, which is
-      asked before every batch, said so.
+      called before every batch, returned True.
     """
     total = None
     for number in range(len(batches)):

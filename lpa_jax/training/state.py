@@ -1,4 +1,4 @@
-"""The train state, and what a step is told: perturbations at layers, and penalties."""
+"""The train state, and the perturbations and penalties that a step is called with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,15 +23,15 @@ class TrainState(flax.struct.PyTreeNode):
     """Everything that training changes, and the static objects that change it.
 
     Attributes:
-      step: number of steps taken.
-      params: trained parameters.
-      model_state: the network's other variables (running statistics).
-      opt_state: the optimizer's state.
-      perturbation_state: state of the perturbation at each layer.
-      penalty_state: state of each penalty.
-      rng: the run's key; every random choice is keyed by folding `step` into it.
-      network: the network, static.
-      optimizer: the optax transformation, static.
+      step: Number of steps taken.
+      params: Trained parameters.
+      model_state: The network's other variables (running statistics).
+      opt_state: The optimizer's state.
+      perturbation_state: State of the perturbation at each layer.
+      penalty_state: State of each penalty.
+      rng: The run's key; every random choice is keyed by folding `step` into it.
+      network: The network, static.
+      optimizer: The optax transformation, static.
       num_classes: C, static.
     """
 
@@ -60,23 +60,24 @@ class TrainState(flax.struct.PyTreeNode):
         """The state before the first step.
 
         Args:
-          model: a staged model, or a `Network` from `inject` or `CutFunctions`.
-          optimizer: an optax transformation.
-          rng: a key; parameters and all later randomness come from it.
+          model: A staged model, or a `Network` from `inject` or `CutFunctions`.
+          optimizer: An optax transformation.
+          rng: A key; parameters and all later randomness come from it.
           example_batch: `{"image": [B, ...], ...}`, only its shapes matter.
-          perturbations: layer (or tuple of layers) -> perturbation, as for `lpa_step`.
-          penalties: name -> penalty, as for `lpa_step`.
-          variables: what takes the place of initial variables, a part of their tree: pretrained
-            weights, for example from `models.pretrained.convert`.
+          perturbations: Layer (or tuple of layers) -> perturbation, as for `lpa_step`.
+          penalties: Name -> penalty, as for `lpa_step`.
+          variables: Replace initial variables, as a part of their tree: pretrained weights, for
+            example from `models.pretrained.convert`.
 
         Raises:
-          ValueError: unknown layer, a layer named twice, or a perturbation that does not fit,
+          ValueError: Unknown layer, a layer named twice, or a perturbation that does not fit,
             or `variables` with a name that the network does not have.
 
-        >>> from lpa_jax.models import MLP
-        >>> batch = {"image": jnp.zeros((4, 2, 2, 1)), "label": jnp.zeros(4, jnp.int32)}
-        >>> TrainState.create(MLP(num_classes=3), optax.sgd(0.1), jax.random.key(0), batch).step
-        Array(0, dtype=int32)
+        Example:
+          >>> from lpa_jax.models import MLP
+          >>> batch = {"image": jnp.zeros((4, 2, 2, 1)), "label": jnp.zeros(4, jnp.int32)}
+          >>> TrainState.create(MLP(num_classes=3), optax.sgd(0.1), jax.random.key(0), batch).step
+          Array(0, dtype=int32)
         """
         network = injection.as_network(model)
         plan, penalties = plan_sites(perturbations or {}, network.layers), penalties or {}
@@ -118,13 +119,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def replaced(variables: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables with those of `new`, a part of the same tree, in their places.
+    """The variables, with those of `new`, a part of the same tree, in their places.
 
     Raises:
-      ValueError: `new` has something that `variables` do not have.
+      ValueError: `new` has a name that `variables` do not have.
 
-    >>> replaced({"params": {"a": 1, "b": 2}, "batch_stats": {}}, {"params": {"b": 3}})
-    {'params': {'a': 1, 'b': 3}, 'batch_stats': {}}
+    Example:
+      >>> replaced({"params": {"a": 1, "b": 2}, "batch_stats": {}}, {"params": {"b": 3}})
+      {'params': {'a': 1, 'b': 3}, 'batch_stats': {}}
     """
     merged = dict(variables)
     for name, value in new.items():
@@ -142,10 +144,10 @@ class PlannedSite(NamedTuple):
 
 
 def plan_sites(perturbations: Perturbations, layers: Sequence[str]) -> tuple[PlannedSite, ...]:
-    """Which perturbation stands where.
+    """The perturbations and their layers, in the order given.
 
     Raises:
-      ValueError: not a perturbation, an unknown layer, or a layer that is named twice.
+      ValueError: Not a perturbation, an unknown layer, or a layer that is named twice.
     """
     plan = []
     taken: set[str] = set()
@@ -168,7 +170,7 @@ def plan_sites(perturbations: Perturbations, layers: Sequence[str]) -> tuple[Pla
 
 
 def check_penalties(penalties: Penalties, layers: Sequence[str]) -> None:
-    """Raises ValueError for what is not a penalty, or needs features of an unknown layer."""
+    """Raises ValueError for anything but a penalty, and for features of an unknown layer."""
     for name, penalty in penalties.items():
         if not isinstance(penalty, Penalty):
             raise ValueError(f"penalties[{name!r}] must be a Penalty, got {type(penalty).__name__}")
@@ -177,7 +179,7 @@ def check_penalties(penalties: Penalties, layers: Sequence[str]) -> None:
 
 
 def check_states(plan: Sequence[PlannedSite], penalties: Penalties, state: TrainState) -> None:
-    """Raises ValueError for a layer or penalty that the state was created without."""
+    """Raises ValueError if the state was created without a layer's or a penalty's state."""
     for layer in (layer for site in plan for layer in site.layers):
         if layer not in state.perturbation_state:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""One training step under perturbations, and one evaluation step: pure functions over `TrainState`.
+"""One training step under perturbations, and one evaluation step: pure functions of `TrainState`.
 
     encode -> perturb -> decode -> loss -> gradient -> update
 
-Nothing here knows about devices: `axis_name` is an argument, and `lpa_jax.parallel` maps the step.
+The step does not depend on devices: `axis_name` is an argument, and `lpa_jax.parallel` maps it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,32 +46,32 @@ def lpa_step(
 ) -> tuple[TrainState, dict[str, metrics.Pair]]:
     r"""One optimizer step on the mean of loss(decode_l(h_i + delta_i), t~_i), plus penalties.
 
-    Encode runs once; each perturbation runs what it needs above its layer; the training pass goes
-    on from the perturbed activation. Several layers may be perturbed in one pass, from `input` to
-    `logits`: a perturbation sees those below it applied and those above it not. No gradient flows
-    through a learned perturbation; running statistics are updated once, by the training pass.
-    An optimizer that asks for gradients elsewhere (`grad_fn`: `optax.contrib.sam`) is given them,
-    with the same batch, keys and perturbation rules.
+    The network below a perturbed layer runs once; a perturbation runs what it needs above its
+    layer; the training pass continues from the perturbed activation. Several layers, from `input`
+    to `logits`, may be perturbed in one pass: a perturbation sees those below it applied and those
+    above it not. No gradient flows through a learned perturbation. Running statistics are updated
+    once, by the training pass. An optimizer that needs gradients at other parameters (`grad_fn`,
+    as `optax.contrib.sam` does) gets them for the same batch, keys and perturbation rules.
 
     Args:
-      state: from `TrainState.create` with the same perturbations.
+      state: From `TrainState.create` with the same perturbations.
       batch: `{"image": [B, ...], "label": [B] integers}`; this device's share on a mapped axis.
-        `"position"` [B], the examples' places in the global batch, is derived if missing.
-      perturbations: layer -> perturbation. A tuple of layers as key means one of them, drawn
-        uniformly in every step (as in Manifold Mixup): all are computed, one is used.
-      penalties: name -> penalty, scalars added to the objective; those over domains read
+        `"position"` [B], the examples' positions in the global batch, is derived if missing.
+      perturbations: Layer -> perturbation. With a tuple of layers as key, every step draws one of
+        them uniformly (as in Manifold Mixup): all are computed, one is used.
+      penalties: Name -> penalty, a scalar added to the objective. Penalties over domains read
         `batch["domain"]`, [B] integers.
       loss: (logits [B, C], targets [B, C]) -> [B].
       augment: (rng, images, positions in the global batch [B]) -> images, on device.
-      axis_name: mapped axis over which the global batch is spread, in equal shares, or None.
+      axis_name: Mapped axis over which the global batch is spread, in equal shares, or None.
 
     Returns:
       The next state, and `loss`, `accuracy` (of the perturbed network), `gradient_norm` and the
       value of each penalty, `penalty/name`, as (sum, count) pairs over the global batch.
 
     Raises:
-      ValueError: outside jit, labels outside 0..C-1; always, unknown or repeated layers, or
-        one that the state was not created with.
+      ValueError: An unknown or repeated layer, or one that the state was not created with; outside
+        jit, a label outside 0..C-1.
     """
     plan, penalties = plan_sites(perturbations or {}, state.network.layers), penalties or {}
     check_penalties(penalties, state.network.layers)
@@ -131,19 +131,19 @@ def eval_step(
     """Loss and accuracy of the unperturbed network in evaluation mode.
 
     Args:
-      state: a train state.
-      batch: `image`, `label` and, where the batch is padded, `mask` [B]; masked examples count
-        nowhere.
-      loss: as in `lpa_step`; usually plain cross entropy, so that methods compare.
-      adjust_logits: logits [B, C] -> [B, C] before anything is measured, such as post-hoc logit
-        adjustment; None leaves them.
-      axis_name: mapped axis of the global batch or None.
+      state: A train state.
+      batch: `image`, `label` and, if the batch is padded, `mask` [B]: examples with mask 0 do not
+        count.
+      loss: As in `lpa_step`; usually plain cross entropy, so that methods are comparable.
+      adjust_logits: Logits [B, C] -> [B, C] before anything is measured, such as post-hoc logit
+        adjustment; None does nothing.
+      axis_name: Mapped axis of the global batch or None.
 
     Returns:
       (sum, count) pairs `loss`, `accuracy` (scalars) and `per_class_accuracy` ([C] each).
 
     Raises:
-      ValueError: outside jit, labels outside 0..C-1.
+      ValueError: Outside jit, a label outside 0..C-1.
     """
     labels, mask = batch["label"], batch.get("mask")
     check_labels(labels, state.num_classes)
@@ -161,7 +161,7 @@ def eval_step(
 
 
 class _Seen(NamedTuple):
-    """What a perturbation that learns from the training pass saw in it, and whether it was used."""
+    """What the site of a perturbation that learns held, and whether the perturbation was used."""
 
     activation: Array
     targets: Array
@@ -170,7 +170,7 @@ class _Seen(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What a training pass leaves behind, apart from its gradient."""
+    """Results of a training pass, apart from its gradient."""
 
     losses: Array
     logits: Array
@@ -242,7 +242,7 @@ def _perturbing_taps(
     layers: Sequence[str],
     keys: _StepKeys,
 ) -> tuple[dict[str, injection.Tap], dict[str, _Seen]]:
-    """A tap for every perturbed layer, and what the taps will record by layer."""
+    """Layer -> tap that perturbs, and layer -> what these taps record."""
     taps: dict[str, injection.Tap] = {}
     seen: dict[str, _Seen] = {}
 
@@ -273,7 +273,7 @@ def _perturbing_taps(
 def _watching_taps(
     taps: Mapping[str, injection.Tap], penalties: Penalties
 ) -> tuple[dict[str, injection.Tap], dict[str, Array]]:
-    """The taps and those that penalties add, and the activations that these will record."""
+    """The taps with those that penalties need, and layer -> activation, which these record."""
     features: dict[str, Array] = {}
 
     def watched(layer, perturb):
@@ -289,7 +289,7 @@ def _watching_taps(
 
 
 def _probes(plan: Sequence[PlannedSite], state: TrainState, images: Array) -> dict[str, Array]:
-    """Zeros added at the layers whose perturbation wants the gradient there."""
+    """Zeros, added at the layers of perturbations that learn, to get the gradient there."""
     layers = [
         layer for site in plan if site.perturbation.update is not None for layer in site.layers
     ]
@@ -341,7 +341,7 @@ def _penalize(
 
 
 def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Running statistics averaged over devices; counters and the like are the same on each."""
+    """Running statistics averaged over devices; counters are the same on each."""
     return jax.tree.map(
         lambda v: jax.lax.pmean(v, axis_name) if jnp.issubdtype(v.dtype, jnp.floating) else v,
         model_state,
@@ -349,7 +349,7 @@ def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, A
 
 
 def _positions(batch: Batch, axis_name: str | None) -> Array:
-    """Each example's place in the global batch, which keys its augmentation, [B]."""
+    """Each example's position in the global batch, [B], which keys its augmentation."""
     if "position" in batch:
         return batch["position"]
     positions = jnp.arange(batch["label"].shape[0])
