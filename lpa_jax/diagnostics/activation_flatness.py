@@ -41,15 +41,15 @@ def activation_objective(
         f_c(s) = (1/n_c) sum_{i: y_i = c} loss(decode(h_i + s), y_i)     level "class", R = C
         f_i(s) = loss(decode(h_i + s), y_i)                              level "example", R = B
 
-    The class level is the space in which LPA moves, the example level that of adversarial feature
-    perturbation. Evaluation mode, in which examples do not interact.
+    The class level is the space of LPA's perturbations, the example level that of adversarial
+    feature perturbation. In evaluation mode, in which examples do not interact.
 
     Args:
       network: A cut network.
       variables: Its parameters and model state.
-      batches: `{"image": [B, ...], "label": [B]}`, with a `"mask"` [B] where padded, preprocessed
-        as the network takes them; any collection that can be gone over again and again. At level
-        `"example"` one batch (`activation_flatness` goes over many).
+      batches: `{"image": [B, ...], "label": [B]}`, with a `"mask"` [B] if padded, preprocessed as
+        for the network; any collection that can be iterated over repeatedly. At level `"example"` one
+        batch (`activation_flatness` takes many).
       layer: The injection point.
       level: `"class"` or `"example"`.
       loss: (logits [B, C], targets [B, C]) -> [B].
@@ -60,7 +60,7 @@ def activation_objective(
 
     Raises:
       ValueError: Unknown layer or level, an activation that is not floating, more than one batch at
-        level `"example"`, an iterator that can be used once only, no example, a label outside
+        level `"example"`, an iterator that can be used only once, no example, a label outside
         0..C-1, or a loss that is not finite.
 
     Example:
@@ -101,10 +101,10 @@ class ActivationFlatness(NamedTuple):
     """Flatness at an injection point: means over rows (classes or examples) and their errors.
 
     Attributes:
-      rows: How many classes or examples were averaged.
+      rows: Number of classes or examples averaged.
       largest_eigenvalue: lambda_max of the Hessian in the activation.
       trace: Its trace.
-      worst_case: Rise of the loss within the ball.
+      worst_case: Increase of the loss within the ball.
     """
 
     rows: int
@@ -142,9 +142,9 @@ def activation_flatness(
       rng: A key.
       level: `"example"` or `"class"`.
       loss: (logits [B, C], targets [B, C]) -> [B].
-      lanczos_steps: At most N are made.
+      lanczos_steps: Lanczos steps for the eigenvalue; at most N are made.
       probes: Random vectors for the trace, >= 2.
-      ascent_steps: Of the worst case.
+      ascent_steps: Ascent steps for the worst case.
 
     Raises:
       ValueError: As `activation_objective`, or a value out of range.
@@ -169,7 +169,7 @@ def activation_flatness(
 
 @dataclasses.dataclass(frozen=True)
 class _ActivationLosses:
-    """`RowLosses` of one row a class or an example; equal ones are compiled once."""
+    """`RowLosses` with one row per class or example; equal ones are compiled once."""
 
     network: Network
     loss: Callable[[Array, Array], Array]

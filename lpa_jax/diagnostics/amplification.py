@@ -1,10 +1,10 @@
-r"""How a perturbation injected at one layer grows on its way to the logits.
+r"""How a perturbation injected at one layer grows up to the logits.
 
     gain_{l->m}(delta) = ||h_m(h_l + delta) - h_m(h_l)|| / ||delta||,
 
-beside it the local bound: the largest singular value of the Jacobian dh_m/dh_l, which no gain of a
-vanishing delta exceeds (and which gains of a finite delta may, where the network curves). Both are
-per example and in evaluation mode, in which examples do not interact.
+and its local bound, the largest singular value of the Jacobian dh_m/dh_l. The gain of a vanishing
+delta does not exceed the bound; the gain of a finite delta may, if the network is not linear. Both
+are per example and in evaluation mode, in which examples do not interact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def layers_above(network: Network, layer: str) -> tuple[str, ...]:
 
 
 def random_directions(rng: Array, delta: Array) -> Array:
-    """Directions drawn uniformly from the sphere, each as long as the row of `delta` in its place.
+    """Directions drawn uniformly from the sphere, each with the norm of the same row of `delta`.
 
     Args:
       rng: A key.
@@ -72,7 +72,7 @@ def gains(
       inputs: [B, ...].
       layer: The injection point l.
       delta: [B, *S]: LPA's or another method's (`observe(...)[layer].delta`), or random directions
-        of the same lengths (`random_directions`).
+        of the same norms (`random_directions`).
 
     Returns:
       later layer -> gains [B], nan where delta_i is zero (average with
@@ -129,7 +129,7 @@ class LocalBound(NamedTuple):
     Attributes:
       sigma: [B], the power iteration's estimate, which approaches the truth from below.
       relative_change: [B], |sigma_t - sigma_{t-1}| / sigma_t in the last iteration.
-      iterations: How many were run.
+      iterations: Number of iterations run.
     """
 
     sigma: np.ndarray
@@ -153,9 +153,9 @@ def local_bound(
         u = J v,    sigma = ||u||,    v <- J^T u / ||J^T u||,    from a random unit v.
 
     The Jacobian of the batch is block diagonal, one block J_i for each example, so that one jvp and
-    one vjp advance the iterations of all examples together. It stops when every sigma changes by at
-    most `tolerance` of itself in one iteration. sigma_t never exceeds the truth and never falls (up
-    to rounding); its error shrinks by (sigma_2/sigma_1)^4 an iteration.
+    one vjp advance the iterations of all examples together. It stops when no sigma changes by more
+    than a relative `tolerance` in one iteration. Up to rounding, sigma_t never exceeds the true
+    value and never decreases; its error shrinks by (sigma_2/sigma_1)^4 per iteration.
 
     Args:
       network: A cut network, hashable (as all of `lpa_jax.injection` are).
@@ -165,7 +165,7 @@ def local_bound(
       target: The upper layer m, after `layer`.
       rng: Key for the first direction.
       tolerance: Relative change at which it stops, > 0.
-      iterations: The most that are run, >= 1. The host loops; each is one compiled call.
+      iterations: Maximum number of iterations, >= 1. The host loops; each is one compiled call.
 
     Raises:
       ValueError: Unknown layer, a `target` not above `layer`, an empty batch, a value out of range,
@@ -231,7 +231,7 @@ def _recorded(
     taps: Mapping[str, object],
     layers: Sequence[str],
 ) -> dict[str, Array]:
-    """Activations at `layers`, in at least float32, of one pass in which `taps` are in force."""
+    """Activations at `layers`, in at least float32, of one pass with `taps`."""
     seen = {}
 
     def recording(layer):

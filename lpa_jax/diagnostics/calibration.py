@@ -1,7 +1,7 @@
-"""Whether a network's confidence is its accuracy: reliability curve, ECE and likelihood.
+"""Whether a network's confidence matches its accuracy: reliability curve, ECE and likelihood.
 
-Computed on the host in float64, over all examples at once: bins do not add up over batches unless
-their edges are fixed, and logits of a whole test set are small.
+Computed on the host in float64, over all examples at once: bins can be added over batches only if
+their edges are fixed, and the logits of a whole test set are small.
 """
 
 from typing import NamedTuple
@@ -48,14 +48,14 @@ def reliability(
         confidence_i = max_c softmax(z_i)_c,    right_i = [argmax_c z_ic = y_i].
 
     Equal-width bins are ((k-1)/K, k/K], as in the source; adaptive bins hold equally many examples
-    (within one), sorted by confidence, ties in the order given, so that none is empty where
-    confidence is high throughout.
+    (within one), sorted by confidence, ties in the order given, so that none is empty even if
+    all confidences are high.
 
     Args:
       logits: [n, C], without padding.
       labels: [n].
       bins: K >= 1; at most n are used with `adaptive`.
-      adaptive: Bins of equal count in place of equal width.
+      adaptive: Use bins of equal count instead of equal width.
 
     Raises:
       ValueError: Shapes that do not fit, no example, logits that are not finite, a label outside

@@ -1,4 +1,4 @@
-r"""Common corruptions of images, on the device: how accuracy falls as images get worse.
+r"""Common corruptions of images, on the device, to measure how accuracy falls with severity.
 
 A corruption is an `Augmentation` of `lpa_jax.data.augment`: a pure function of (rng, images,
 positions) that can be compiled; example i depends on fold_in(rng, positions[i]) only, not on its
@@ -7,12 +7,11 @@ keep shape and dtype, values are clipped to the range (and uint8 rounded). Sever
 
 Relation to Hendrycks and Dietterich, ICLR 2019 (arXiv 1903.12261): `gaussian_noise`, `shot_noise`,
 `contrast`, `brightness`, `pixelate` and `gaussian_blur` follow their definitions with the constants
-of their CIFAR-10-C (blur and pixelate count in pixels of 32 x 32 images, and are used as they are
-at any size). Differences: noise is drawn anew from `rng` instead of being fixed once in a file;
-images are not stored as uint8 in between unless they were so before; `pixelate` averages exact
-areas where theirs takes PIL's box filter. `rotation`, `translation` and `occlusion` are not among
-theirs, and their severities are this library's. Numbers are thus comparable between models here,
-not with published CIFAR-10-C tables.
+of their CIFAR-10-C (blur and pixelate are in pixels of 32 x 32 images, at any image size).
+Differences: noise is drawn from `rng` and not fixed in a file; images are converted to uint8 only
+if they were uint8; `pixelate` averages exact areas and does not use PIL's box filter. `rotation`,
+`translation` and `occlusion` are not among theirs, and their severities are this library's. So
+results are comparable between models here, but not with published CIFAR-10-C tables.
 """
 
 from collections.abc import Callable
@@ -84,7 +83,7 @@ def create(name: str, severity: int) -> augment.Augmentation:
 
 
 def _register(*strengths: float) -> Callable[[Corruption], Corruption]:
-    """Enters a function into the table under its own name, with five strengths."""
+    """Registers a function under its own name, with five strengths."""
 
     def add(corrupt):
         _TABLE[corrupt.__name__] = (corrupt, strengths)
@@ -133,7 +132,7 @@ def brightness(key: Array, image: Array, strength: float) -> Array:
 
 @_register(0.95, 0.9, 0.85, 0.75, 0.65)
 def pixelate(key: Array, image: Array, strength: float) -> Array:
-    """Averages areas down to floor(strength size) pixels a side, then repeats them back up."""
+    """Averages areas to floor(strength size) pixels per side, then repeats them to the old size."""
     del key
     rows, columns = (_pixelate_matrix(size, strength) for size in image.shape[:2])
     return _separable(rows, columns, image)
@@ -154,7 +153,7 @@ def rotation(key: Array, image: Array, strength: float) -> Array:
 
 @_register(0.05, 0.1, 0.15, 0.2, 0.25)
 def translation(key: Array, image: Array, strength: float) -> Array:
-    """Shifts by `strength` times the shorter side in a random direction; zeros move in."""
+    """Shifts by `strength` times the shorter side in a random direction; fills with zeros."""
     angle = jax.random.uniform(key, (), image.dtype, 0.0, 2 * np.pi)
     length = strength * min(image.shape[:2])
     rows, columns = jnp.indices(image.shape[:2], image.dtype)
@@ -200,7 +199,7 @@ def _pixelate_matrix(size: int, share: float) -> np.ndarray:
 
 
 def _sample(image: Array, rows: Array, columns: Array) -> Array:
-    """The image at fractional places, bilinear, zero outside."""
+    """The image at fractional positions, bilinear, zero outside."""
     channels = jnp.moveaxis(image, -1, 0)
     sampled = jax.vmap(lambda plane: map_coordinates(plane, [rows, columns], order=1))(channels)
     return jnp.moveaxis(sampled, 0, -1)

@@ -45,8 +45,8 @@ class Tridiagonal(NamedTuple):
     Attributes:
       diagonal: [R, k].
       off_diagonal: [R, k]; its last column couples to the space not reached.
-      depth: [R], sizes of the leading blocks that hold all there is: below k where the starting
-        vector's Krylov space ended; entries beyond are zero.
+      depth: [R], sizes of the leading blocks that are not zero: below k if the Krylov space of the
+        starting vector ended.
     """
 
     diagonal: np.ndarray
@@ -75,8 +75,8 @@ def lanczos(product: Callable[[Array], Array], start: Array, steps: int) -> Trid
 
         A q_j = beta_{j-1} q_{j-1} + alpha_j q_j + beta_j q_{j+1},    q_1 = start / ||start||.
 
-    The host loops and keeps the vectors: memory R N `steps`. Where a Krylov space ends (beta below
-    100 units in the last place of the largest entry so far), its row goes on with zeros.
+    The host loops and keeps the vectors: memory R N `steps`. After the end of a Krylov space (beta
+    below 100 units in the last place of the largest entry so far), its row is zero.
 
     Args:
       product: [R, N] -> [R, N], row-wise products.
@@ -114,8 +114,8 @@ class Eigenvalues(NamedTuple):
     """The algebraically largest eigenvalues that Lanczos found.
 
     Attributes:
-      values: [*lead, k], descending; nan where the operator has fewer (see `top_eigenvalues`).
-      residuals: [*lead, k], ||H v - lambda v||: some eigenvalue lies within it.
+      values: [*lead, k], descending; nan if the operator has fewer (see `top_eigenvalues`).
+      residuals: [*lead, k], ||H v - lambda v||: an eigenvalue is within this distance.
     """
 
     values: np.ndarray
@@ -127,13 +127,13 @@ def top_eigenvalues(
 ) -> Eigenvalues:
     r"""The k algebraically largest Hessian eigenvalues, by Lanczos from a random vector.
 
-    Ritz values approach eigenvalues from inside the spectrum; each comes with its residual norm
+    Ritz values approach eigenvalues from inside the spectrum. Each has its residual norm
     ||H v - lambda v|| = beta_k |s_k|, a bound on the distance to an eigenvalue. As from any single
     vector, an eigenvalue of multiplicity m is found once.
 
     Args:
       objective: From `weight_objective` or `activation_objective`.
-      k: How many, 1 to N.
+      k: Number of eigenvalues, 1 to N.
       rng: Key for the starting vectors.
       steps: Lanczos steps, each one Hessian product over all batches; None is min(N, 2 k + 20).
         Memory R N `steps`.
@@ -162,7 +162,7 @@ def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
 
         tr H = E[v^T H v],    v_i = +-1 independently.
 
-    Unbiased, with variance 2 sum_{i != j} H_ij^2 a probe: exact for a diagonal Hessian.
+    Unbiased, with variance 2 sum_{i != j} H_ij^2 per probe: exact for a diagonal Hessian.
 
     Args:
       objective: From `weight_objective` or `activation_objective`.
@@ -191,9 +191,9 @@ def worst_case_sharpness(
 ) -> np.ndarray:
     r"""How far the loss rises within a ball: max_{||shift|| <= radius} f(shift) - f(0).
 
-    One step is SAM's shift radius grad f / ||grad f||; several are projected ascent with normalised
-    gradients, `lpa_jax.pgd`'s, whose largest loss on the way counts. Either is a lower bound, and
-    zero where the gradient vanishes.
+    One step is SAM's shift radius grad f / ||grad f||. Several steps are the projected ascent with
+    normalised gradients of `lpa_jax.pgd`, of which the largest loss counts. Both give a lower
+    bound, which is zero if the gradient vanishes.
 
     Args:
       objective: From `weight_objective` or `activation_objective`.
@@ -230,7 +230,7 @@ def average_sharpness(
 
     To second order radius^2 tr H / (2 N). The same radius means the same distance as in
     `worst_case_sharpness`. Shifts come in pairs of opposite sign, so that the gradient, which
-    averages to nothing, adds no noise.
+    averages to zero, adds no noise.
 
     Args:
       objective: From `weight_objective` or `activation_objective`.
@@ -257,7 +257,7 @@ def average_sharpness(
 
 @jax.jit
 def _without(rows: Array, unit: Array) -> Array:
-    """Each row less its component along the row of `unit`."""
+    """Each row minus its component along the row of `unit`."""
     return rows - tables.inner_products(rows, unit)[:, None] * unit
 
 

@@ -36,14 +36,14 @@ def weight_objective(
 
     or with `filter_normalized` T = diag(t), t_j the l2 norm of the filter that weight j belongs to
     (the weights into one output: every axis but the last) and |w_j| for vectors, such as biases.
-    Measures in s then do not change when a filter is scaled and the next layer scaled back.
-    Evaluation mode: running statistics are used as they are, dropout is off.
+    Measures in s then do not change if a filter is scaled and the next layer scaled back. In
+    evaluation mode: with running statistics and without dropout.
 
     Args:
       network: A cut network.
       variables: Its parameters and model state.
-      batches: `{"image": [B, ...], "label": [B]}`, with a `"mask"` [B] where padded, preprocessed
-        as the network takes them; any collection that can be gone over again and again.
+      batches: `{"image": [B, ...], "label": [B]}`, with a `"mask"` [B] if padded, preprocessed as
+        for the network; any collection that can be iterated over repeatedly.
       loss: (logits [B, C], targets [B, C]) -> [B].
       filter_normalized: Measure shifts in units of the filters' norms.
 
@@ -51,7 +51,7 @@ def weight_objective(
       An objective of one row, N the number of parameters; results have no leading shape.
 
     Raises:
-      ValueError: An iterator that can be used once only, no example, a label outside 0..C-1, or a
+      ValueError: An iterator that can be used only once, no example, a label outside 0..C-1, or a
         loss that is not finite.
 
     Example:

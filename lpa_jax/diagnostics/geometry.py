@@ -1,8 +1,8 @@
 """What a perturbation does to one batch, by sign group and by class: loss, norm and direction.
 
-The paper's conjecture in numbers: an expansive perturbation (norm up) augments positively (loss
-up), a contractive one (norm down) negatively (loss down). Everything is a (sum, count) pair of
-`lpa_jax.metrics`, so that any number of batches adds up.
+These numbers test the paper's conjecture: an expansive perturbation (norm up) augments positively
+(loss up), a contractive one (norm down) negatively (loss down). All results are (sum, count) pairs
+of `lpa_jax.metrics`, so they can be added over batches.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ class Observation(NamedTuple):
       before, after: h_i and h~_i, [B, *S], in at least float32.
       loss_before: loss(decode(h_i), t_i), [B], with the targets that this layer received.
       loss_after: loss(decode(h~_i), t~_i), [B].
-      sign, radius: s_c and eps_c, [C], or None where the method states none.
+      sign, radius: s_c and eps_c, [C], or None if the method has none.
     """
 
     before: Array
@@ -57,19 +57,19 @@ def observe(
     loss: Loss = cross_entropy,
     train: bool = False,
 ) -> dict[str, Observation]:
-    """Runs one perturbed pass and keeps what happened at every perturbed layer.
+    """Runs one perturbed pass and records it at every perturbed layer.
 
     A perturbation sees those below it applied and those above it not, as in training. Works for
-    every method and mode, on networks that were trained with it and on networks that were not.
+    every method and mode, on networks that were trained with it and on other networks.
 
     Args:
       network: A cut network.
-      variables: Its parameters and model state, which are left alone.
+      variables: Its parameters and model state, which do not change.
       batch: `{"image": [B, ...], "label": [B]}`.
       perturbations: Layer -> perturbation, one layer each.
       rng: Key for dropout and random perturbations.
-      states: Layer -> perturbation state, as in `TrainState.perturbation_state`; None starts afresh
-        (a carried delta is then zero: use `mode="cold"` to measure LPA on a network without one).
+      states: Layer -> perturbation state, as in `TrainState.perturbation_state`; None is the
+        initial state (a carried delta is then zero: use `mode="cold"` to measure LPA without one).
       loss: (logits [B, C], targets [B, C]) -> [B].
       train: Training mode (dropout, batch statistics) instead of evaluation mode.
 
@@ -140,15 +140,15 @@ def perturbation_effect(
         loss_change = loss(decode(h~_i), t~_i) - loss(decode(h_i), t_i)
         norm_ratio  = ||h~_i|| / ||h_i||
 
-    A radius means different things at different layers, models and augmentations; the loss change
-    that it causes compares between them. Costs two forward passes above each perturbed layer and
-    works for every method and mode. Classes are grouped by the sign that an assignment gave them:
-    `positive`, `negative`, or `neutral` (no sign, or a method that has none). Measured in training
-    mode, as the perturbation acts.
+    The same radius has different effects at different layers, models and augmentations; the loss
+    change that it causes is comparable between them. Costs two forward passes above each perturbed
+    layer and works for every method and mode. Classes are grouped by the sign that an assignment
+    gave them: `positive`, `negative`, or `neutral` (no sign, or a method without signs). Measured
+    in training mode, in which the perturbation is applied.
 
     Args:
       network: A cut network.
-      variables: Its parameters and model state, which are left alone.
+      variables: Its parameters and model state, which do not change.
       states: Layer -> perturbation state, as in `TrainState.perturbation_state`.
       batch: `{"image": [B, ...], "label": [B]}`.
       perturbations: Layer -> perturbation, one layer each.
@@ -195,14 +195,14 @@ def class_geometry(
     with hbar_c the mean of h_i over the class's members in this batch.
 
     Args:
-      observation: From `observe`, or made by hand from activations and losses before and after.
+      observation: From `observe`, or made from activations and losses before and after.
       labels: y_i, [B].
       num_classes: C.
       mask: 0 for padding, [B]; None counts every example.
 
     Returns:
       (sum, count) pairs of vectors [C]. The count is 0 for absent classes, for `sign` and `radius`
-      of a method that states none; examples with h_i = 0 (`norm_ratio`) and with delta_i or hbar_c
+      of a method without them; examples with h_i = 0 (`norm_ratio`) and with delta_i or hbar_c
       zero (`cosine`) are not counted. `metrics.compute` turns a count of 0 into nan.
 
     Raises:
@@ -226,7 +226,7 @@ def class_geometry(
     member_sums = tables.class_sums(
         observation.before * tables.over_classes(weight, observation.before), labels, num_classes
     )
-    # Directions only: the sum of the members points where their mean does.
+    # Only the direction is needed: that of the members' sum is that of their mean.
     mean_direction = tables.unit_rows(member_sums)[labels]
     direction = tables.unit_rows(observation.delta)
     moved = (
@@ -254,15 +254,15 @@ def class_geometry(
 
 
 class Agreement(NamedTuple):
-    """How far expansive means positive and contractive means negative, over the moved classes.
+    """How often expansive is positive and contractive negative, over the perturbed classes.
 
     Attributes:
-      classes: Number of classes whose activation the perturbation moved.
-      loss_and_norm: Share of them where loss and norm moved the same way.
-      sign_and_loss: Share of the signed classes whose loss moved the way of their sign.
-      sign_and_norm: Share of the signed classes whose norm moved the way of their sign.
-      correlation: Pearson correlation of loss change and norm ratio over the moved classes, nan
-        where one of them is constant.
+      classes: Number of classes whose activation the perturbation changed.
+      loss_and_norm: Share of them whose loss and norm changed in the same direction.
+      sign_and_loss: Share of the signed classes whose loss changed in the direction of their sign.
+      sign_and_norm: Share of the signed classes whose norm changed in the direction of their sign.
+      correlation: Pearson correlation of loss change and norm ratio over these classes, nan if one
+        of them is constant.
     """
 
     classes: int
@@ -273,13 +273,13 @@ class Agreement(NamedTuple):
 
 
 def agreement(geometry: Mapping[str, np.ndarray]) -> Agreement:
-    """Compares the directions in which loss and norm moved, class by class, on the host.
+    """Compares the directions in which loss and norm changed, class by class, on the host.
 
     Args:
       geometry: `metrics.compute(class_geometry(...))`: vectors [C] with nan for absent classes.
 
     Raises:
-      ValueError: Fewer than two classes were moved, so that nothing can be compared.
+      ValueError: Fewer than two classes were perturbed.
 
     Example:
       >>> moved = {"norm_ratio": np.array([1.1, 0.9, 0.8]), "sign": np.array([1.0, -1.0, 1.0]),
@@ -311,12 +311,12 @@ def agreement(geometry: Mapping[str, np.ndarray]) -> Agreement:
 
 
 def _stated(aux: Mapping[str, Array], name: str) -> Array | None:
-    """What a perturbation says of itself; of several in a chain, the first that says it."""
+    """A diagnostic of a perturbation; in a chain, that of the first which has it."""
     return next((value for key, value in aux.items() if key.split("/")[-1] == name), None)
 
 
 def _norm_ratio(observation: Observation) -> tuple[Array, Array]:
-    """||h + delta|| / ||h||, [B], and where it is known, that is, where h is not zero."""
+    """||h + delta|| / ||h||, [B], and where it is defined: where h is not zero."""
     norms = tables.row_norms(observation.before)
     return tables.row_norms(observation.after) / jnp.where(norms > 0, norms, 1.0), norms > 0
 

@@ -1,4 +1,4 @@
-"""The loss along straight lines and planes in weight space: arrays, for others to plot."""
+"""The loss along straight lines and planes in weight space, as arrays."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ Array = jax.Array
 
 
 def filter_normalized_directions(rng: Array, params: Any, count: int = 2) -> Array:
-    r"""Random directions in which every filter is as long as the network's own.
+    r"""Random directions whose filters have the norms of the network's filters.
 
         d_f <- d_f ||w_f|| / ||d_f||,    d ~ N(0, I),
 
     for every filter f (the weights into one output: all axes but the last); biases and the
-    parameters of normalisation layers stay where they are. A step of length a then moves every
-    filter by a of its norm, so that slices of networks whose weights differ in scale compare.
+    parameters of normalisation layers do not move. A step of length a then moves every filter by a
+    times its norm, so that slices are comparable between networks with weights of different scale.
 
     Args:
       rng: A key.
@@ -70,8 +70,8 @@ def loss_slice(
 
         L[j_1, ..., j_D] = f( sum_k coordinates[k][j_k] directions[k] )
 
-    Costs one forward pass over all batches a grid point. Where the loss overflows far out, the
-    array says inf or nan.
+    Costs one forward pass over all batches per grid point. If the loss overflows, the value is inf
+    or nan.
 
     Args:
       objective: Of one row, from `weight_objective`.

@@ -1,4 +1,4 @@
-r"""A loss over any number of batches as a function of a shift: what the flatness measures look at.
+r"""A loss over any number of batches as a function of a shift, for the measures of flatness.
 
 An objective is a table of R independent functions of R rows of numbers,
 
@@ -9,9 +9,9 @@ parameters (`weight_objective`); in activation space a row is the shift of a cla
 activation (`activation_objective`). Rows are independent, so the Hessian is block diagonal, and one
 product advances the estimators of `lpa_jax.diagnostics.curvature` for all rows at once.
 
-Batches are gone through on the host, one compiled call each, and never joined: matfree, which has
-the same estimators, traces its matrix-vector products inside a loop primitive, where neither a host
-loop nor (on CPU, by an order of magnitude) a fast convolution can live.
+The host loops over the batches, with one compiled call for each; they are never concatenated.
+(matfree has the same estimators, but traces its matrix-vector products inside a loop primitive,
+which excludes a host loop and makes convolutions on CPU an order of magnitude slower.)
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -78,17 +78,16 @@ def objective_over(
     lead: tuple[int, ...] | None = None,
     num_classes: int | None = None,
 ) -> Objective:
-    """The objective of a loss that is given batch by batch.
+    """The objective of a loss that is computed batch by batch.
 
-    Goes over the batches once, so that bad input is refused here and not in the middle of a
-    measurement.
+    Reads all batches once, so that bad input is refused here and not during a measurement.
 
     Args:
       row_losses: (variables, shift [R, N], batch) -> (sums of losses [R], numbers of examples [R]),
         twice differentiable in the shift, hashable (it is a static argument of `jax.jit`, so equal
         ones compile once).
-      variables: Handed to `row_losses`.
-      batches: A list or any other collection that can be gone over again and again.
+      variables: Passed to `row_losses`.
+      batches: A list or any other collection that can be iterated over repeatedly.
       rows: R.
       dimension: N.
       dtype: Of the shift, at least float32.
@@ -147,7 +146,7 @@ def batch_losses(
     batch: Batch,
     pinned: Mapping[str, Array],
 ) -> metrics.Pair:
-    """Losses [B] of a batch in evaluation mode, 0 for padding, and what counts in it, [B]."""
+    """Losses [B] of a batch in evaluation mode, 0 for padding, and whether each counts, [B]."""
     logits, _ = network.run(Pass(variables, batch["image"]), pinned, LOGITS)
     losses = loss(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
     counted = jnp.asarray(batch.get("mask", jnp.ones(losses.shape))) != 0

@@ -39,41 +39,41 @@ def suggest_radius(
 ) -> float:
     r"""The radius at which the class-level loss change of a sign group has a chosen size.
 
-    A radius means different things at different layers, models and augmentations; the loss change
-    that it causes compares between them. With delta_c(r) the perturbation of class c at radius r,
+    The same radius has different effects at different layers, models and augmentations; the loss
+    change that it causes is comparable. With delta_c(r) the perturbation of class c at radius r,
 
         change(r) = mean over the group's classes in the batch of  s_c (J_c(delta_c(r)) - J_c(0)),
 
-    J_c the mean loss of the class's members: how much positive perturbation raises the loss, or
-    negative lowers it. Radii are gone through upwards, two a decade, until the change reaches the
-    target, and the interval is then bisected; so where the change is no monotone function of the
-    radius, this is the smallest radius on that grid's scale. The network acts in training mode, as
-    it does under the perturbation. Everything is compiled once, with the radius as an argument.
+    and J_c the mean loss of the class's members: how much positive perturbation raises the loss, or
+    negative lowers it. The search tries increasing radii, two per decade, until the change reaches
+    the target, and then bisects the interval; if the change is not monotone in the radius, this
+    gives the smallest radius on that grid. The network runs in training mode, in which the
+    perturbation is applied. Everything is compiled once, with the radius as an argument.
 
-    Of a trained or half-trained network: at initialisation all classes have the same loss, and a
-    given change takes a far larger radius than it does later.
+    Use a trained or half-trained network: at initialisation all classes have the same loss, and the
+    same change needs a far larger radius than later.
 
     Args:
       model: A staged model or a `Network`; `state.network` of a `TrainState`.
-      variables: `{"params": ..., ...}`, left alone; `state.variables` of a `TrainState`.
-      batch: `{"image": [B, ...], "label": [B] integers}`, all of which counts; the more examples,
-        the less the answer depends on them.
+      variables: `{"params": ..., ...}`, which do not change; `state.variables` of a `TrainState`.
+      batch: `{"image": [B, ...], "label": [B] integers}`; the more examples, the less noise in the
+        result.
       layer: Injection point.
       target: Change wanted, in nats, > 0.
       group: `"positive"` (s_c = +1) or `"negative"` (s_c = -1), whose change cannot exceed its
         loss.
-      method: Factory of a perturbation that states signs: (radius, **options) -> Perturbation, such
-        as `lpa` or `lpl`. The radius that it is given is traced.
+      method: Factory of a perturbation with signs: (radius, **options) -> Perturbation, such as
+        `lpa` or `lpl`. Its radius is traced.
       loss: (logits [B, C], targets [B, C]) -> [B].
       rng: Key for dropout; `jax.random.key(0)` if None.
-      low: Smallest radius that is looked at.
-      high: Largest radius that is looked at.
-      tolerance: The change at the answer is within this share of the target.
-      **options: Of `method`, for example `assignment=lpa_jax.by_frequency(counts)`, `steps`,
-        `geometry`. `mode` must be `"cold"`, the default: the others start from a carried delta.
+      low: Smallest radius tried.
+      high: Largest radius tried.
+      tolerance: Largest relative difference between the change and the target.
+      **options: Options of `method`, for example `assignment=lpa_jax.by_frequency(counts)`,
+        `steps`, `geometry`. `mode` must be `"cold"`, the default: the others start from a carried delta.
 
     Returns:
-      The radius, to be given to `method` with the same options.
+      The radius, to use in `method` with the same options.
 
     Raises:
       ValueError: An argument out of range; unknown layer; no class of the group in the batch; a
@@ -93,7 +93,7 @@ def suggest_radius(
       True
 
     References:
-      This library's; the papers tune the radius.
+      A choice of this library; the papers tune the radius.
     """
     network = injection.as_network(model)
     _check_arguments(target, group, low, high, tolerance, options)
@@ -134,7 +134,7 @@ def suggest_radius(
 
 
 def _bracket(change_at, target, low, high, tolerance, base) -> tuple[float, float]:
-    """Neighbours on a logarithmic grid between which the change first reaches the target."""
+    """Neighbours on a logarithmic grid, between which the change first reaches the target."""
     points = 1 + math.ceil(_POINTS_PER_DECADE * math.log10(high / low))
     lower, largest = low, (-math.inf, low)
     for radius in np.geomspace(low, high, points).tolist():

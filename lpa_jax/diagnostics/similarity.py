@@ -1,4 +1,4 @@
-"""How alike two networks are: in what they represent and in what they predict, on the same data."""
+"""How similar two networks are in their representations and predictions on the same data."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def linear_cka(x: ArrayLike, y: ArrayLike, *, debiased: bool = False) -> float:
 def prediction_agreement(a: ArrayLike, b: ArrayLike) -> float:
     """Share of examples for which two networks predict the same class.
 
-    Two good networks agree for lack of errors alone; `error_consistency` corrects for that.
+    Two accurate networks agree because they rarely err; `error_consistency` corrects for that.
 
     Args:
       a: Logits [n, C] of one network.
@@ -83,7 +83,7 @@ def error_consistency(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> float:
       labels: Classes [n].
 
     Returns:
-      kappa; nan where both networks are always right or always wrong, and chance explains all.
+      kappa; nan if both networks are always right or always wrong.
 
     Raises:
       ValueError: Shapes that do not fit, no example, or logits that are not finite.

@@ -1,4 +1,4 @@
-"""All eigenvalues of an objective's Hessian at once: their density, and means over them."""
+"""The spectrum of an objective's Hessian: the density of its eigenvalues, and means over them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class SpectralQuadrature(NamedTuple):
-    r"""Stochastic Lanczos quadrature of a spectrum: eigenvalues in few nodes, each with a weight.
+    r"""Stochastic Lanczos quadrature of a spectrum: a few nodes, each with a weight.
 
         (1/N) sum_k g(lambda_k) ~ (1/n) sum_p sum_j w_pj g(theta_pj)
 
@@ -77,8 +77,8 @@ def spectral_quadrature(
       objective: From `weight_objective` or `activation_objective`.
       rng: A key.
       probes: n, >= 2.
-      steps: Lanczos steps a probe, each one Hessian product over all batches, >= 1; at most N are
-        made. Memory R N `steps`.
+      steps: Lanczos steps per probe, each one Hessian product over all batches, >= 1; at most N
+        are made. Memory R N `steps`.
 
     Raises:
       ValueError: A value out of range.
@@ -104,7 +104,7 @@ class SpectralDensity(NamedTuple):
       grid: Eigenvalues t, [G].
       density: phi(t), [*lead, G]; integrates to 1.
       standard_error: Of the density over probes, [*lead, G].
-      quadrature: What it was made of.
+      quadrature: The nodes and weights behind it.
     """
 
     grid: np.ndarray
@@ -122,13 +122,13 @@ def spectral_density(
     points: int = 512,
     width: float | None = None,
 ) -> SpectralDensity:
-    """`spectral_quadrature`, smoothed on a grid that holds all of it.
+    """`spectral_quadrature`, smoothed on a grid that covers all of it.
 
     Args:
       objective: From `weight_objective` or `activation_objective`.
       rng: A key.
       probes: n, >= 2.
-      steps: Lanczos steps a probe, >= 1; at most N are made.
+      steps: Lanczos steps per probe, >= 1; at most N are made.
       points: G, >= 2, evenly over the Ritz values and five widths on both sides.
       width: Of the Gaussians, in units of the eigenvalues; None is 1% of the range of Ritz values.
 
