@@ -48,8 +48,8 @@ def activation_objective(
       network: A cut network.
       variables: Its parameters and model state.
       batches: `{"image": [B, ...], "label": [B]}`, with a `"mask"` [B] if padded, preprocessed as
-        for the network; any collection that can be iterated over repeatedly. At level `"example"` one
-        batch (`activation_flatness` takes many).
+        for the network; any collection that can be iterated over repeatedly. At level `"example"`
+        one batch (`activation_flatness` takes many).
       layer: The injection point.
       level: `"class"` or `"example"`.
       loss: (logits [B, C], targets [B, C]) -> [B].

@@ -94,7 +94,7 @@ def gains(
         raise ValueError("inputs must hold at least one example, got none")
     delta = jnp.asarray(delta)
     _check_finite("delta", delta)
-    lengths = tables.row_norms(delta.astype(pgd.perturbation_dtype(delta)))
+    lengths = tables.row_norms(tables.at_least_float32(delta))
 
     def displaced(activation):
         if activation.shape != delta.shape:
@@ -102,7 +102,7 @@ def gains(
                 f"delta must have the shape {activation.shape} of the activation at {layer!r}, "
                 f"got {delta.shape}"
             )
-        wide = activation.astype(pgd.perturbation_dtype(activation)) + delta
+        wide = tables.at_least_float32(activation) + delta
         return wide.astype(activation.dtype)
 
     before = _recorded(network, variables, inputs, {}, (layer, *above))
@@ -220,7 +220,7 @@ def _power_step(network, variables, inputs, layer, target, activation, v):
     _, jacobian_v = jax.jvp(above, (activation,), (v,))
     _, transposed = jax.vjp(above, activation)
     # Unit rows before the transpose: sigma^2 could leave the range of a half-precision activation.
-    sigma = tables.row_norms(jacobian_v.astype(pgd.perturbation_dtype(jacobian_v)))
+    sigma = tables.row_norms(tables.at_least_float32(jacobian_v))
     return sigma, tables.unit_rows(transposed(tables.unit_rows(jacobian_v))[0])
 
 
@@ -236,7 +236,7 @@ def _recorded(
 
     def recording(layer):
         def tap(activation):
-            seen[layer] = activation.astype(pgd.perturbation_dtype(activation))
+            seen[layer] = tables.at_least_float32(activation)
             return activation
 
         return tap

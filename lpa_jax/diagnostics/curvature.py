@@ -14,7 +14,6 @@ import numpy as np
 
 from lpa_jax import checks, pgd, tables
 from lpa_jax.diagnostics.objective import Objective
-from lpa_jax.perturbations.base import check_range
 
 Array = jax.Array
 
@@ -210,7 +209,7 @@ def worst_case_sharpness(
     References:
       Foret et al., ICLR 2021 (arXiv 2010.01412), equation 2 for one step.
     """
-    check_range("radius", radius, 0.0)
+    checks.number("radius", radius)
     checks.integer("steps", steps, minimum=1)
     options = pgd.PGDOptions(steps, step_size, "free", "l2", "full").validate()
     ones = jnp.ones(objective.rows, objective.dtype)
@@ -244,7 +243,7 @@ def average_sharpness(
     Raises:
       ValueError: A value out of range, or a loss on the sphere that is not finite.
     """
-    check_range("radius", radius, 0.0)
+    checks.number("radius", radius)
     checks.integer("samples", samples, minimum=2)
     rises = []
     for key in jax.random.split(rng, samples):

@@ -70,7 +70,8 @@ def suggest_radius(
       high: Largest radius tried.
       tolerance: Largest relative difference between the change and the target.
       **options: Options of `method`, for example `assignment=lpa_jax.by_frequency(counts)`,
-        `steps`, `geometry`. `mode` must be `"cold"`, the default: the others start from a carried delta.
+        `steps`, `geometry`. `mode` must be `"cold"`, the default: the others start from a carried
+        delta.
 
     Returns:
       The radius, to use in `method` with the same options.

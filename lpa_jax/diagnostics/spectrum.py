@@ -9,7 +9,6 @@ import numpy as np
 from lpa_jax import checks
 from lpa_jax.diagnostics.curvature import Estimate, lanczos, random_signs
 from lpa_jax.diagnostics.objective import Objective
-from lpa_jax.perturbations.base import check_range
 
 Array = jax.Array
 
@@ -55,7 +54,7 @@ class SpectralQuadrature(NamedTuple):
         Raises:
           ValueError: A width out of range.
         """
-        check_range("width", width, np.finfo(float).tiny)
+        checks.number("width", width, np.finfo(float).tiny)
         grid = np.asarray(grid, np.float64)
         distance = (grid - self._known()[..., None]) / width
         bell = np.exp(-0.5 * distance**2) / (width * np.sqrt(2 * np.pi))

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.checks import number as check_range  # noqa: F401  the old name
 from lpa_jax.registry import Registry
-from lpa_jax.tables import over_classes as per_example  # noqa: F401
 
 Array = jax.Array
 State = Any

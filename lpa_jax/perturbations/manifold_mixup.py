@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, tables
 from lpa_jax.perturbations.base import (
     Perturbation,
     identity,
-    per_example,
     register,
     stateless,
 )
@@ -65,9 +64,9 @@ def interpolate(values: Array, partners: Array, shares: Array) -> Array:
       partners: [B] integers, places in the batch.
       shares: of the partner, [] or [B].
     """
-    wide = values.astype(pgd.perturbation_dtype(values))
+    wide = tables.at_least_float32(values)
     shares = shares.astype(wide.dtype)
-    shares = per_example(shares, wide) if shares.ndim else shares
+    shares = tables.over_classes(shares, wide) if shares.ndim else shares
     return (wide + shares * (wide[partners] - wide)).astype(values.dtype)
 
 

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, tables
 from lpa_jax.perturbations.base import (
     Perturbation,
     identity,
-    per_example,
     register,
     stateless,
 )
@@ -50,13 +49,13 @@ def mixstyle(alpha: float = 0.1, probability: float = 0.5) -> Perturbation:
 
     def perturb(site):
         chance_rng, order_rng, share_rng = jax.random.split(site.rng, 3)
-        h = site.activation.astype(pgd.perturbation_dtype(site.activation))
+        h = tables.at_least_float32(site.activation)
         order = jax.random.permutation(order_rng, h.shape[0])
         share = partner_share(share_rng, alpha, h.shape[:1]).astype(h.dtype)
         mean, deviation = _style(jax.lax.stop_gradient(h))
 
         def mix(statistic):
-            return statistic + per_example(share, h) * (statistic[order] - statistic)
+            return statistic + tables.over_classes(share, h) * (statistic[order] - statistic)
 
         styled = (h - mean) / deviation * mix(deviation) + mix(mean)
         restyle = jax.random.bernoulli(chance_rng, probability)

@@ -5,11 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, tables
 from lpa_jax.perturbations.base import (
     Perturbation,
     identity,
-    per_example,
     register,
     stateless,
 )
@@ -54,7 +53,7 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
             return jnp.take_along_axis(scores, site.labels[:, None], axis=1)[:, 0]
 
         def confidence(logits):
-            return own(jax.nn.softmax(logits.astype(pgd.perturbation_dtype(logits))))
+            return own(jax.nn.softmax(tables.at_least_float32(logits)))
 
         def own_logits(h):
             # Gradients of the sum: where examples do not interact above the injection point, those
@@ -71,7 +70,7 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
         if site.axis_name is not None:
             changes = jax.lax.all_gather(change, site.axis_name, tiled=True)
         exempt = change < _threshold(changes, drop_b)
-        kept = spared | per_example(exempt, h)
+        kept = spared | tables.over_classes(exempt, h)
         return jnp.where(kept, site.activation, 0.0), site.targets
 
     return stateless("rsc", perturb)
