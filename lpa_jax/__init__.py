@@ -90,3 +90,8 @@ __all__ = [
     "spatial_dropout",
     "suggest_radius",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone, for tab completion."""
+    return sorted(__all__)
