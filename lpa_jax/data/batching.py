@@ -23,7 +23,7 @@ Batch = dict[str, np.ndarray]
 # len(source) examples, source[i] = {"image": [H, W, ch], "label": integer}
 Examples = Dataset | Sequence[Mapping[str, Any]]
 
-# grain wants a length: positions of the endless stream, far beyond any run
+# grain wants a length: examples far beyond any run
 _ENDLESS = 2**62
 
 
@@ -278,25 +278,24 @@ def grain_batches(
       array([0, 2], dtype=int32)
     """
     grain = optional.package("grain")  # a second of import that sets in memory do without
+    if transform is not None:
+        source = _Transformed(source, transform)
+    by_step = batches(source, seed, batch_size, shuffle=shuffle, host_slice=host_slice)
+    return grain.MapDataset.range(_ENDLESS // batch_size).map(by_step.__getitem__)
 
-    batch_size = checks.integer("batch_size", batch_size, minimum=1)
-    positions = _host_positions(batch_size, host_slice)
-    stream = ExampleStream(len(source), seed, shuffle=shuffle)
 
-    def read(local_position: int) -> dict[str, np.ndarray]:
-        step, offset = divmod(local_position, len(positions))
-        place = step * batch_size + int(positions[offset])
-        index = int(stream.indices(place, 1)[0])
-        if getattr(source, "random_crop", None) is None:
-            example = source[index]
-        else:
-            (example,) = source.read([index], stream.crop_draws(place, 1))
-        example = example if transform is None else transform(example)
-        return {
-            "image": np.asarray(example["image"]),
-            "label": np.int32(example["label"]),
-            "position": positions[offset],
-        }
+class _Transformed:
+    """A source whose examples are changed after reading."""
 
-    endless = grain.MapDataset.range(_ENDLESS // batch_size * len(positions))
-    return endless.map(read).batch(len(positions))
+    def __init__(self, source: Examples, transform: Callable[[Mapping[str, Any]], Any]):
+        self._source, self._transform = source, transform
+        self.random_crop = getattr(source, "random_crop", None)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._transform(self._source[index])
+
+    def read(self, indices: Sequence[int], draws: Sequence[Any]) -> list[Mapping[str, Any]]:
+        return [self._transform(example) for example in self._source.read(indices, draws)]
