@@ -65,6 +65,18 @@ def test_headings_that_a_page_links_to_exist(path):
         assert heading in slugs, (target, heading)
 
 
+def test_every_test_that_the_reliability_page_names_exists():
+    table = (
+        (DOCS / "reliability.md").read_text(encoding="utf-8").split("## Which test shows what")[1]
+    )
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = re.findall(r"^def (test_\w+)", "\n".join(sources), re.MULTILINE)
+    named = re.findall(r"`([a-z]+(?:_[a-z]+)+)`", table)
+    assert len(named) > 15
+    for name in named:
+        assert name == "domain_generalization" or any(name in test for test in defined), name
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"^  - .*: (\w+\.md)$", CONFIG.read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
