@@ -24,9 +24,9 @@ def blocks(path, language):
 
 @pytest.fixture
 def registries(monkeypatch):
-    """What a page registers is forgotten after it."""
-    for room in (perturbations, penalties):
-        registry = room.base._REGISTRY
+    """The registries, restored after a test."""
+    for package in (perturbations, penalties):
+        registry = package.base._REGISTRY
         monkeypatch.setattr(registry, "factories", dict(registry.factories))
 
 
