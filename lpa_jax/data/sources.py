@@ -129,7 +129,7 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
         )
     images, labels = None, np.empty(size, np.int32)
     for start in range(0, size, _READ_AT_A_TIME):
-        with _quiet_log():
+        with _tamed_tfds() if isinstance(source, ImageSource) else contextlib.nullcontext():
             examples = source.__getitems__(range(start, min(size, start + _READ_AT_A_TIME)))
         for i, example in enumerate(examples, start):
             image = fitted(example["image"], image_size) if fit else example["image"]
@@ -231,7 +231,7 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
 
     data_dir = None if data_dir is None else os.fspath(data_dir)
     try:
-        with _quiet_log(), _no_foreign_code(), contextlib.redirect_stdout(io.StringIO()):
+        with _tamed_tfds():
             if name in BUILDERS:
                 return BUILDERS[name](data_dir=data_dir)
             return tfds.builder(name, data_dir=data_dir)
@@ -275,7 +275,7 @@ def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
         )
     failure = None
     try:
-        with _quiet_log(), _quiet_preparation():
+        with _tamed_tfds():
             builder.download_and_prepare(file_format="array_record")
     # whatever went wrong, TensorFlow's own errors included, the set may stand: another process
     # was first, and the rename of our folder failed
@@ -292,7 +292,7 @@ def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
 
 
 def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
-    with _quiet_log():
+    with _tamed_tfds():
         return builder.is_prepared()
 
 
@@ -306,13 +306,15 @@ def _first_line(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def _no_foreign_code() -> Iterator[None]:
-    """Keeps TFDS from importing the modules that a folder's features.json names.
+def _tamed_tfds() -> Iterator[None]:
+    """TFDS without prints, progress bars, log records below errors, and imports of foreign modules.
 
-    Such a module may stand in the folder itself, where that can be imported from the working
-    directory. TFDS's own features, and those of modules that are imported already, are known.
+    It warns of every folder that does not exist yet. And it imports the modules that a folder's
+    features.json names, which may lie in the folder itself where that can be imported from the
+    working directory: only TFDS's own features and modules that are imported already are let in.
     """
     from tensorflow_datasets.core.features.feature import FeatureConnector
+    from tensorflow_datasets.core.utils import tqdm_utils
 
     look_up = vars(FeatureConnector)["cls_from_name"]
 
@@ -322,37 +324,18 @@ def _no_foreign_code() -> Iterator[None]:
             raise ValueError(f"features.json names {class_name!r}, which is no feature of TFDS")
         return look_up.__func__(cls, class_name)
 
-    FeatureConnector.cls_from_name = classmethod(look_up_known)
-    try:
-        yield
-    finally:
-        FeatureConnector.cls_from_name = look_up
-
-
-@contextlib.contextmanager
-def _quiet_log() -> Iterator[None]:
-    """Drops TFDS's log records below errors: it warns of every folder that is not there yet."""
-
     def keep(record: logging.LogRecord) -> bool:
         return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.ERROR
 
     logger = logging.getLogger("absl")
+    bars_were_on = getattr(tqdm_utils, "_active", True)
     logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-
-
-@contextlib.contextmanager
-def _quiet_preparation() -> Iterator[None]:
-    """Turns TFDS's progress bars and announcements off, and puts the bars back as they were."""
-    from tensorflow_datasets.core.utils import tqdm_utils
-
-    were_on = getattr(tqdm_utils, "_active", True)
     tqdm_utils.display_progress_bar(enable=False)
+    FeatureConnector.cls_from_name = classmethod(look_up_known)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        tqdm_utils.display_progress_bar(enable=were_on)
+        FeatureConnector.cls_from_name = look_up
+        tqdm_utils.display_progress_bar(enable=bars_were_on)
+        logger.removeFilter(keep)
