@@ -6,11 +6,12 @@ radius. The `confidence` and `frequency` rules, and both multipliers, are those 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lpa_jax import checks
 
@@ -88,7 +89,7 @@ def by_confidence(kappa: float = 0.0, ema: float = 0.0) -> Assignment:
     return Assignment("confidence", rule, uses_confidence=True, ema=ema)
 
 
-def by_frequency(counts: Sequence[int], split: float | int = 0.4, kappa: float = 0.0) -> Assignment:
+def by_frequency(counts: ArrayLike, split: float | int = 0.4, kappa: float = 0.0) -> Assignment:
     r"""Negative augmentation for the head, positive for the tail of a long-tailed training set.
 
     Classes are ranked by training count N_c, the largest first, ties by index. With N_1 the largest
@@ -145,7 +146,7 @@ def all_negative() -> Assignment:
     return _constant("all_negative", -1.0)
 
 
-def custom(sign: Sequence[float], multiplier: Sequence[float] | None = None) -> Assignment:
+def custom(sign: ArrayLike, multiplier: ArrayLike | None = None) -> Assignment:
     """A fixed sign and multiplier for every class.
 
     Args:

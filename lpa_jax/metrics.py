@@ -9,12 +9,13 @@ Sums and counts are float32 (float64 for float64 values): counts are exact up to
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lpa_jax import checks
 
@@ -166,7 +167,7 @@ def compute(pairs: Any) -> Any:
 
 
 def shot_groups(
-    counts: Sequence[float], thresholds: tuple[float, float] = (20, 100)
+    counts: ArrayLike, thresholds: tuple[float, float] = (20, 100)
 ) -> dict[str, np.ndarray]:
     """Classes with many, a medium number of and few training examples.
 
@@ -199,7 +200,7 @@ def shot_groups(
     return {"many": many, "medium": ~(many | few), "few": few}
 
 
-def shot_groups_by_thirds(counts: Sequence[float]) -> dict[str, np.ndarray]:
+def shot_groups_by_thirds(counts: ArrayLike) -> dict[str, np.ndarray]:
     """Thirds of the classes by number of training examples, for sets too small for thresholds.
 
     Classes are ranked by decreasing count, ties by index. When C is not a multiple of 3, "many"

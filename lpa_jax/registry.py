@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 from lpa_jax import checks
 
 Value = TypeVar("Value")
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 class Registry(Generic[Value]):
@@ -37,10 +38,10 @@ class Registry(Generic[Value]):
         self.hidden = hidden
         self._in_order = factories is not None
 
-    def register(self, name: str) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+    def register(self, name: str) -> Callable[[Factory], Factory]:
         """Decorator that enters a factory under `name`."""
 
-        def add(factory):
+        def add(factory: Factory) -> Factory:
             self.factories[name] = factory
             return factory
 

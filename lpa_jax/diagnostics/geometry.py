@@ -49,7 +49,7 @@ class Observation(NamedTuple):
 def observe(
     network: injection.Network,
     variables: injection.Variables,
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Any],
     perturbations: Mapping[str, Perturbation],
     *,
     rng: Array,
@@ -129,7 +129,7 @@ def perturbation_effect(
     network: injection.Network,
     variables: injection.Variables,
     states: Mapping[str, Any],
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Any],
     *,
     perturbations: Mapping[str, Perturbation],
     loss: Loss,

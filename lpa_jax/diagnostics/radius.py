@@ -24,7 +24,7 @@ _POINTS_PER_DECADE = 2
 def suggest_radius(
     model: Any,
     variables: injection.Variables,
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Any],
     layer: str,
     *,
     target: float = 0.5,

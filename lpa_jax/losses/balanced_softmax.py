@@ -1,8 +1,7 @@
 """Balanced softmax: each exponential weighted by the size of its class."""
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lpa_jax.losses.base import Loss, register
 from lpa_jax.losses.common import class_counts
@@ -10,7 +9,7 @@ from lpa_jax.losses.cross_entropy import shifted
 
 
 @register("balanced_softmax")
-def balanced_softmax(counts: Sequence[float]) -> Loss:
+def balanced_softmax(counts: ArrayLike) -> Loss:
     """Balanced softmax: each exponential weighted by the size of its class.
 
         loss(z, t) = cross_entropy(z + log N, t)

@@ -1,9 +1,10 @@
 """What a loss is, and the registry of losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from numpy.typing import ArrayLike
 
 from lpa_jax.registry import Registry
 
@@ -40,7 +41,7 @@ def option_types(name: str) -> dict[str, Any]:
     return {key: kind for key, kind in _REGISTRY.option_types(name).items() if key != "counts"}
 
 
-def create(name: str, counts: Sequence[float] | None = None, **arguments: Any) -> Loss:
+def create(name: str, counts: ArrayLike | None = None, **arguments: Any) -> Loss:
     """The loss of that name.
 
     Args:

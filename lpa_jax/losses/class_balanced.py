@@ -1,10 +1,10 @@
 """Class balance by the effective number of examples of a class."""
 
 import math
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lpa_jax import checks
 from lpa_jax.losses.base import Loss, register
@@ -12,7 +12,7 @@ from lpa_jax.losses.common import class_counts, per_class, prepare
 from lpa_jax.losses.cross_entropy import cross_entropy
 
 
-def effective_number_weights(counts: Sequence[float], beta: float = 0.9999) -> np.ndarray:
+def effective_number_weights(counts: ArrayLike, beta: float = 0.9999) -> np.ndarray:
     """Class weights inversely proportional to the effective number of examples.
 
         E_c = (1 - beta^N_c) / (1 - beta),    w_c = C (1 / E_c) / sum_k (1 / E_k)
@@ -43,9 +43,7 @@ def effective_number_weights(counts: Sequence[float], beta: float = 0.9999) -> n
 
 
 @register("class_balanced")
-def class_balanced(
-    counts: Sequence[float], beta: float = 0.9999, base: Loss = cross_entropy
-) -> Loss:
+def class_balanced(counts: ArrayLike, beta: float = 0.9999, base: Loss = cross_entropy) -> Loss:
     """Any loss, weighted by the effective number of examples of the target's class.
 
         loss(z, t) = (sum_c t_c w_c) base(z, t),    w = effective_number_weights(counts, beta)

@@ -1,20 +1,19 @@
 """What several losses share: class counts, and class constants beside logits."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lpa_jax import checks
 
 
-def class_counts(counts: Sequence[float]) -> np.ndarray:
+def class_counts(counts: ArrayLike) -> np.ndarray:
     """The counts as float64 [C]; raises ValueError unless positive and finite."""
     return checks.vector("counts", counts, open_low=True)
 
 
-def log_prior(counts: Sequence[float], tau: float) -> np.ndarray:
+def log_prior(counts: ArrayLike, tau: float) -> np.ndarray:
     """`tau` times the log of each class's share of the training set, [C]; raises ValueError."""
     counts = class_counts(counts)
     checks.number("tau", tau)

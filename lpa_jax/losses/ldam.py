@@ -1,8 +1,7 @@
 """LDAM, margins that grow with the rarity of a class, and its deferred re-weighting (DRW)."""
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lpa_jax import checks
 from lpa_jax.losses.base import Loss, register
@@ -12,7 +11,7 @@ from lpa_jax.losses.cross_entropy import cross_entropy
 
 
 @register("ldam")
-def ldam(counts: Sequence[float], max_margin: float = 0.5, scale: float = 30.0) -> Loss:
+def ldam(counts: ArrayLike, max_margin: float = 0.5, scale: float = 30.0) -> Loss:
     """Label-distribution-aware margin loss: rare classes must win by a larger margin.
 
         Delta_c = max_margin (min_k N_k / N_c)^(1/4)
@@ -59,7 +58,7 @@ def ldam(counts: Sequence[float], max_margin: float = 0.5, scale: float = 30.0) 
 
 
 def drw_stages(
-    counts: Sequence[float],
+    counts: ArrayLike,
     switch_epoch: int,
     *,
     max_margin: float = 0.5,

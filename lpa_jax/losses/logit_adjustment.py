@@ -1,9 +1,8 @@
 """Logit adjustment: class priors added to the logits in training, or subtracted after it."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
+from numpy.typing import ArrayLike
 
 from lpa_jax.losses.base import Loss, register
 from lpa_jax.losses.common import at_least_float32, log_prior, per_class
@@ -11,7 +10,7 @@ from lpa_jax.losses.cross_entropy import shifted
 
 
 @register("logit_adjusted")
-def logit_adjusted(counts: Sequence[float], tau: float = 1.0) -> Loss:
+def logit_adjusted(counts: ArrayLike, tau: float = 1.0) -> Loss:
     """Logit-adjusted cross entropy: class priors are added to the logits while training.
 
         loss(z, t) = cross_entropy(z + tau log pi, t),    pi_c = N_c / sum_k N_k
@@ -39,7 +38,7 @@ def logit_adjusted(counts: Sequence[float], tau: float = 1.0) -> Loss:
     return shifted(log_prior(counts, tau))
 
 
-def adjust_logits(logits: jax.Array, counts: Sequence[float], tau: float = 1.0) -> jax.Array:
+def adjust_logits(logits: jax.Array, counts: ArrayLike, tau: float = 1.0) -> jax.Array:
     """Post-hoc logit adjustment of a network that was trained with plain cross entropy.
 
         z' = z - tau log pi,    pi_c = N_c / sum_k N_k

@@ -14,8 +14,9 @@ from lpa_jax.penalties import Penalty
 from lpa_jax.perturbations import Perturbation
 
 Array = jax.Array
-Batch = Mapping[str, Array]
-Perturbations = Mapping[str | tuple[str, ...], Perturbation]
+Batch = Mapping[str, Any]  # of NumPy or JAX arrays
+# By layer or tuple of layers: type checkers refuse a dict[str, ...] where keys are a union.
+Perturbations = Mapping[Any, Perturbation]
 Penalties = Mapping[str, Penalty]
 
 
@@ -49,7 +50,7 @@ class TrainState(flax.struct.PyTreeNode):
     @classmethod
     def create(
         cls,
-        model: Any,
+        model: Network | flax.linen.Module,
         optimizer: optax.GradientTransformation,
         rng: Array,
         example_batch: Batch,
