@@ -23,17 +23,20 @@ def inject(module: nn.Module | nnx.Module, *paths: str, **options: Any) -> Netwo
       module: Takes a batch of inputs, returns logits.
       *paths: Paths of submodules in the order of the pass, parts separated by `/`, for example
         `"encoder/block_2"`. `submodule_paths` (Linen) and `nnx_submodule_paths` list them.
-      **options: For Linen: `train_argument`, the keyword that switches training mode (found
-        automatically if it is train, training, is_training, deterministic or use_running_average),
-        and further keyword arguments of the module's `__call__`.
+      **options: `train_argument`, the keyword of `__call__` (or the field of a Linen module) that
+        switches training mode, or None if the module has none; and further keyword arguments of
+        `__call__`. Without it the keyword is train, training, is_training, is_train, deterministic
+        or use_running_average, whichever `__call__` has. NNX modules are also switched by their
+        `eval` method; in training they are in the mode in which they were cut.
 
     Returns:
       A `Network` with layers ("input", *paths, "logits").
 
     Raises:
-      ValueError: No path, a path that is named twice or called `input` or `logits`, or (NNX) an
-        unknown path. A Linen path that is not called, is called twice in a pass or returns anything
-        but one array is refused when the module first runs.
+      ValueError: No path, a path that is named twice or called `input` or `logits`, (NNX) an
+        unknown path, or a training switch that cannot be determined. A Linen path that is not
+        called, is called twice in a pass or returns anything but one array, and a Linen module with
+        Dropout or BatchNorm behind `**kwargs`, are refused when the module first runs.
 
     Example:
       >>> class Net(nn.Module):
@@ -49,9 +52,7 @@ def inject(module: nn.Module | nnx.Module, *paths: str, **options: Any) -> Netwo
     if repeated:
         raise ValueError(f"paths must be distinct and not input or logits, got {repeated[0]!r}")
     if isinstance(module, nnx.Module):
-        if options:
-            raise ValueError(f"an NNX module takes no options, got {sorted(options)[0]!r}")
-        return inject_nnx(module, *paths)
+        return inject_nnx(module, *paths, **options)
     if not isinstance(module, nn.Module):
         raise ValueError(f"module must be a Linen or NNX module, got {type(module).__name__}")
     return inject_linen(module, *paths, **options)

@@ -1,7 +1,6 @@
 """Cutting any existing Linen module at named submodules, without editing it."""
 
 import dataclasses
-import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -9,15 +8,7 @@ import jax
 
 from lpa_jax.injection.base import Array, Pass, SubmoduleOutputs, Variables, model_state
 from lpa_jax.injection.submodules import InjectedModule
-
-# Names that modules use for the switch between training and evaluation, and the value in training.
-TRAIN_ARGUMENTS = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
+from lpa_jax.injection.train_switch import FIND, Switch, find_switch, unknown_switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,32 +24,37 @@ class InjectedLinen(InjectedModule):
     Attributes:
       module: The module, unchanged. Its `__call__` takes the input and returns logits.
       paths: Paths of the submodules, in the order of the pass, `/`-separated.
-      train_argument: Keyword of `__call__` that switches training mode, or None if it has none.
+      switch: What switches the module between training and evaluation.
       arguments: Further keyword arguments of `__call__`, as (name, value) pairs.
     """
 
     module: nn.Module
     paths: tuple[str, ...]
-    train_argument: str | None
+    switch: Switch
     arguments: tuple[tuple[str, Any], ...] = ()
 
-    def _keywords(self, train: bool) -> dict[str, Any]:
-        keywords = dict(self.arguments)
-        if self.train_argument is not None:
-            keywords[self.train_argument] = train == TRAIN_ARGUMENTS.get(self.train_argument, True)
-        return keywords
+    def _in_mode(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
+        """The module and the keywords of its call in training or evaluation mode."""
+        switched = self.switch.keywords(train)
+        if self.switch.is_field:
+            return self.module.clone(**switched), dict(self.arguments)
+        return self.module, {**dict(self.arguments), **switched}
 
     def init(self, rng: Array, inputs: Array) -> Variables:
         """Initial variables; see `Network.init`."""
         params_rng, dropout_rng = jax.random.split(rng)
         rngs = {"params": params_rng, "dropout": dropout_rng}
-        return self.module.init(rngs, inputs, **self._keywords(train=False))
+        module, keywords = self._in_mode(train=False)
+        return module.init(rngs, inputs, **keywords)
 
     def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
         """Runs the module, its outputs passing through `outputs`: logits and new model state."""
         state = model_state(given.variables)
+        module, keywords = self._in_mode(given.train)
 
         def intercept(next_function, args, kwargs, context):
+            if given.train and not self.switch.known and _depends_on_mode(context.module):
+                raise unknown_switch(module, f"{type(context.module).__name__} depends on it")
             output = next_function(*args, **kwargs)
             path = "/".join(context.module.path)
             is_cut = context.method_name == "__call__" and path in self.paths
@@ -68,15 +64,18 @@ class InjectedLinen(InjectedModule):
         # Linen uses "params" for streams without a key of their own.
         rngs = None if given.rng is None else {"dropout": given.rng, "params": given.rng}
         with nn.intercept_methods(intercept):
-            result = self.module.apply(
-                given.variables,
-                given.inputs,
-                rngs=rngs,
-                mutable=mutable,
-                **self._keywords(given.train),
+            result = module.apply(
+                given.variables, given.inputs, rngs=rngs, mutable=mutable, **keywords
             )
         logits, updated = result if mutable else (result, {})
         return logits, {**state, **updated}
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a module of flax acts differently in training, such as Dropout and BatchNorm."""
+    if getattr(module, "rate", getattr(module, "dropout_rate", None)) == 0:
+        return False
+    return hasattr(module, "deterministic") or hasattr(module, "use_running_average")
 
 
 def submodule_paths(module: nn.Module, *arguments: Any, **keywords: Any) -> tuple[str, ...]:
@@ -101,23 +100,9 @@ def submodule_paths(module: nn.Module, *arguments: Any, **keywords: Any) -> tupl
 def inject_linen(
     module: nn.Module,
     *paths: str,
-    train_argument: str | None = None,
+    train_argument: str | None = FIND,
     **arguments: Any,
 ) -> InjectedLinen:
     """See `lpa_jax.inject`."""
-    parameters = inspect.signature(type(module).__call__).parameters
-    if train_argument is None:
-        train_argument = next((name for name in TRAIN_ARGUMENTS if name in parameters), None)
-    elif train_argument not in parameters:
-        raise ValueError(
-            f"train_argument {train_argument!r} is not an argument of {type(module).__name__}; "
-            f"it takes: {', '.join(name for name in parameters if name != 'self')}"
-        )
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [name for name in arguments if name not in parameters and not takes_any]
-    if unknown:
-        raise ValueError(
-            f"option {unknown[0]!r} is not an argument of {type(module).__name__}; "
-            f"it takes: {', '.join(name for name in parameters if name != 'self')}"
-        )
-    return InjectedLinen(module, paths, train_argument, tuple(sorted(arguments.items())))
+    switch = find_switch(module, train_argument, arguments)
+    return InjectedLinen(module, paths, switch, tuple(sorted(arguments.items())))

@@ -11,26 +11,33 @@ from flax import nnx
 
 from lpa_jax.injection.base import Array, Pass, SubmoduleOutputs, Variables, model_state
 from lpa_jax.injection.submodules import InjectedModule
+from lpa_jax.injection.train_switch import FIND, Switch, find_switch, unknown_switch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InjectedNNX(InjectedModule):
     """An NNX module cut at the outputs of some of its submodules; see `InjectedLinen`.
 
-    The module itself does not change: every pass runs a copy, merged from its graph. Random streams
-    get new keys from the key of the pass, so that equal keys give equal dropout masks.
+    The module itself does not change: every pass runs a copy, merged from its graph. In training it
+    is in the mode of the cut, so that a BatchNorm built with `use_running_average=True` stays
+    frozen. Random streams get new keys from the key of the pass, so that equal keys give equal
+    dropout masks.
 
     Attributes:
       graphs: The module's graph in training and in evaluation mode.
       variables: Its parameters and state at the time of the cut.
       random_state: Its random streams at the time of the cut.
       paths: Paths of the submodules, in the order of the pass, `/`-separated.
+      switch: What switches modules whose `__call__` takes the mode.
+      arguments: Further keyword arguments of `__call__`, as (name, value) pairs.
     """
 
     graphs: Mapping[bool, nnx.GraphDef]
     variables: Variables
     random_state: nnx.State
     paths: tuple[str, ...]
+    switch: Switch
+    arguments: tuple[tuple[str, Any], ...]
 
     def init(self, rng: Array, inputs: Array) -> Variables:
         """The module's variables at the time of the cut: NNX modules initialise themselves."""
@@ -49,24 +56,45 @@ class InjectedNNX(InjectedModule):
         for path in self.paths:
             record = functools.partial(outputs.exchange, path)
             _exchange_output(_submodule(module, path), record)
-        logits = module(given.inputs)
+        keywords = {**dict(self.arguments), **self.switch.keywords(given.train)}
+        logits = module(given.inputs, **keywords)
         return logits, {"nnx": nnx.state(module, _is_model_state)} if given.train else state
 
 
-def inject_nnx(module: nnx.Module, *paths: str) -> InjectedNNX:
+def inject_nnx(
+    module: nnx.Module, *paths: str, train_argument: str | None = FIND, **arguments: Any
+) -> InjectedNNX:
     """See `lpa_jax.inject`."""
     graphs, parts = {}, ()
     for path in paths:
         _submodule(module, path)
+    switch = find_switch(module, train_argument, arguments)
+    _check_mode(module, switch)
     for train in (True, False):
         copy = nnx.clone(module)
-        if train:
-            copy.train()
-        else:
+        if not train:
             copy.eval()
         graphs[train], *parts = nnx.split(copy, nnx.Param, nnx.RngState, ...)
     params, random_state, rest = parts
-    return InjectedNNX(graphs, {"params": params, "nnx": rest}, random_state, paths)
+    variables = {"params": params, "nnx": rest}
+    keywords = tuple(sorted(arguments.items()))
+    return InjectedNNX(graphs, variables, random_state, paths, switch, keywords)
+
+
+def _check_mode(module: nnx.Module, switch: Switch) -> None:
+    """Refuses a module whose training passes would not be in training mode."""
+    for path, part in nnx.iter_graph(module):
+        if not isinstance(part, nnx.Module) or part is module:
+            continue
+        name = "/".join(map(str, path))
+        if isinstance(part, nnx.Dropout) and part.deterministic and part.rate > 0:
+            raise ValueError(
+                f"module must be in training mode, got {name!r} with deterministic=True; "
+                "call module.train() before the cut"
+            )
+        own = type(part).__module__.split(".")[0] != "flax"
+        if own and not switch.known and find_switch(part, FIND, {}).name is not None:
+            raise unknown_switch(module, f"{name!r} has one")
 
 
 def _is_model_state(path: Any, value: Any) -> bool:
