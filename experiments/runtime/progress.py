@@ -18,18 +18,22 @@ from rich.table import Column
 from lpa_jax import metrics
 from lpa_jax.training.loop import EpochRecord, Totals
 
-# Everything has to fit into 80 columns, of which the status takes up to 40.
+# The bar fits into 80 columns, of which the status takes up to 40.
 _NAME_WIDTH, _BAR_WIDTH = 16, 5
-# Seconds between the plain lines of a run that lasts, where there is no terminal.
+# Seconds between the plain lines of a run, where there is no terminal.
 _LINE_EVERY = 30.0
-# Seconds between looks at the metrics within an epoch, each of which waits for the devices.
+# Seconds between reads of the metrics within an epoch, each of which waits for the devices.
 _LOOK_EVERY = 10.0
 
 
 class RunProgress:
-    """Shows how far a series of runs has come.
+    """Shows the progress of a series of runs on standard error.
 
-    Lines go to standard error, so that standard output holds the result alone.
+    Args:
+      num_runs: number of runs.
+      epochs: length of each run.
+      quiet: whether to show nothing.
+      console: where to show it; standard error if None.
     """
 
     def __init__(
@@ -65,14 +69,14 @@ class RunProgress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """One line above the bar."""
+        """Prints a line above the bar."""
         if self._live:
             self._bar.console.print(line)
         elif not self._quiet:
             print(line, file=sys.stderr, flush=True)
 
     def start(self, name: str) -> None:
-        """A run begins."""
+        """Starts to show a run of this name."""
         self._name, self._started, self._first = name, time.perf_counter(), None
         self._last_line = self._last_look = self._started
         self._seen = 0.0
@@ -80,27 +84,27 @@ class RunProgress:
             self._bar.update(self._task, description=name, status="compiling")
 
     def step(self, step: int, epochs: float, totals: Totals) -> None:
-        """A step within an epoch was handed to the devices; looks at the metrics now and then.
+        """Shows a step within an epoch, at most every few seconds.
 
         Args:
-          step: how many have been.
+          step: number of steps of the run so far.
           epochs: the same in epochs.
           totals: sums of the training metrics since the epoch began.
         """
         if self._first is None:
-            self._first = epochs  # a run that goes on does not begin at 0
+            self._first = epochs  # a resumed run does not begin at 0
         if self._quiet or time.perf_counter() - self._last_look < _LOOK_EVERY:
             return
         examples = float(totals["loss"][1])
         now = time.perf_counter()
-        # Fewer than at the last look: another epoch has begun.
+        # Fewer than at the last read: another epoch has begun.
         new = examples - self._seen if examples > self._seen else examples
         rate = new / (now - self._last_look)
         self._seen, self._last_look = examples, now
         self._show(step, epochs, metrics.compute(totals), rate)
 
     def epoch(self, record: EpochRecord) -> None:
-        """An epoch of the current run is over."""
+        """Shows a finished epoch of the current run."""
         if self._first is None:
             self._first = record.epoch - 1
         self._last_look, self._seen = time.perf_counter(), 0.0
@@ -121,7 +125,7 @@ class RunProgress:
             self._last_line = self._last_look
 
     def finish(self, outcome: str) -> None:
-        """The current run is over."""
+        """Ends the current run and prints a line with its outcome."""
         self._done += 1
         seconds = time.perf_counter() - self._started
         self.say(f"[{self._done}/{self._num_runs}] {self._name}: {outcome} ({seconds:.1f} s)")
@@ -130,5 +134,5 @@ class RunProgress:
 
 
 def _rounded(number: float) -> str:
-    """Three characters or four: 846, 12k."""
+    """The number in three or four characters: 846, 12k."""
     return f"{number:.0f}" if number < 1000 else f"{number / 1000:.0f}k"

@@ -1,17 +1,17 @@
-"""What JAX's C++ runtime logs, line by line, without the stack traces of an expected end.
+"""Filters the log of JAX's C++ runtime: no stack traces when another process is lost.
 
-Run as a process of its own, which reads standard input to its end and writes to standard error;
-its argument is the sentence for a lost process. It imports nothing but the standard library, so
-that it starts in milliseconds.
+`hosts.py` runs this file as a separate process, which reads standard input to its end and writes to
+standard error. Its argument is the message for a lost process. It imports only the standard
+library, so that it starts in milliseconds.
 """
 
 import re
 import sys
 from collections.abc import Iterable, Iterator
 
-# Before the last words of a process that ends by its own decision.
+# Marks the last line of a process that ends by itself.
 LAST_LINE = "\x02last line: "
-# The first signs that the runtime has noticed the end of another process; what follows is noise.
+# Lines from which on the runtime reports the end of another process; what follows is noise.
 TROUBLE = re.compile(
     r"^[WEF]\d{4} .*(coordination_service|preemption_sync_manager|distributed/client|client\.h:)"
 )
@@ -19,7 +19,7 @@ FATAL = "Terminating process because the JAX distributed service detected fatal 
 
 
 def plain_lines(lines: Iterable[str], lost: str) -> Iterator[str]:
-    """The lines as they come; from the first sign of trouble on, one line that says what it means.
+    """Yields the lines; those about a lost process are replaced by one line that says so.
 
     >>> end = ["E0101 1:2 3 coordination_service_agent.cc:289] Polled", f"F0101 {FATAL}", "@ 0x1"]
     >>> list(plain_lines(["compiling", *end], "a process died"))
