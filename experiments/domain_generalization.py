@@ -40,7 +40,7 @@ from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import search
 from experiments.methods import tuned as tuned_file
-from experiments.reporting import domain_report
+from experiments.reporting import tables
 from experiments.runtime import files, hosts
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
@@ -314,7 +314,10 @@ def compare(interrupts: Interrupts) -> None:
     title = f"{settings.dataset}, {settings.model}, accuracy on test domains"
     if multihost.is_first_host():
         limits = [*doubts, *_notes(tuned, tests, source.names)]
-        domain_report.write(results, title, limits, workdir)
+        by_method: dict[str, list[Mapping[str, Any]]] = {}
+        for result in results:
+            by_method.setdefault(result["method"], []).append(result)
+        tables.write_comparison(title, by_method, workdir, limits)
 
 
 def main(argv: list[str]) -> None:

@@ -36,13 +36,7 @@ from experiments.measuring import models as trained
 from experiments.measuring.measurements import MEASUREMENTS
 from experiments.measuring.settings import Measuring
 from experiments.methods import names as methods
-from experiments.reporting import (
-    geometry_plots,
-    measure_plots,
-    measure_tables,
-    spectrum_plots,
-    summary,
-)
+from experiments.reporting import class_figures, frame, measured_figures, tables
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
@@ -126,39 +120,26 @@ def _measure(name: str, load: Callable[[], trained.Model], how: Measuring) -> di
 def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> None:
     """Prints the tables and writes them with the figures."""
     figures = {
-        "flatness": measure_plots.bars,
-        "spectrum": spectrum_plots.spectra,
-        "activation": measure_plots.bars,
-        "line": measure_plots.lines,
-        "plane": measure_plots.planes,
-        "amplification": measure_plots.amplification,
-        "geometry": geometry_plots.every_form,
-        "calibration": measure_plots.corrupted,
+        "flatness": measured_figures.bars,
+        "spectrum": measured_figures.spectra,
+        "activation": measured_figures.bars,
+        "line": measured_figures.lines,
+        "plane": measured_figures.planes,
+        "amplification": measured_figures.amplification,
+        "geometry": class_figures.every_form,
+        "calibration": measured_figures.corrupted,
     }
     for name, measured in found.items():
         figures[name](measured, workdir / f"{name}.png")
-        values = {
-            method: {seed: one["values"] for seed, one in seeds.items()}
-            for method, seeds in measured.items()
-        }
-        shown = measure_tables.measures_of(values)
-        if not shown:
+        table = tables.measured_frame(measured, methods.ERM)
+        if table.empty:
             continue
-        table = measure_tables.frame(values, methods.ERM)
-        errors = {
-            method: {seed: one["errors"] for seed, one in seeds.items()}
-            for method, seeds in measured.items()
-        }
-        table["estimator_error"] = [
-            measure_tables.estimate(errors, row.method, row.measure).mean
-            for row in table.itertuples()
-        ]
-        files.write_text(workdir / f"{name}.csv", summary.csv_text(table))
-        text = measure_tables.markdown(values, shown, methods.ERM, f"{name}: {title}")
-        files.write_text(workdir / f"{name}.md", text + "\n" + measure_tables.LEGEND)
+        files.write_text(workdir / f"{name}.csv", tables.csv_text(table))
+        text = tables.measured_table(table, f"{name}: {title}")
+        files.write_text(workdir / f"{name}.md", text + "\n" + tables.MEASURED_LEGEND)
         if name == "geometry":
-            classes = measure_tables.class_frame(measured)
-            files.write_text(workdir / "geometry_classes.csv", summary.csv_text(classes))
+            classes = tables.class_frame(measured)
+            files.write_text(workdir / "geometry_classes.csv", tables.csv_text(classes))
         long = text.count("\n") > _SCREEN
         print(f"{name}: a long table, in {workdir}/{name}.md\n" if long else text)
 
@@ -175,10 +156,10 @@ def run(interrupts: Interrupts) -> None:
     with hold(workdir), interrupts:
         found = measure(models, how, interrupts)
     # Without what is evaluated: each part has images and measures of its own.
-    title = summary.title_of(settings.as_dict()).rpartition(", ")[0]
+    title = frame.title_of(settings.as_dict()).rpartition(", ")[0]
     report(found, title, workdir)
     if "geometry" in found:
-        geometry_plots.over_epochs(models.results, workdir / "geometry_epochs.png")
+        class_figures.over_epochs(models.results, workdir / "geometry_epochs.png")
     if not FLAGS.quiet:
         print(f"Written to {workdir}/", file=sys.stderr)
 

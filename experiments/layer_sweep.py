@@ -35,7 +35,7 @@ from experiments.images.settings import Settings
 from experiments.measuring import models as trained
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
-from experiments.reporting import geometry_plots, measure_plots, measure_tables, summary
+from experiments.reporting import class_figures, frame, measured_figures, tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
@@ -233,9 +233,9 @@ def _outputs_of(found: trained.Models, seed: int) -> Callable[[str], trained.Out
     return cache(lambda method: trained.outputs(found.load(method, seed)))
 
 
-def _in_order(values) -> list[str]:
+def _in_order(compared) -> list[str]:
     """Accuracies first, then every kind of agreement with each reference."""
-    found = measure_tables.measures_of(values)
+    found = list(compared["measure"].unique())
     accuracies = [measure for measure in found if measure.startswith("accuracy")]
     return accuracies + sorted(measure for measure in found if measure not in accuracies)
 
@@ -251,14 +251,15 @@ def sweep(interrupts: Interrupts) -> None:
     found = trained.train_or_load(settings, options, workdir, interrupts)
     with hold(workdir), interrupts:
         values = measure(found, layers, interrupts)
-    title = f"Layer sweep: {summary.title_of(settings.as_dict())}"
-    table = measure_tables.frame(values, ERM)
-    files.write_text(workdir / "layer_sweep.csv", summary.csv_text(table))
-    text = measure_tables.markdown(values, _in_order(values), ERM, title)
-    files.write_text(workdir / "layer_sweep.md", text + "\n" + measure_tables.LEGEND)
+    title = f"Layer sweep: {frame.title_of(settings.as_dict())}"
+    measured = {m: {s: {"values": own} for s, own in seeds.items()} for m, seeds in values.items()}
+    table = tables.measured_frame(measured, ERM)
+    files.write_text(workdir / "layer_sweep.csv", tables.csv_text(table))
+    text = tables.measured_table(table, title, _in_order(table))
+    files.write_text(workdir / "layer_sweep.md", text + "\n" + tables.MEASURED_LEGEND)
     placed = {method: {layer: place(method, layer) for layer in layers} for method in FLAGS.methods}
-    measure_plots.layer_sweep(values, placed, ERM, workdir / "layer_sweep.png")
-    geometry_plots.swept(values, placed, workdir / "layer_sweep_geometry.png")
+    measured_figures.layer_sweep(table, placed, workdir / "layer_sweep.png")
+    class_figures.swept(table, placed, workdir / "layer_sweep_geometry.png")
     print(text)
     if not FLAGS.quiet:
         print(f"Written to {workdir}/layer_sweep.{{csv,md,png}}", file=sys.stderr)

@@ -6,12 +6,16 @@ Finds every run below the folders and groups them by setting: runs that differ i
 method, seed, options and test domain are compared in one table, by paired seeds, with standard
 errors, bootstrap intervals and Holm-corrected Wilcoxon tests. Writes report.md, table.csv (numbers
 of the tables), runs.csv (one line a run), table.tex and figures; `--html` adds report.html, one
-page that needs nothing else. `--compare=lpa:lpl,lpa+lpl:lpa` adds those differences to every table
-that has both methods, Holm-corrected among themselves alone (contrasts.csv): name beforehand what
-is to be tested, and the correction is for that and not for a table of twenty methods. What
-`landscape` measured of the runs (geometry, amplification, spectrum, loss along lines) is drawn
-where it stands beside them. Runs that are incomplete, failed or unreadable are listed, never
-counted.
+page that needs no other file. `--compare=lpa:lpl,lpa+lpl:lpa` adds those differences to every table
+that has both methods, Holm-corrected among themselves alone (contrasts.csv): name the comparisons
+beforehand, and the correction is not for a table of twenty methods. If `landscape` measured the
+runs (geometry, amplification, spectrum, loss along lines), the report draws that too. Runs that are
+incomplete, failed or unreadable are listed and not counted.
+
+    python -m experiments.report results/long_tail/mlp --output=/tmp/report
+
+A folder without runs but with a runs.csv gives the same tables, and the figures that need no
+more than accuracies: rows have no training curves, no accuracies of single classes, no settings.
 """
 
 import pathlib
@@ -21,19 +25,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from experiments.methods.names import ERM
-from experiments.reporting import (
-    contrasts,
-    summary,
-)
-from experiments.reporting import (
-    html as report_html,
-)
-from experiments.reporting import (
-    runs as report_data,
-)
-from experiments.reporting import (
-    sections as report_tables,
-)
+from experiments.reporting import frame, html, paired, runs, sections, tables
 from experiments.runtime import files
 
 FLAGS = flags.FLAGS
@@ -57,35 +49,37 @@ def make(
     output: pathlib.Path,
     baseline: str = ERM,
     page: bool = False,
-    pairs: Sequence[contrasts.Pair] = (),
-) -> list[report_tables.Section]:
+    pairs: Sequence[paired.Pair] = (),
+    suffix: str = ".png",
+) -> list[sections.Section]:
     """Reads the runs below the folders and writes the report; returns its sections.
 
     Prints what is not counted on standard error.
 
     Args:
-      folders: with runs anywhere below.
+      folders: with runs anywhere below, or with the rows of an earlier report, or such rows.
       output: folder for what is written.
       baseline: method that the others are compared to.
-      page: whether to write report.html.
+      page: whether to write report.html, whose figures are PNG.
       pairs: of methods, whose differences are tested besides.
+      suffix: format of the figures, .png or .svg.
 
     Raises:
       ValueError: a folder does not exist, or holds no complete run, or no table shows a pair.
     """
-    runs, problems = report_data.collect(folders)
+    found, problems = runs.collect(folders)
     for problem in problems:
         print(f"not counted: {problem.folder}: {problem.reason}", file=sys.stderr)
-    if not runs:
+    if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"no complete run in {names} ({len(problems)} not counted)")
-    settings = report_data.group(runs)
-    contrasts.check(pairs, set().union(*(setting.runs for setting in settings)))
-    sections = report_tables.sections(settings, baseline, pairs, output)
-    report_tables.write(sections, runs, problems, output)
+    settings = frame.group(found)
+    paired.check_pairs(pairs, set().union(*(setting.runs for setting in settings)))
+    made = sections.sections(settings, baseline, pairs, output, suffix)
+    sections.write(made, settings, problems, output)
     if page:
-        files.write_text(output / "report.html", report_html.page(sections, runs, problems))
-    return sections
+        files.write_text(output / "report.html", html.page(made, found, problems))
+    return made
 
 
 def main(argv: list[str]) -> None:
@@ -95,15 +89,15 @@ def main(argv: list[str]) -> None:
     try:
         if not folders:
             raise ValueError("name at least one folder of results")
-        pairs = contrasts.parse(FLAGS.compare)
-        sections = make(folders, output, FLAGS.baseline, FLAGS.html, pairs)
+        pairs = paired.parse_pairs(FLAGS.compare)
+        made = make(folders, output, FLAGS.baseline, FLAGS.html, pairs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    for section in sections:
-        print(f"\n{section.title}\n\n{summary.markdown_table(section.table)}", end="")
-        if section.contrasts:
-            table = contrasts.text_table(section.contrasts)
-            print(f"\n{summary.markdown_table(table)}", end="")
+    for section in made:
+        print(f"\n{section.title}\n\n{tables.markdown_table(section.table)}", end="")
+        if not section.contrasts.empty:
+            table = tables.contrast_table(section.contrasts)
+            print(f"\n{tables.markdown_table(table)}", end="")
         print("".join(f"- {note}\n" for note in section.notes), end="")
     print(f"\nWritten to {output}")
 

@@ -4,7 +4,6 @@ Trains every method with every seed, skipping what is finished, prints one table
 figures, logs and the configuration.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +15,7 @@ from experiments.images.settings import Settings, TaskSource
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import tuned as tuned_file
-from experiments.reporting import figures as plots
-from experiments.reporting import geometry_plots, summary, tables
+from experiments.reporting import class_figures, figures, frame, tables
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
@@ -149,26 +147,16 @@ def train_all(
 
 
 def report(
-    results: summary.Results, settings: Settings, workdir: pathlib.Path, notes: Sequence[str]
+    results: frame.Results, settings: Settings, workdir: pathlib.Path, notes: Sequence[str]
 ) -> None:
     """Prints the table and writes it with the figures; the first host does."""
     if not multihost.is_first_host():
         return
-    title = summary.title_of(settings.as_dict())
-    files.write_text(workdir / "table.csv", summary.as_csv(results))
-    files.write_text(workdir / "table.md", summary.as_markdown(results, title, notes=notes))
-    plots.per_class_accuracy(results, workdir / "per_class_accuracy.png")
-    plots.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
-    geometry_plots.over_epochs(results, workdir / "class_geometry.png")
-    console = tables.console()
-    lines = [summary.COLUMNS, *summary.rows(results)]
-    console.print(tables.terminal_table(title, lines, no_wrap=True))
-    for line in (summary.LEGEND, *notes):
-        console.print(line, highlight=False)
-    contrast = summary.paired_difference(results, "lpa", "lpl")
-    if contrast is not None:
-        console.print(f"lpa vs lpl, paired: {contrast.percent(signed=True)}", highlight=False)
-    console.print(f"Written to {workdir}{os.sep}", highlight=False)
+    figures.per_class_accuracy(results, workdir / "per_class_accuracy.png")
+    figures.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
+    class_figures.over_epochs(results, workdir / "class_geometry.png")
+    title = frame.title_of(settings.as_dict())
+    tables.write_comparison(title, results, workdir, notes, pair=("lpa", "lpl"))
 
 
 def run(experiment: str, argv: list[str]) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.reporting import runs as report_data
+from experiments.reporting import runs
 from experiments.reporting.runs import OUTCOME
 from experiments.runtime import files
 
@@ -132,9 +132,7 @@ def is_done(folder: str | os.PathLike) -> bool:
     if not isinstance(outcome, dict) or outcome.get("exit_status") != 0:
         return False
     results = [pathlib.Path(folder, name) for name in outcome.get("results", ())]
-    return bool(results) and all(
-        isinstance(report_data.read_run(result), report_data.Run) for result in results
-    )
+    return bool(results) and all(isinstance(runs.read_run(result), runs.Run) for result in results)
 
 
 def start(job: Job, environment: Mapping[str, str] | None = None) -> subprocess.Popen:

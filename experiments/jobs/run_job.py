@@ -21,7 +21,7 @@ from absl import flags
 
 from experiments.jobs import jobs
 from experiments.methods import names as methods
-from experiments.reporting import runs as report_data
+from experiments.reporting import runs
 from experiments.runtime import files
 from experiments.training import flags as run_flags
 from lpa_jax.files import LockedError, hold
@@ -69,7 +69,7 @@ def run(folder: pathlib.Path) -> int:
         with hold(folder, patience=0):
             if jobs.is_done(folder):
                 return 0
-            (folder / report_data.OUTCOME).unlink(missing_ok=True)
+            (folder / runs.OUTCOME).unlink(missing_ok=True)
             (folder / jobs.LOG).unlink(missing_ok=True)  # were it a link, it would be followed
             with (folder / jobs.LOG).open("w", encoding="utf-8") as log:
                 os.dup2(log.fileno(), 1)
@@ -98,7 +98,7 @@ def _run_locked(folder: pathlib.Path) -> int:
     except Exception as failure:
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}"
-    results, problems = report_data.collect([workdir]) if workdir.is_dir() else ([], [])
+    results, problems = runs.collect([workdir]) if workdir.is_dir() else ([], [])
     if error is None and (problems or not results):
         error = problems[0].reason if problems else "ended without a result"
     if error is not None:
@@ -108,7 +108,7 @@ def _run_locked(folder: pathlib.Path) -> int:
         "results": [str(result.folder.relative_to(folder)) for result in results],
         "last_line": error,
     }
-    files.write_json(folder / report_data.OUTCOME, outcome)
+    files.write_json(folder / runs.OUTCOME, outcome)
     return outcome["exit_status"]
 
 

@@ -9,10 +9,11 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.reporting import paired as statistics
-from experiments.reporting.summary import Results, Row, Summary
+from experiments.reporting import paired, tables
+from experiments.reporting.frame import Results
 from lpa_jax.files import write_bytes
 
 # Okabe and Ito's palette: distinguishable to colour-blind readers and in grey.
@@ -23,67 +24,59 @@ MOST_BARS = 90
 MOST_PRINTED_CLASSES = 20
 
 
-def accuracy_bars(summary: Summary, path: pathlib.Path) -> bool:
-    """Mean accuracy with its standard error, one panel for all and one for each group; True."""
-    panels = ["all", *summary.groups]
-    height = 1.3 + 0.3 * len(summary.rows)
+def accuracy_bars(compared: pd.DataFrame, path: pathlib.Path) -> bool:
+    """Mean accuracy with its standard error, one panel for all and one for each group; True.
+
+    Args:
+      compared: of `paired.compare`, with the measures accuracy and groups.
+      path: of the figure.
+    """
+    rows = tables.accuracies(compared)
+    methods = list(rows["method"])
+    colors = np.where(rows["method"] == rows["baseline"], "#999999", COLORS[5])
+    names = ["accuracy", *tables.groups(compared)]
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.2 + 2.1 * len(panels), height), sharey=True, squeeze=False
-    )
-    positions = np.arange(len(summary.rows))
-    for axis, panel in zip(axes[0], panels, strict=True):
-        estimates = [_panel_estimate(row, panel) for row in summary.rows]
-        means = 100 * np.array([estimate.mean for estimate in estimates])
-        errors = 100 * np.nan_to_num([estimate.error for estimate in estimates])
-        colors = ["#999999" if r.method == summary.baseline else COLORS[5] for r in summary.rows]
-        axis.barh(
-            positions,
-            means,
-            xerr=errors,
-            color=colors,
-            height=0.72,
-            error_kw={"elinewidth": 1.0, "ecolor": "#333333"},
-        )
+        1, len(names), figsize=(2.2 + 2.1 * len(names), 1.3 + 0.3 * len(methods)), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    positions = np.arange(len(methods))
+    for axis, name in zip(axes[0], names, strict=True):
+        of_name = tables.of_measure(compared, name, methods)
+        means, errors = 100 * of_name["mean"].to_numpy(), 100 * of_name["se"].fillna(0).to_numpy()
+        axis.barh(positions, means, xerr=errors, color=colors, height=0.72,
+                  error_kw={"elinewidth": 1.0, "ecolor": "#333333"})  # fmt: skip
         for position, mean, error in zip(positions, means, errors, strict=True):
             if not np.isnan(mean):
                 axis.text(mean + error + 2, position, f"{mean:.1f}", va="center", fontsize=8)
-        axis.set(title=panel, xlabel="accuracy %", xlim=(0, 118), xticks=range(0, 101, 25))
+        title = "all" if name == "accuracy" else name
+        axis.set(title=title, xlabel="accuracy %", xlim=(0, 118), xticks=range(0, 101, 25))
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
-    axes[0][0].set_yticks(positions, [row.method for row in summary.rows])
+    axes[0][0].set_yticks(positions, methods)
     axes[0][0].invert_yaxis()
     _save(figure, path)
     return True
 
 
-def _panel_estimate(row: Row, panel: str) -> statistics.Estimate:
-    missing = statistics.Estimate(float("nan"), float("nan"))
-    return row.accuracy if panel == "all" else row.groups.get(panel, missing)
-
-
-def differences(
-    compared: Sequence[tuple[str, statistics.Comparison, float]], label: str, path: pathlib.Path
-) -> bool:
+def differences(compared: pd.DataFrame, label: str, path: pathlib.Path) -> bool:
     """Paired differences with their intervals; False if there are none.
 
     Args:
-      compared: name, comparison and corrected p-value of each line.
+      compared: rows of `paired.compare` or `paired.contrasts`, one a line of the figure.
       label: of the axis, without its unit.
       path: of the figure.
     """
-    if not compared:
+    if compared.empty:
         return False
     figure, axis = plt.subplots(figsize=(7, 1.6 + 0.3 * len(compared)))
-    for position, (_, comparison, p_holm) in enumerate(compared):
-        mean, low, high = (
-            100 * value for value in (comparison.difference.mean, comparison.low, comparison.high)
-        )
-        significant = p_holm < statistics.LEVEL
-        axis.plot([low, high], [position, position], color=COLORS[5], linewidth=1.6)
-        axis.plot(mean, position, "o", color=COLORS[5], markersize=6,
-                  markerfacecolor=COLORS[5] if significant else "white")  # fmt: skip
+    for position, row in enumerate(compared.itertuples()):
+        ends = 100 * np.array([row.difference_low, row.difference_high])
+        axis.plot(ends, [position, position], color=COLORS[5], linewidth=1.6)
+        face = COLORS[5] if row.p_holm < paired.LEVEL else "white"
+        axis.plot(100 * row.difference, position, "o", color=COLORS[5], markersize=6,
+                  markerfacecolor=face)  # fmt: skip
     axis.axvline(0, color="#666666", linewidth=1)
-    axis.set_yticks(range(len(compared)), [name for name, *_ in compared])
+    axis.set_yticks(range(len(compared)), compared["method"])
     axis.set_ylim(len(compared) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel(f"{label}, percentage points\n(95% interval; filled: p < 0.05, Holm-corrected)")
@@ -96,7 +89,8 @@ def per_class_accuracy(results: Results, path: pathlib.Path) -> bool:
 
     Bars with standard errors, or a heat map where there are too many; False if no run has any.
     """
-    runs = {m: r for m, r in results.items() if all("per_class_accuracy" in run for run in r)}
+    needed = {"per_class_accuracy", "train_counts"}
+    runs = {m: r for m, r in results.items() if all(needed <= set(run) for run in r)}
     if not runs:
         return False
     counts = np.rint(
@@ -259,7 +253,7 @@ def _draw_curves(axis, curves: Mapping, methods: Sequence[str], factor: float) -
 
 def _error(values: np.ndarray) -> np.ndarray:
     """Standard error over the first axis."""
-    return np.array([statistics.estimate(column).error for column in values.T])
+    return np.array([paired.estimate(column).error for column in values.T])
 
 
 def _array(nested: Sequence) -> np.ndarray:
@@ -285,8 +279,17 @@ def _save(figure: Figure, path: pathlib.Path, top: float = 1.0) -> None:
 
 
 def write_figure(figure: Figure, path: pathlib.Path, dpi: int) -> None:
-    """Writes a figure whole, and never through a link to somewhere else; closes it."""
+    """Writes a figure whole, and never through a link to somewhere else; closes it.
+
+    Args:
+      figure: to write.
+      path: whose suffix is the format: .png, or .svg, whose bytes depend on nothing but the figure.
+      dpi: pixels per inch; an SVG has none.
+    """
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."), dpi=dpi)
+    suffix = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if suffix == "svg" else None
+    with plt.rc_context({"svg.hashsalt": "lpa_jax", "svg.fonttype": "none"}):
+        figure.savefig(content, format=suffix, dpi=dpi, metadata=metadata)
     write_bytes(path, content.getvalue())
     plt.close(figure)

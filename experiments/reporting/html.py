@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.reporting import contrasts, summary
-from experiments.reporting import sections as report_tables
-from experiments.reporting.runs import Problem, Run, Setting
+from experiments.reporting import sections as report_sections
+from experiments.reporting import tables
+from experiments.reporting.frame import Setting
+from experiments.reporting.runs import Problem, Run
 from experiments.reporting.sections import Section
 from experiments.runtime import files
 
@@ -64,7 +65,7 @@ def page(
     body.append("</ul>")
     for i, section in enumerate(sections):
         body += _section(section, f"t{i}")
-    body += ["<h2>How to read the tables</h2>", f"<p>{html.escape(summary.LEGEND)}</p>"]
+    body += ["<h2>How to read the tables</h2>", f"<p>{html.escape(tables.LEGEND)}</p>"]
     body += ["<h2>Not counted</h2>", _problems(problems)]
     body += ["<h2>Environment</h2>", *_environments(runs)]
     return (
@@ -82,8 +83,8 @@ def _section(section: Section, anchor: str) -> list[str]:
     if section.notes:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
         parts.append(f'<ul class="notes">{items}</ul>')
-    if section.contrasts:
-        contrast_table = _table(contrasts.text_table(section.contrasts), "numbers")
+    if not section.contrasts.empty:
+        contrast_table = _table(tables.contrast_table(section.contrasts), "numbers")
         parts += ["<h3>Contrasts</h3>", f'<div class="wide">{contrast_table}</div>']
     for caption, path in section.figures:
         content = path.read_bytes()
@@ -96,7 +97,7 @@ def _section(section: Section, anchor: str) -> list[str]:
             f'style="min-width: {least}px" src="data:image/png;base64,{image}"></div>'
             f"<figcaption>{text}</figcaption></figure>"
         )
-    parts.append(_details("Seeds", _table(report_tables.seeds_table(section), "pairs")))
+    parts.append(_details("Seeds", _table(report_sections.seeds_table(section), "pairs")))
     parts.append(_details("Options of the methods", _table(_options(section.setting), "pairs")))
     parts.append(_details("Configuration", _table(_configuration(section.setting), "pairs")))
     return parts
@@ -117,7 +118,7 @@ def _options(setting: Setting) -> list[list[str]]:
     """Options by method; those that were drawn anew for seeds or domains with all their values."""
     lines = [["method", "options"]]
     for method, runs in setting.runs.items():
-        chosen = [run.config.get("options", {}) for run in runs]
+        chosen = [run.config.get("options") or {} for run in runs]
         texts = [f"{name}: {_values([o.get(name) for o in chosen])}" for name in _keys(chosen)]
         lines.append([method, "; ".join(texts) or "none"])
     return lines
@@ -137,8 +138,8 @@ def _text(value: Any) -> str:
 
 
 def _configuration(setting: Setting) -> list[list[str]]:
-    config = setting.config.get("settings", setting.config)
-    return [["setting", "value"], *([name, _text(value)] for name, value in sorted(config.items()))]
+    config = sorted(setting.config.items())
+    return [["setting", "value"], *([name, _text(value)] for name, value in config)]
 
 
 def _problems(problems: Sequence[Problem]) -> str:

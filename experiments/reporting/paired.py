@@ -1,13 +1,14 @@
-"""What several seeds say: means, paired differences, intervals and p-values.
+"""Statistics over seeds: means, paired differences, intervals and p-values.
 
-Seeds are pairs: two methods with the same seed saw the same data and the same initial weights, so
-methods are compared by the differences within seeds.
+Two methods with the same seed saw the same data and the same initial weights, so methods are
+compared by their differences within seeds.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 LEVEL = 0.05
@@ -17,6 +18,8 @@ RESAMPLES = 9999
 EXACT_PAIRS = 13
 # Differences of accuracies are fractions of the test set; below this only rounding differs.
 RESOLUTION = 1e-9
+# Two methods: the difference is that of the first minus the second.
+Pair = tuple[str, str]
 
 
 class Estimate(NamedTuple):
@@ -25,23 +28,17 @@ class Estimate(NamedTuple):
     mean: float
     error: float
 
-    def percent(self, signed: bool = False) -> str:
-        """For example `78.70 +- 0.32`, in per cent."""
-        sign = "+" if signed else ""
-        text = f"{100 * self.mean:{sign}.2f}"
-        return text if np.isnan(self.error) else f"{text} +- {100 * self.error:.2f}"
-
 
 class Comparison(NamedTuple):
-    """Paired differences of a method to a baseline.
+    """Paired differences of a method to another.
 
     Attributes:
       difference: their mean and its standard error.
       low: lower end of the 95% bootstrap interval of the mean; NaN with one pair.
       high: upper end.
       p_value: two-sided Wilcoxon signed-rank p-value; NaN with one pair.
-      pairs: how many seeds both have.
-      higher: in how many of them the method is above the baseline.
+      pairs: number of seeds that both have.
+      higher: number of them in which the first method is above the second.
     """
 
     difference: Estimate
@@ -51,31 +48,26 @@ class Comparison(NamedTuple):
     pairs: int
     higher: int
 
-    def interval(self) -> str:
-        """For example `[+3.88, +6.62]`, in per cent; empty with one pair."""
-        return "" if np.isnan(self.low) else f"[{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
-
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of the mean, s / sqrt(n) with the sample standard deviation.
+    """Mean and its standard error s / sqrt(n), s the sample standard deviation; NaN without any.
 
-    >>> estimate([0.5, 0.7]).percent()
-    '60.00 +- 10.00'
+    >>> estimate([1.0, 3.0])
+    Estimate(mean=2.0, error=1.0)
     """
     values = np.asarray(values, np.float64)
+    mean = float(values.mean()) if len(values) else float("nan")
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return Estimate(float(values.mean()), error)
+    return Estimate(mean, error)
 
 
-def compare(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Comparison | None:
-    """Compares first - second over their common keys (seeds); None without any.
+def compare_seeds(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Comparison:
+    """Compares first - second over their common keys (seeds); all NaN without any.
 
-    >>> compare({0: 0.8, 1: 0.9}, {0: 0.7, 1: 0.7, 2: 0.1}).difference.percent(signed=True)
-    '+15.00 +- 5.00'
+    >>> compare_seeds({0: 0.75, 1: 1.0}, {0: 0.5, 1: 0.25, 2: 0.1}).difference
+    Estimate(mean=0.5, error=0.25)
     """
     common = [key for key in first if key in second]
-    if not common:
-        return None
     differences = np.array([first[key] - second[key] for key in common])
     low, high = bootstrap_interval(differences)
     return Comparison(
@@ -92,7 +84,7 @@ def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, f
     """95% bootstrap interval of the mean: bias-corrected and accelerated (Efron, 1987).
 
     With two values, where the acceleration is not defined, the percentile interval; with equal
-    values, that value twice; with one value, NaN: it says nothing about how much seeds differ.
+    values, that value twice; with fewer than two values, NaN.
 
     Args:
       differences: [n] paired differences.
@@ -120,8 +112,8 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     """Two-sided p-value of Wilcoxon's signed-rank test (Wilcoxon, 1945).
 
     Zeros are dropped, as in the original test. Exact up to 13 pairs, ties included; fewer than 6
-    pairs never fall below 0.05 (see `smallest_p`). All zeros but one at most: 1. One pair: NaN,
-    nothing can be tested.
+    pairs never fall below 0.05 (see `smallest_p`). With at most one value that is not zero: 1.
+    With fewer than two pairs: NaN.
 
     >>> wilcoxon_p(np.array([1.0, 2.0, 3.0, 4.0]))
     0.125
@@ -153,8 +145,8 @@ def smallest_p(pairs: int) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction for testing several hypotheses (Holm, 1979).
 
-    The k-th smallest of m p-values becomes max over j <= k of min(1, (m - j + 1) p_(j)). NaNs are
-    no tests: they stay NaN and do not count.
+    The k-th smallest of m p-values becomes max over j <= k of min(1, (m - j + 1) p_(j)). NaNs
+    stay NaN and do not count.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -166,3 +158,123 @@ def holm(p_values: Sequence[float]) -> list[float]:
     factors = np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * p_values[order]))
     return adjusted.tolist()
+
+
+def by_seed(values: pd.DataFrame) -> dict[tuple[str, str], dict[int, float]]:
+    """(measure, method) -> seed -> value; numbers that are NaN are left out."""
+    known = values.dropna(subset="value")
+    return {
+        key: dict(zip(own["seed"], own["value"], strict=True))
+        for key, own in known.groupby(["measure", "method"], sort=False)
+    }
+
+
+def compare(
+    values: pd.DataFrame, baseline: str, tested: Collection[str] | None = None
+) -> pd.DataFrame:
+    """Means of all methods, and their paired differences to the baseline.
+
+    Args:
+      values: one row a number, with the columns method, seed, measure and value; NaN is no value.
+      baseline: method that the others are compared to, over the seeds that both have.
+      tested: measures whose differences are computed; None for all.
+
+    Returns:
+      One row a measure and method: measure, method, seeds (their number), mean, se, baseline,
+      pairs, difference, difference_se, difference_low, difference_high (95% bootstrap interval),
+      p_value, higher (pairs in which the method is above the baseline) and p_holm, which is
+      corrected over the methods of a measure. Without common seeds pairs is 0, the rest NaN.
+
+    Example:
+      >>> rows = [("erm", 0, "trace", 1.0), ("erm", 1, "trace", 3.0), ("lpa", 1, "trace", 5.0)]
+      >>> values = pd.DataFrame(rows, columns=["method", "seed", "measure", "value"])
+      >>> compare(values, "erm")[["method", "seeds", "mean", "se", "pairs", "difference"]]
+        method  seeds  mean   se  pairs  difference
+      0    erm      2   2.0  1.0      0         NaN
+      1    lpa      1   5.0  NaN      1         2.0
+    """
+    found = by_seed(values)
+    records = []
+    for measure in values["measure"].unique():
+        rows = []
+        for method in values["method"].unique():
+            own = found.get((measure, method), {})
+            mean, error = estimate(list(own.values()))
+            row = {"measure": measure, "method": method, "seeds": len(own)}
+            row |= {"mean": mean, "se": error, "baseline": baseline}
+            skipped = method == baseline or (tested is not None and measure not in tested)
+            other = {} if skipped else found.get((measure, baseline), {})
+            rows.append(row | _numbers(compare_seeds(own, other)))
+        corrected = holm([row["p_value"] for row in rows])
+        records += [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
+    return pd.DataFrame.from_records(records)
+
+
+def _numbers(comparison: Comparison) -> dict[str, float]:
+    return {
+        "pairs": comparison.pairs,
+        "difference": comparison.difference.mean,
+        "difference_se": comparison.difference.error,
+        "difference_low": comparison.low,
+        "difference_high": comparison.high,
+        "p_value": comparison.p_value,
+        "higher": comparison.higher,
+    }
+
+
+def parse_pairs(texts: Sequence[str]) -> tuple[Pair, ...]:
+    """Pairs of methods from the flag --compare.
+
+    Raises:
+      ValueError: a text is not METHOD:METHOD with two different methods, or a pair comes twice.
+
+    Example:
+      >>> parse_pairs(["lpa:lpl", "logit_adjusted+lpa:logit_adjusted"])
+      (('lpa', 'lpl'), ('logit_adjusted+lpa', 'logit_adjusted'))
+    """
+    pairs = []
+    for text in texts:
+        first, colon, second = (part.strip() for part in text.partition(":"))
+        if not colon or not first or not second or ":" in second or first == second:
+            raise ValueError(f"--compare must name pairs METHOD:METHOD, got {text!r}")
+        pairs.append((first, second))
+    for pair in pairs:
+        # (b, a) is the same test as (a, b): counting it twice would only weaken the others.
+        if pairs.count(pair) + pairs.count(pair[::-1]) > 1:
+            raise ValueError(f"--compare must name each pair once, got {':'.join(pair)!r} twice")
+    return tuple(pairs)
+
+
+def check_pairs(pairs: Sequence[Pair], methods: Collection[str]) -> None:
+    """Raises ValueError for a pair with a method that has no run."""
+    for name in (name for pair in pairs for name in pair):
+        if name not in methods:
+            known = ", ".join(sorted(methods))
+            raise ValueError(f"--compare must name methods with runs ({known}), got {name!r}")
+
+
+def contrasts(values: pd.DataFrame, pairs: Sequence[Pair]) -> tuple[pd.DataFrame, list[str]]:
+    """Accuracy of one method minus that of another, for pairs named beforehand.
+
+    Args:
+      values: as `compare` takes them.
+      pairs: of methods.
+
+    Returns:
+      One row a pair with common seeds, with the columns of `compare` from pairs on; method is
+      "FIRST - SECOND", and p_holm is corrected over these pairs alone. And a line for each pair
+      that is left out.
+    """
+    found, rows, left_out = by_seed(values), [], []
+    for pair in pairs:
+        name, absent = " - ".join(pair), [m for m in pair if ("accuracy", m) not in found]
+        comparison = compare_seeds(*(found.get(("accuracy", method), {}) for method in pair))
+        if absent:
+            left_out.append(f"{name}: no run of {' or '.join(absent)} in this setting.")
+        elif not comparison.pairs:
+            left_out.append(f"{name}: no common seed.")
+        else:
+            rows.append({"method": name} | _numbers(comparison))
+    corrected = holm([row["p_value"] for row in rows])
+    rows = [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
+    return pd.DataFrame.from_records(rows), left_out

@@ -1,28 +1,35 @@
-"""Finds the runs below any folders, and says of each folder that is not counted why it is not."""
+"""Reads runs from result folders, or from the rows of a runs.csv.
 
+Folders and files are untrusted: what has missing or wrong fields is listed with the reason and
+does not count.
+"""
+
+import csv
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.reporting.summary import Results, title_of
 from experiments.runtime import files
 from experiments.training.folder import CONFIG, RESULT
 
 # Written by a job of a sweep when it ends.
 OUTCOME = "outcome.json"
-# Model selection that decides a domain-generalization run's one accuracy, if it names none itself.
-SELECTION = "training_domain_validation"
+# One line a run, as `report` writes it.
+ROWS = "runs.csv"
+# Model selections of domain generalization. The first decides a run's one accuracy, if the run
+# names none itself.
+SELECTIONS = ("training_domain_validation", "leave_one_domain_out", "oracle")
 
 
 class Run(NamedTuple):
     """A complete run.
 
     Attributes:
-      folder: where it stands.
-      config: its configuration.
-      result: its result, with a finite "accuracy".
+      folder: where it was found.
+      config: its configuration; of a row, only what the row says.
+      result: its result, with "seed", a finite "accuracy" and "selections".
       domain: the domain left out for testing; None outside domain generalization.
     """
 
@@ -33,51 +40,37 @@ class Run(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A folder that does not count, and why."""
+    """A folder or row that does not count, and why."""
 
     folder: pathlib.Path
     reason: str
 
 
-class Setting(NamedTuple):
-    """Runs that differ in nothing but method, seed, options and test domain.
-
-    Attributes:
-      title: what sets it apart, for readers.
-      config: the settings.
-      runs: by method.
-    """
-
-    title: str
-    config: Mapping[str, Any]
-    runs: Mapping[str, Sequence[Run]]
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """Test domains, in order; empty outside domain generalization."""
-        found = {run.domain for runs in self.runs.values() for run in runs}
-        return tuple(sorted(found - {None}, key=_natural))
-
-
 def collect(roots: Iterable[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
-    """All complete runs below the folders, and the folders that do not count.
+    """All complete runs below the folders, and what does not count.
+
+    Args:
+      roots: folders with run folders anywhere below, or, if there are none, with a runs.csv; or
+        files with such rows.
 
     Raises:
-      ValueError: a folder does not exist.
+      ValueError: a root is neither a folder nor a file.
     """
-    folders = {}
+    folders, rows = {}, {}
     for root in roots:
-        if not root.is_dir():
-            raise ValueError(f"{root} is not a folder")
-        for name in (CONFIG, RESULT):
-            # Folders may be given twice, or one inside the other.
-            folders |= {path.parent.resolve(): path.parent for path in root.rglob(name)}
-    runs, problems = [], []
-    for folder in sorted(folders.values(), key=lambda folder: _natural(str(folder))):
-        found = read_run(folder)
-        (runs if isinstance(found, Run) else problems).append(found)
-    problems += [problem for root in roots for problem in failed_jobs(root)]
-    return _without_duplicates(runs, problems)
+        if not root.exists():
+            raise ValueError(f"{root} is not a folder or a file of rows")
+        # Folders may be given twice, or one inside the other.
+        found = {p.parent.resolve(): p.parent for n in (CONFIG, RESULT) for p in root.rglob(n)}
+        folders |= found
+        table = root / ROWS if root.is_dir() else root
+        if not found and table.is_file():
+            rows[table.resolve()] = table
+    found = [read_run(folder) for folder in sorted(folders.values(), key=lambda f: natural(str(f)))]
+    for path in rows.values():
+        found += read_rows(path)
+    found += [problem for root in roots for problem in failed_jobs(root)]
+    return _without_duplicates(found)
 
 
 def failed_jobs(root: pathlib.Path) -> list[Problem]:
@@ -101,35 +94,126 @@ def read_run(folder: pathlib.Path) -> Run | Problem:
             return Problem(folder, f"{name} is cut short or no JSON object")
     if not result.get("complete"):
         return Problem(folder, f"{RESULT} does not say that it is complete")
-    if not isinstance(config.get("method"), str) or not isinstance(config.get("seed"), int):
+    if not isinstance(config.get("method"), str) or not _is_whole(config.get("seed")):
         return Problem(folder, f"{CONFIG} names no method or no seed")
     for key in ("method", "seed"):
         if result.get(key, config[key]) != config[key]:
             return Problem(folder, f"{key} is {config[key]!r} in {CONFIG}, {result[key]!r} in "
                                    f"{RESULT}")  # fmt: skip
+    for name, content, fields in ((CONFIG, config, _CONFIG_FIELDS), (RESULT, result, _FIELDS)):
+        for field, (is_valid, kind) in fields.items():
+            if content.get(field) is not None and not is_valid(content[field]):
+                return Problem(folder, f"{field} in {name} must be {kind}")
     # A selection that was not made is null.
-    made = {k: v for k, v in result.get("selections", {}).items() if v is not None}
-    result = {"accuracy": made.get(SELECTION), **result, "selections": made}
+    made = {k: v for k, v in (result.get("selections") or {}).items() if v is not None}
+    result = {k: v for k, v in result.items() if v is not None}
+    result = {"accuracy": made.get(SELECTIONS[0])} | result | {"selections": made}
     for name, value in {**made, "accuracy": result["accuracy"]}.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             return Problem(folder, f"{RESULT} has no finite {name}")
-    return Run(folder, config, result, _domain(config, result))
+    places = (result, config, config.get("settings") or {})
+    domain = next((str(p["test_domain"]) for p in places if p.get("test_domain") is not None), None)
+    return Run(folder, config, {**result, "seed": config["seed"], "test_domain": domain}, domain)
 
 
-def _domain(config: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
-    for place in (result, config, config.get("settings", {})):
-        if place.get("test_domain") is not None:
-            return str(place["test_domain"])
-    return None
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _without_duplicates(
-    runs: Sequence[Run], problems: list[Problem]
-) -> tuple[list[Run], list[Problem]]:
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _holds(kind: type, of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is a list or mapping whose values, where they are not null, pass a check."""
+
+    def check(value):
+        items = value.values() if kind is dict and isinstance(value, dict) else value
+        return isinstance(value, kind) and all(item is None or of(item) for item in items)
+
+    return check
+
+
+_is_mapping = (lambda value: isinstance(value, dict), "an object")
+_CONFIG_FIELDS = {"settings": _is_mapping, "options": _is_mapping}
+_FIELDS = {
+    "group_accuracy": (_holds(dict, _is_number), "an object of numbers"),
+    "selections": _is_mapping,
+    "seconds": (_is_number, "a number"),
+    "per_class_accuracy": (_holds(list, _is_number), "a list of numbers"),
+    "train_counts": (_holds(list, _is_number), "a list of numbers"),
+    "curve": (_holds(list, lambda row: isinstance(row, dict)), "a list of objects"),
+}
+
+
+def read_rows(path: pathlib.Path) -> list[Run | Problem]:
+    """The runs of a runs.csv, a run or a problem for each line.
+
+    Columns: method, seed, accuracy; if known setting (its title), folder, test_domain, seconds and
+    model selections. Any other column is the accuracy of a group. In a file without the column
+    setting, every folder above runs/METHOD is a setting.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *lines = list(csv.reader(file, strict=True)) or [[]]
+    except (ValueError, csv.Error) as error:
+        return [Problem(path, f"is no CSV: {error}")]
+    for name in ("method", "seed", "accuracy", *header):
+        if header.count(name) != 1:
+            return [Problem(path, f"must have one column {name!r}, got {header.count(name)}")]
+    found: list[Run | Problem] = []
+    for number, line in enumerate(lines, 2):
+        try:
+            found.append(_row(path, header, line))
+        except ValueError as error:
+            found.append(Problem(path, f"line {number}: {error}"))
+    return found
+
+
+def _row(path: pathlib.Path, header: Sequence[str], line: Sequence[str]) -> Run:
+    if len(line) != len(header):
+        raise ValueError(f"must have {len(header)} cells, got {len(line)}")
+    cells = dict(zip(header, line, strict=True))
+    setting, folder, method, domain = (
+        cells.pop(name, "") for name in ("setting", "folder", "method", "test_domain")
+    )
+    if not method or not all(map(str.isprintable, (setting, folder, method, domain, *header))):
+        raise ValueError("names must be printable, and the method not empty")
+    seed = _number(int, "seed", cells.pop("seed"))
+    numbers = {name: _number(float, name, text) for name, text in cells.items() if text}
+    for name, value in numbers.items():
+        most = math.inf if name == "seconds" else 1.0
+        if not 0 <= value <= most or math.isinf(value):
+            raise ValueError(f"{name} must be between 0 and {most:g}, got {value:g}")
+    result = {
+        "seed": seed,
+        "accuracy": numbers.pop("accuracy", None),
+        "seconds": numbers.pop("seconds", math.nan),
+        "test_domain": domain or None,
+        "selections": {name: value for name, value in numbers.items() if name in SELECTIONS},
+        "group_accuracy": {k: value for k, value in numbers.items() if k not in SELECTIONS},
+    }
+    if result["accuracy"] is None:
+        raise ValueError("accuracy must be a number, got none")
+    above = re.sub(r"(/?runs)?/[^/]+(/test_[^/]*)?/seed_\d+(/.*)?$", "", folder)
+    config = {"method": method, "seed": seed, "title": setting or above or path.parent.name}
+    return Run(pathlib.Path(folder), config, result, domain or None)
+
+
+def _number(kind: type, name: str, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {what}, got {text[:40]!r}") from None
+
+
+def _without_duplicates(found: Sequence[Run | Problem]) -> tuple[list[Run], list[Problem]]:
     """The first of runs that repeat each other; counting a seed twice would shrink the error."""
     first: dict[str, Run] = {}
-    for run in runs:
-        key = repr((_sorted(run.config), run.domain))
+    problems = [problem for problem in found if isinstance(problem, Problem)]
+    for run in (run for run in found if isinstance(run, Run)):
+        key = repr((in_order(run.config), run.domain))
         if key in first:
             problems.append(Problem(run.folder, f"repeats {first[key].folder}"))
         else:
@@ -137,130 +221,14 @@ def _without_duplicates(
     return list(first.values()), problems
 
 
-def group(runs: Iterable[Run]) -> list[Setting]:
-    """Runs by setting: everything in the configuration but method, seed, options, test domain."""
-    by_setting: dict[str, list[Run]] = {}
-    for run in runs:
-        by_setting.setdefault(repr(_sorted(_setting_of(run))), []).append(run)
-    configs = [_setting_of(members[0]) for members in by_setting.values()]
-    titles = _titles([config.get("settings", config) for config in configs])
-    settings = []
-    for title, config, members in zip(titles, configs, by_setting.values(), strict=True):
-        settings.append(Setting(title, config, _by_method(members)))
-    return sorted(settings, key=lambda setting: _natural(setting.title))
-
-
-def slug(title: str) -> str:
-    """A title as a file name.
-
-    >>> slug("digits, step 10:1, mlp")
-    'digits_step_10-1_mlp'
-    """
-    return re.sub(r"[^\w.+-]+", "_", title.replace(":", "-")).strip("_")
-
-
-def _setting_of(run: Run) -> dict[str, Any]:
-    # Class sizes follow from the settings (and, with some splits, from the seed and the domain).
-    apart = ("method", "seed", "options", "drawn_options", "test_domain", "train_counts")
-    config = {key: value for key, value in run.config.items() if key not in apart}
-    if isinstance(config.get("settings"), Mapping):
-        config["settings"] = {k: v for k, v in config["settings"].items() if k not in apart}
-    return config
-
-
-def _titles(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One title a setting; those that would read alike also name what they differ in."""
-    titles = [title_of(config) for config in configs]
-    full = []
-    for title, config in zip(titles, configs, strict=True):
-        alike = [c for t, c in zip(titles, configs, strict=True) if t == title]
-        names = sorted(set().union(*alike))
-        differing = [n for n in names if any(c.get(n) != config.get(n) for c in alike)]
-        full.append(", ".join([title, *(f"{n} {config.get(n)}" for n in differing)]))
-    return full
-
-
-def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by method; a method that ran one seed with several options is several methods.
-
-    Those are told apart by the options in which they differ: `lpa (lpa.radius=0.1)`.
-    """
-    methods: dict[str, list[Run]] = {}
-    for run in runs:
-        methods.setdefault(run.config["method"], []).append(run)
-    named = {}
-    for method, members in methods.items():
-        places = {(run.config["seed"], run.domain) for run in members}
-        options = [run.config.get("options", {}) for run in members]
-        names = sorted(set().union(*options))
-        differing = [n for n in names if len({repr(o.get(n)) for o in options}) > 1]
-        for run, own in zip(members, options, strict=True):
-            label = method
-            if len(places) < len(members):
-                label += f" ({', '.join(f'{n}={own.get(n)}' for n in differing)})"
-            named.setdefault(label, []).append(run)
-    return dict(sorted(named.items()))
-
-
-def selections(setting: Setting) -> tuple[str, ...]:
-    """Model selections that some run reports; empty outside domain generalization."""
-    runs = [run for members in setting.runs.values() for run in members]
-    return tuple(dict.fromkeys(name for run in runs for name in run.result["selections"]))
-
-
-def results_of(setting: Setting) -> dict[str, list[Mapping[str, Any]]]:
-    """Results by method, as `experiments.summary` takes them."""
-    return {
-        method: [{**run.result, "seed": run.config["seed"]} for run in runs]
-        for method, runs in setting.runs.items()
-    }
-
-
-def domain_results(setting: Setting, selection: str | None) -> tuple[Results, list[str]]:
-    """One result a seed, the mean over test domains; and what lacks a domain or the selection.
-
-    Args:
-      setting: with test domains.
-      selection: of the model; None takes each run's own accuracy.
-    """
-    results, left_out = {}, []
-    for method, runs in setting.runs.items():
-        by_seed: dict[int, dict[str, Run]] = {}
-        for run in runs:
-            if selection is None or selection in run.result["selections"]:
-                by_seed.setdefault(run.config["seed"], {})[run.domain] = run
-        if not by_seed:
-            left_out.append(f"{method}: its models were not selected so")
-        for seed, found in sorted(by_seed.items()):
-            missing = [domain for domain in setting.domains if domain not in found]
-            if missing:
-                left_out.append(f"{method} seed {seed}: no result for {', '.join(missing)}")
-                continue
-            accuracies = {d: _accuracy(found[d], selection) for d in setting.domains}
-            seconds = [found[d].result.get("seconds", math.nan) for d in setting.domains]
-            results.setdefault(method, []).append(
-                {
-                    "seed": seed,
-                    "accuracy": sum(accuracies.values()) / len(accuracies),
-                    "group_accuracy": accuracies,
-                    "seconds": sum(seconds) / len(seconds),
-                }
-            )
-    return results, left_out
-
-
-def _accuracy(run: Run, selection: str | None) -> float:
-    return run.result["accuracy"] if selection is None else run.result["selections"][selection]
-
-
-def _sorted(value: Any) -> Any:
+def in_order(value: Any) -> Any:
     """The same content in one order, so that equal configurations read alike."""
     if isinstance(value, Mapping):
-        return [(key, _sorted(value[key])) for key in sorted(value)]
-    return [_sorted(item) for item in value] if isinstance(value, list) else value
+        return [(key, in_order(value[key])) for key in sorted(value)]
+    return [in_order(item) for item in value] if isinstance(value, list) else value
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
+def natural(text: str) -> list[tuple[int, str]]:
     """Sorts d2 before d15: digits by their value."""
     parts = re.split(r"(\d+)", text)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -1,37 +1,58 @@
-"""A report's sections, and its text: Markdown, CSV, LaTeX."""
+"""A report's sections, and its files: Markdown, CSV, LaTeX."""
 
-import math
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from experiments.methods import published
 from experiments.reporting import (
-    contrasts,
-    geometry_plots,
-    report_measured,
-    summary,
+    class_figures,
+    figures,
+    frame,
+    measured_figures,
+    paired,
+    runs,
+    tables,
 )
-from experiments.reporting import (
-    figures as plots,
-)
-from experiments.reporting import (
-    paired as statistics,
-)
-from experiments.reporting import (
-    runs as report_data,
-)
-from experiments.reporting.contrasts import Contrast, Pair
-from experiments.reporting.runs import Problem, Run, Setting
-from experiments.reporting.summary import Results, Summary
+from experiments.reporting.frame import Results, Setting
+from experiments.reporting.paired import Pair
+from experiments.reporting.runs import Problem
+from experiments.reporting.tables import Found
 from experiments.runtime import files
+from experiments.training.folder import MEASURED
 
 PUBLISHED = (
-    "published: accuracies of other authors' runs; sources and protocols in `experiments/recipes`. "
+    "published: accuracies of other authors' runs; sources and protocols in "
+    "`experiments/methods/recipes`. "
     "Seeds, subsets and details differ."
 )
+
+# Measurement of `landscape` -> caption, what draws it, and what it has to hold for that.
+MEASURED_FIGURES: dict[str, tuple[str, Callable[[Found, pathlib.Path], None], tuple[str, ...]]] = {
+    "geometry": (
+        "geometry: what LPA's perturbation, the same for all models, does to norm and loss at "
+        "every layer",
+        class_figures.over_layers,
+        ("layers", "classes"),
+    ),
+    "amplification": (
+        "amplification: mean gain of a perturbation injected at a row's layer, at a column's",
+        measured_figures.amplification,
+        ("layers", "maps"),
+    ),
+    "spectrum": (
+        "density of the eigenvalues of the loss's Hessian in the weights",
+        measured_figures.spectra,
+        ("nodes", "weights"),
+    ),
+    "line": (
+        "loss along random filter-normalised directions",
+        measured_figures.lines,
+        ("steps", "losses"),
+    ),
+}
 
 
 class Section(NamedTuple):
@@ -39,10 +60,10 @@ class Section(NamedTuple):
 
     Attributes:
       title: heading.
-      slug: the same for file names.
       setting: the runs.
-      results: what the table summarizes, by method.
-      summary: its numbers.
+      results: of the runs, by method, the baseline first.
+      seeds: those that count, by method.
+      compared: the numbers, as `paired.compare` gives them.
       contrasts: differences that were asked for besides; empty if none.
       published: figures of others by method; empty if none can be compared.
       notes: what a reader must know beyond the numbers.
@@ -50,11 +71,11 @@ class Section(NamedTuple):
     """
 
     title: str
-    slug: str
     setting: Setting
     results: Results
-    summary: Summary
-    contrasts: tuple[Contrast, ...]
+    seeds: dict[str, list[int]]
+    compared: pd.DataFrame
+    contrasts: pd.DataFrame
     published: dict[str, str]
     notes: tuple[str, ...]
     figures: tuple[tuple[str, pathlib.Path], ...]
@@ -62,118 +83,155 @@ class Section(NamedTuple):
     @property
     def table(self) -> list[list[str]]:
         """Text cells, header first."""
-        return summary.text_table(self.summary, self.published)
+        return tables.accuracy_table(self.compared, self.published)
 
 
 def sections(
-    settings: Sequence[Setting], baseline: str, pairs: Sequence[Pair], output: pathlib.Path
+    settings: Sequence[Setting],
+    baseline: str,
+    pairs: Sequence[Pair],
+    output: pathlib.Path,
+    suffix: str = ".png",
 ) -> list[Section]:
-    """All tables; draws their figures into the folder."""
+    """All tables; draws their figures into the folder, in the format of the suffix."""
     made = []
     for setting in settings:
-        if not setting.domains:
-            results = report_data.results_of(setting)
-            made.append(_section(setting, None, results, (), baseline, pairs, output))
-            continue
-        for selection in report_data.selections(setting) or (None,):
-            results, left_out = report_data.domain_results(setting, selection)
-            if results:
-                made.append(
-                    _section(setting, selection, results, left_out, baseline, pairs, output)
-                )
+        every = frame.tidy(setting.results)
+        # The baseline first; the sort is stable.
+        ordered = every.sort_values("method", key=lambda name: name != baseline, kind="stable")
+        for selection in frame.selections(every):
+            values, left_out = frame.values_of(ordered, selection)
+            if values.empty:
+                continue
+            section = _section(setting, selection, values, left_out, baseline, pairs)
+            drawn = _figures(section, baseline, output / "figures", suffix)
+            made.append(section._replace(figures=drawn))
     return made
 
 
 def _section(
     setting: Setting,
     selection: str | None,
-    results: Results,
+    values: pd.DataFrame,
     left_out: Sequence[str],
     baseline: str,
     pairs: Sequence[Pair],
-    output: pathlib.Path,
 ) -> Section:
-    # The baseline first; the sort is stable.
-    results = dict(sorted(results.items(), key=lambda item: item[0] != baseline))
-    numbers = summary.summarize(results, baseline)
-    compared = contrasts.contrasts(results, pairs)
-    title = setting.title
-    if selection is not None:
-        title += f", {selection.replace('_', ' ')}"
-    slug = report_data.slug(title)
-    config = setting.config.get("settings", setting.config)
+    compared = paired.compare(values, baseline, tested=("accuracy",))
+    contrasts, missing = paired.contrasts(values, pairs)
+    title = setting.title if selection is None else f"{setting.title}, {_words(selection)}"
+    comparable = (
+        published.accuracies(setting.config) if selection in (None, runs.SELECTIONS[0]) else {}
+    )
+    accuracies = values[values["measure"] == "accuracy"].groupby("method", sort=False)["seed"]
+    seeds = {method: sorted(own) for method, own in accuracies}
+    lines = [*notes(compared, seeds, baseline), *left_out, *missing]
+    lines += [f"Contrasts: {line}" for line in limits(contrasts)]
+    lines += [PUBLISHED] if comparable else []
+    results = {method: setting.results[method] for method in seeds}
+    return Section(
+        title, setting, results, seeds, compared, contrasts, comparable, tuple(lines), ()
+    )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _figures(
+    section: Section, baseline: str, folder: pathlib.Path, suffix: str
+) -> tuple[tuple[str, pathlib.Path], ...]:
+    results, compared = section.results, section.compared
+    evaluated_on = section.setting.config.get("evaluate_on", "test")
     drawn = (
         ("accuracy, mean and standard error", "accuracy",
-         lambda path: plots.accuracy_bars(numbers, path)),
+         lambda path: figures.accuracy_bars(compared, path)),
         (f"paired differences to {baseline}", "differences",
-         lambda path: plots.differences(_compared(numbers), f"difference to {baseline}", path)),
+         lambda path: figures.differences(_tested(compared), f"difference to {baseline}", path)),
         ("paired differences of the contrasts", "contrasts",
-         lambda path: plots.differences(compared, "difference", path)),
+         lambda path: figures.differences(section.contrasts, "difference", path)),
         ("accuracy by class", "per_class",
-         lambda path: plots.per_class_accuracy(results, path)),
+         lambda path: figures.per_class_accuracy(results, path)),
         ("training", "curves",
-         lambda path: plots.training_curves(results, path, config.get("evaluate_on", "test"))),
+         lambda path: figures.training_curves(results, path, evaluated_on)),
         ("effect of the perturbations", "effects",
-         lambda path: plots.effect_curves(results, path)),
+         lambda path: figures.effect_curves(results, path)),
         ("what the perturbations do to classes", "classes",
-         lambda path: geometry_plots.over_epochs(results, path)),
+         lambda path: class_figures.over_epochs(results, path)),
     )  # fmt: skip
-    figures = tuple(
+    slug = frame.slug(section.title)
+    made = [
         (caption, path)
         for caption, name, draw in drawn
-        if draw(path := output / "figures" / f"{slug}_{name}.png")
-    ) + tuple(report_measured.figures(setting, output, slug))
-    comparable = (
-        {} if selection not in (None, report_data.SELECTION) else published.accuracies(config)
-    )
-    lines = [*notes(numbers), *left_out, *contrasts.missing(results, pairs)]
-    lines += [f"Contrasts: {line}" for line in limits(compared)]
-    lines += [PUBLISHED] if comparable else []
-    return Section(
-        title, slug, setting, results, numbers, compared, comparable, tuple(lines), figures
-    )
-
-
-def _compared(table: Summary) -> list[Contrast]:
-    """The methods of a table against its baseline."""
-    return [
-        Contrast(row.method, row.comparison, row.p_holm)
-        for row in table.rows
-        if row.comparison is not None
+        if draw(path := folder / f"{slug}_{name}{suffix}")
     ]
+    for name, (caption, draw, needed) in MEASURED_FIGURES.items():
+        found = measured(section.setting, name, needed)
+        if found:
+            path = folder / f"{slug}_{name}{suffix}"
+            draw(found, path)
+            made.append((caption, path))
+    return tuple(made)
 
 
-def notes(table: Summary) -> list[str]:
+def measured(setting: Setting, name: str, needed: Sequence[str]) -> Found:
+    """What `landscape` left beside the runs, by method and seed, all with the same settings.
+
+    Of several settings, the one of most runs counts. Files that lack a needed part do not count.
+    """
+    if "title" in setting.config:  # rows of a file, whose folders are not opened
+        return {}
+    by_settings: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
+    for method, members in setting.runs.items():
+        for run in members:
+            content = files.read_json(run.folder / MEASURED / f"{name}.json")
+            found = content.get("measured") if isinstance(content, dict) else None
+            if isinstance(found, dict) and {"values", *needed} <= set(found):
+                one = by_settings.setdefault(repr(content.get("settings")), {})
+                one.setdefault(method, {})[run.config["seed"]] = found
+    counted = sorted(by_settings.values(), key=lambda one: -sum(map(len, one.values())))
+    return counted[0] if counted else {}
+
+
+def _tested(compared: pd.DataFrame) -> pd.DataFrame:
+    """The methods that are compared to the baseline."""
+    rows = tables.accuracies(compared)
+    return rows[rows["pairs"] > 0]
+
+
+def notes(compared: pd.DataFrame, seeds: dict[str, list[int]], baseline: str) -> list[str]:
     """What limits the comparisons of a table."""
-    everyone = sorted(set().union(*(row.seeds for row in table.rows)))
+    everyone = sorted(set().union(*seeds.values()))
     lines = []
-    if all(row.method != table.baseline for row in table.rows):
-        lines.append(f"No run of the baseline {table.baseline}: no differences.")
-    for row in table.rows:
-        lacking = [seed for seed in everyone if seed not in row.seeds]
+    if baseline not in seeds:
+        lines.append(f"No run of the baseline {baseline}: no differences.")
+    for method, own in seeds.items():
+        lacking = [seed for seed in everyone if seed not in own]
         if lacking:
-            lines.append(f"{row.method} lacks seeds that others have: {ranges(lacking)}.")
-    for row in table.rows:
-        if row.comparison is not None and row.comparison.pairs < len(everyone):
+            lines.append(f"{method} lacks seeds that others have: {ranges(lacking)}.")
+    tested = _tested(compared)
+    for row in tested.itertuples():
+        if row.pairs < len(everyone):
             lines.append(
-                f"{row.method} and {table.baseline} are compared over their "
-                f"{row.comparison.pairs} common seeds alone."
+                f"{row.method} and {baseline} are compared over their "
+                f"{row.pairs} common seeds alone."
             )
-    return lines + limits(_compared(table))
+    return lines + limits(tested)
 
 
-def limits(compared: Sequence[Contrast]) -> list[str]:
-    """What comparisons with few or equal seeds cannot show."""
+def limits(compared: pd.DataFrame) -> list[str]:
+    """What comparisons with few or equal seeds cannot show; rows with pairs."""
+    rows = list(compared.itertuples())
     lines = []
-    single = [line.name for line in compared if line.comparison.pairs == 1]
+    single = [row.method for row in rows if row.pairs == 1]
     if single:
         lines.append(f"One common seed, so no interval and no test: {', '.join(single)}.")
-    tested = [line for line in compared if line.comparison.pairs > 1]
-    best = statistics.holm([statistics.smallest_p(line.comparison.pairs) for line in tested])
+    tested = [row for row in rows if row.pairs > 1]
+    best = paired.holm([paired.smallest_p(row.pairs) for row in tested])
     hopeless = [
-        f"{line.name} ({line.comparison.pairs})"
-        for line, p_value in zip(tested, best, strict=True)
-        if p_value >= statistics.LEVEL
+        f"{row.method} ({row.pairs})"
+        for row, p_value in zip(tested, best, strict=True)
+        if p_value >= paired.LEVEL
     ]
     if hopeless:
         where = "all of them" if len(hopeless) == len(tested) else ", ".join(hopeless)
@@ -182,7 +240,7 @@ def limits(compared: Sequence[Contrast]) -> list[str]:
             f"difference (n seeds give at least 2^(1-n), the smallest of {len(tested)} p-values is "
             f"multiplied by {len(tested)}): {where}."
         )
-    equal = [line.name for line in compared if line.comparison.low == line.comparison.high]
+    equal = [row.method for row in rows if row.difference_low == row.difference_high]
     if equal:
         lines.append(f"The same difference in every seed, so an interval of no width: "
                      f"{', '.join(equal)}.")  # fmt: skip
@@ -209,69 +267,55 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def write(
-    made: Sequence[Section], runs: Sequence[Run], problems: Sequence[Problem], output: pathlib.Path
+    made: Sequence[Section],
+    settings: Sequence[Setting],
+    problems: Sequence[Problem],
+    output: pathlib.Path,
 ) -> None:
     """Writes report.md, table.csv, runs.csv, table.tex and, if any, contrasts.csv."""
     files.write_text(output / "report.md", markdown(made, problems, output))
-    tables = [(section.title, summary.frame(section.summary)) for section in made]
-    files.write_text(output / "table.csv", summary.csv_text(_by_setting(tables)))
-    compared = [section for section in made if section.contrasts]
-    if compared:
-        tables = [(section.title, contrasts.frame(section.contrasts)) for section in compared]
-        files.write_text(output / "contrasts.csv", summary.csv_text(_by_setting(tables)))
-    files.write_text(output / "runs.csv", summary.csv_text(runs_frame(runs)))
-    latex = [summary.latex_table(section.table, section.title) for section in made]
-    for section in compared:
-        table = contrasts.text_table(section.contrasts)
-        latex.append(summary.latex_table(table, f"{section.title}: contrasts"))
+    numbers = [(section.title, tables.accuracy_frame(section.compared)) for section in made]
+    files.write_text(output / "table.csv", tables.csv_text(_by_setting(numbers)))
+    asked = [section for section in made if not section.contrasts.empty]
+    if asked:
+        numbers = [(section.title, tables.contrast_frame(section.contrasts)) for section in asked]
+        files.write_text(output / "contrasts.csv", tables.csv_text(_by_setting(numbers)))
+    # All digits: with six, the tables would not be the same when they are made from the rows.
+    rows = frame.rows_frame(settings).to_csv(index=False, lineterminator="\n")
+    files.write_text(output / runs.ROWS, rows)
+    latex = [tables.latex_table(section.table, section.title) for section in made]
+    for section in asked:
+        table = tables.contrast_table(section.contrasts)
+        latex.append(tables.latex_table(table, f"{section.title}: contrasts"))
     files.write_text(output / "table.tex", "\n".join(latex))
 
 
-def _by_setting(tables: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
+def _by_setting(numbers: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
     """One below the other, the title of each in a first column."""
-    named = [table.assign(setting=title) for title, table in tables]
+    named = [table.assign(setting=title) for title, table in numbers]
     joined = pd.concat(named, ignore_index=True)
     joined.insert(0, "setting", joined.pop("setting"))
     return joined
 
 
-def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One line a run, for statistics of one's own."""
-    return pd.DataFrame.from_records(
-        [
-            {
-                "folder": str(run.folder),
-                "method": run.config["method"],
-                "seed": run.config["seed"],
-                "test_domain": run.domain,
-                "accuracy": run.result["accuracy"],
-                **run.result.get("group_accuracy", {}),
-                **run.result["selections"],
-                "seconds": run.result.get("seconds", math.nan),
-            }
-            for run in runs
-        ]
-    )
-
-
 def seeds_table(section: Section) -> list[list[str]]:
     """Which seeds count for each method."""
-    return [["method", "seeds"], *([r.method, ranges(r.seeds)] for r in section.summary.rows)]
+    return [["method", "seeds"], *([name, ranges(own)] for name, own in section.seeds.items())]
 
 
 def markdown(made: Sequence[Section], problems: Sequence[Problem], output: pathlib.Path) -> str:
     """The report in Markdown; figures are linked relative to the folder."""
     lines = ["# Report", ""]
     for section in made:
-        lines += [f"## {section.title}", "", summary.markdown_table(section.table)]
-        if section.contrasts:
-            table = contrasts.text_table(section.contrasts)
-            lines += ["Contrasts:", "", summary.markdown_table(table)]
+        lines += [f"## {section.title}", "", tables.markdown_table(section.table)]
+        if not section.contrasts.empty:
+            table = tables.contrast_table(section.contrasts)
+            lines += ["Contrasts:", "", tables.markdown_table(table)]
         lines += [f"- {note}" for note in section.notes] + ([""] if section.notes else [])
         for caption, path in section.figures:
             lines += [f"![{section.title}: {caption}]({path.relative_to(output).as_posix()})", ""]
-        lines += ["Seeds:", "", summary.markdown_table(seeds_table(section))]
-    lines += ["## How to read the tables", "", summary.LEGEND, ""]
+        lines += ["Seeds:", "", tables.markdown_table(seeds_table(section))]
+    lines += ["## How to read the tables", "", tables.LEGEND, ""]
     lines += ["## Not counted", ""]
     lines += [f"- `{problem.folder}`: {problem.reason}" for problem in problems] or ["Nothing."]
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.domains import selection as domain_selection
 from experiments.domains.selection import Selected, Training
-from experiments.reporting import domain_report
+from experiments.reporting import frame
 
 DOMAINS = ("a", "b", "c")
 
@@ -144,15 +144,15 @@ def test_a_seed_counts_once_with_the_mean_over_its_test_domains():
             "method": "erm",
             "seed": seed,
             "test_domain": domain,
+            "accuracy": accuracy,
             "selections": {"oracle": accuracy, "leave_one_domain_out": None},
             "seconds": 2.0,
         }
         for seed, domain, accuracy in ((0, "a", 0.2), (1, "a", 0.6), (0, "b", 0.4), (1, "b", 0.8))
     ]
-    tables = domain_report.results_by_selection(results)
-    assert list(tables) == ["oracle"]
-    assert [(run["seed"], run["accuracy"]) for run in tables["oracle"]["erm"]] == [
-        (0, pytest.approx(0.3)),
-        (1, pytest.approx(0.7)),
-    ]
-    assert tables["oracle"]["erm"][1]["group_accuracy"] == {"a": 0.6, "b": 0.8}
+    every = frame.tidy({"erm": results})
+    assert frame.selections(every) == ["oracle"]
+    values, left_out = frame.values_of(every, "oracle")
+    of_seed = values.set_index(["seed", "measure"])["value"]
+    assert [of_seed[seed, "accuracy"] for seed in (0, 1)] == pytest.approx([0.3, 0.7])
+    assert (of_seed[1, "a"], of_seed[1, "b"], left_out) == (0.6, 0.8, [])

@@ -10,13 +10,7 @@ import pytest
 from experiments import landscape, report
 from experiments.measuring import measurements
 from experiments.measuring import models as trained
-from experiments.reporting import (
-    geometry_plots,
-    measure_plots,
-    measure_tables,
-    report_measured,
-    spectrum_plots,
-)
+from experiments.reporting import class_figures, measured_figures, sections, tables
 from lpa_jax.interrupts import InterruptedRunError
 from tests.helpers import browser
 from tests.helpers.module_call import call
@@ -74,9 +68,9 @@ def report_of_job(job, tmp_path_factory):
 
 def test_a_report_of_the_job_shows_what_was_measured(report_of_job):
     page = (report_of_job / "report.html").read_text()
-    for name, (caption, *_) in report_measured.FIGURES.items():
+    for name, (caption, *_) in sections.MEASURED_FIGURES.items():
         assert html.escape(caption) in page or caption in page, name
-    for name in report_measured.FIGURES:
+    for name in sections.MEASURED_FIGURES:
         (figure,) = report_of_job.glob(f"figures/*_{name}.png")
         assert figure.stat().st_size > 10_000
 
@@ -85,7 +79,7 @@ def test_a_report_of_the_job_shows_what_was_measured(report_of_job):
 def test_a_phone_shows_all_that_was_measured_and_no_page_wider_than_itself(report_of_job, tmp_path):
     found = browser.facts(report_of_job / "report.html", tmp_path, browser.PHONE)
     assert found["width"] <= found["visible"] <= browser.PHONE
-    assert len(found["figures"]) > len(report_measured.FIGURES)
+    assert len(found["figures"]) > len(sections.MEASURED_FIGURES)
     assert all(width > 100 for width in found["figures"])
 
 
@@ -104,9 +98,9 @@ def test_a_figure_of_spectra_holds_methods_that_differ_by_orders_of_magnitude(tm
     narrow = {"values": {"largest": 1e-3}, "nodes": [[-1e-4, 0.0, 1e-3, None]] * 2,
               "weights": [[0.1, 0.8, 0.1, 0.0]] * 2}  # fmt: skip
     wide = {**narrow, "values": {"largest": 1e3}, "nodes": [[-1.0, 0.0, 1e3, None]] * 2}
-    spectrum_plots.spectra({"erm": {0: narrow}, "lpa": {0: wide, 1: wide}}, tmp_path / "a.png")
+    measured_figures.spectra({"erm": {0: narrow}, "lpa": {0: wide, 1: wide}}, tmp_path / "a.png")
     flat = {**narrow, "values": {"largest": 0.0}, "nodes": [[0.0] * 4] * 2}  # a dead network
-    spectrum_plots.spectra({"erm": {0: flat}}, tmp_path / "b.png")
+    measured_figures.spectra({"erm": {0: flat}}, tmp_path / "b.png")
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
 
 
@@ -180,9 +174,9 @@ def test_a_sign_that_changed_between_batches_belongs_to_the_group_that_more_imag
 
 
 def test_losses_of_both_signs_stay_on_the_axis():
-    _, axes = measure_plots.panels(1, 1, 2.0)
+    _, axes = measured_figures.panels(1, 1, 2.0)
     axes[0, 0].plot([0, 1, 2], [0.2, -0.1, 0.3])
-    geometry_plots._log_of_losses(axes[0, 0])
+    class_figures._log_of_losses(axes[0, 0])
     low, high = axes[0, 0].get_ylim()
     assert low < -0.1 and high > 0.3
 
@@ -251,14 +245,16 @@ def test_a_signal_stops_between_measurements():
 
 
 def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
-    values = {
-        "erm": {0: {"trace": 1.0}, 1: {"trace": 2.0}},
-        "lpa": {0: {"trace": 3.0}, 1: {"trace": 5.0}, 2: {"trace": None}},
+    numbers = {"erm": [1.0, 2.0], "lpa": [3.0, 5.0, None]}
+    found = {
+        method: {seed: {"values": {"trace": value}} for seed, value in enumerate(own)}
+        for method, own in numbers.items()
     }
-    row = measure_tables.frame(values, "erm").set_index("method").loc["lpa"]
+    compared = tables.measured_frame(found, "erm")
+    row = compared.set_index("method").loc["lpa"]
     assert (row["seeds"], row["pairs"], row["mean"], row["difference"]) == (2, 2, 4.0, 2.5)
     assert row["difference_se"] == pytest.approx(0.5)
-    text = measure_tables.markdown(values, ["trace"], "erm", "title")
+    text = tables.measured_table(compared, "title")
     assert "| lpa | 4 +- 1 |" in text and "| lpa | +2.5 +- 0.5 |" in text
 
 

@@ -3,12 +3,12 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from experiments import report
-from experiments.reporting import contrasts
-from experiments.reporting import sections as report_tables
+from experiments.reporting import frame, paired, sections
 from tests.helpers import made_up_runs, module_call
 
 ACCURACIES = {
@@ -61,7 +61,7 @@ def test_contrasts_are_paired_on_common_seeds_and_holm_counts_them_alone(made):
     assert "| lpa+lpl - lpa | 6 |" in printed and "| 4 of 6 |" in printed
 
 
-def test_contrasts_stand_in_every_form_of_the_report(made):
+def test_every_form_of_the_report_has_the_contrasts(made):
     output, _ = made
     for name, expected in (
         ("report.md", "| lpa - lpl | 8 |"),
@@ -82,8 +82,8 @@ def test_contrasts_stand_in_every_form_of_the_report(made):
         ("lpa:", "got 'lpa:'"),
         ("lpa:lpa", "got 'lpa:lpa'"),
         ("lpa:lpl:erm", "got 'lpa:lpl:erm'"),
-        ("lpa:lpl,lpl:lpa", "names 'lpa:lpl' twice"),
-        ("lpa:lpk", "--compare: no run of the method 'lpk'; there are: erm, lpa, lpa+lpl, lpl"),
+        ("lpa:lpl,lpl:lpa", "--compare must name each pair once, got 'lpa:lpl' twice"),
+        ("lpa:lpk", "--compare must name methods with runs (erm, lpa, lpa+lpl, lpl), got 'lpk'"),
     ],
 )
 def test_a_wrong_contrast_is_one_line_and_nothing_is_written(runs, tmp_path, text, expected):
@@ -93,16 +93,18 @@ def test_a_wrong_contrast_is_one_line_and_nothing_is_written(runs, tmp_path, tex
     assert not out.exists()
 
 
-def test_pairs_without_a_common_seed_are_said_and_not_tested():
+def test_pairs_without_a_common_seed_are_named_and_not_tested():
     results = {
         "a": [{"seed": 0, "accuracy": 0.5}],
         "b": [{"seed": 1, "accuracy": 0.5}],
         "c": [{"seed": 0, "accuracy": 0.25}],
     }
     pairs = (("a", "b"), ("a", "c"), ("a", "d"))
-    (made,) = contrasts.contrasts(results, pairs)
-    assert made.name == "a - c" and made.comparison.difference.mean == 0.25
-    assert contrasts.missing(results, pairs) == [
+    values, _ = frame.values_of(frame.tidy(results))
+    made, left_out = paired.contrasts(values, pairs)
+    (row,) = made.itertuples()
+    assert row.method == "a - c" and row.difference == 0.25
+    assert left_out == [
         "a - b: no common seed.",
         "a - d: no run of d in this setting.",
     ]
@@ -116,10 +118,10 @@ def test_a_comparison_is_hopeless_only_if_no_outcome_could_be_significant():
             "x": [{"seed": s, "accuracy": 0.6 + 0.01 * s} for s in range(pairs)],
             "y": [{"seed": s, "accuracy": 0.5} for s in range(pairs)],
         }
-        (contrast,) = contrasts.contrasts(results, [("x", "y")])
-        return contrast._replace(name=name)
+        values, _ = frame.values_of(frame.tidy(results))
+        return paired.contrasts(values, [("x", "y")])[0].assign(method=name)
 
     # Holm: 2 * 2^-7 = 0.016 and then 1 * 2^-5 = 0.031.
-    assert report_tables.limits([made("eight", 8), made("six", 6)]) == []
-    (line,) = report_tables.limits([made("one", 6), made("two", 6)])
+    assert sections.limits(pd.concat([made("eight", 8), made("six", 6)])) == []
+    (line,) = sections.limits(pd.concat([made("one", 6), made("two", 6)]))
     assert line.endswith("all of them.")

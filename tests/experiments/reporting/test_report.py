@@ -10,19 +10,7 @@ import pytest
 from absl import flags
 
 from experiments import report
-from experiments.reporting import (
-    figures as plots,
-)
-from experiments.reporting import (
-    report_measured,
-    summary,
-)
-from experiments.reporting import (
-    runs as report_data,
-)
-from experiments.reporting import (
-    sections as report_tables,
-)
+from experiments.reporting import figures, frame, paired, runs, sections, tables
 from experiments.runtime import files
 from tests.helpers import made_up_runs
 
@@ -43,8 +31,7 @@ def made(tmp_path_factory):
     made_up_runs.write_many(root / "runs" / "lt", ACCURACIES)
     made_up_runs.write_many(root / "runs" / "other", {"erm": [0.5]}, settings={"epochs": 9})
     output = root / "out"
-    sections = report.make([root / "runs"], output)
-    return sections, output
+    return report.make([root / "runs"], output), output
 
 
 @pytest.fixture
@@ -71,13 +58,12 @@ def command(capsys):
 
 
 def test_runs_are_one_table_a_setting_and_titles_say_what_differs(made):
-    sections, _ = made
-    assert [section.title for section in sections] == [
+    found, _ = made
+    assert [section.title for section in found] == [
         "digits, exponential 10:1, mlp, test accuracy, epochs 2",
         "digits, exponential 10:1, mlp, test accuracy, epochs 9",
     ]
-    assert [row.method for row in sections[0].summary.rows] == list(ACCURACIES)
-    assert [row.method for row in sections[1].summary.rows] == ["erm"]
+    assert [list(section.seeds) for section in found] == [list(ACCURACIES), ["erm"]]
 
 
 def test_the_csv_holds_the_numbers_that_a_hand_would_work_out(made):
@@ -98,7 +84,7 @@ def test_the_csv_holds_the_numbers_that_a_hand_would_work_out(made):
 
 
 def test_markdown_and_latex_escape_what_would_break_a_table(made):
-    sections, output = made
+    found, output = made
     text = (output / "report.md").read_text()
     table = [line for line in text.splitlines() if "manifold_mixup" in line]
     cells = table[0].replace("\\|", "").count("|")
@@ -109,13 +95,13 @@ def test_markdown_and_latex_escape_what_would_break_a_table(made):
     assert f"{mixup} and erm are compared over their 4 common seeds alone." in text
     assert "lpa and erm are compared over" not in text, "both have all seeds"
     assert "Too few common seeds" in text and "(4)" in text and "lpa (8)" not in text
-    assert len(sections[0].table[0]) == len(sections[0].table[-1])
+    assert len(found[0].table[0]) == len(found[0].table[-1])
 
 
 def test_every_figure_named_in_the_report_is_there(made):
-    sections, output = made
+    found, output = made
     text = (output / "report.md").read_text()
-    paths = [path for section in sections for _, path in section.figures]
+    paths = [path for section in found for _, path in section.figures]
     # Accuracy, differences, classes, curves of the first setting; no baseline's own differences.
     assert len(paths) == 4 + 3
     for path in paths:
@@ -130,9 +116,9 @@ def test_without_compare_there_is_no_file_and_no_heading_of_contrasts(made):
 
 
 def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_path, command):
-    runs = tmp_path / "runs"
-    made_up_runs.write_many(runs, {"erm": [0.5, 0.6], "lpa": [0.7, 0.8]})
-    whole = (runs / "lpa/seed_1/result.json").read_text()
+    root = tmp_path / "runs"
+    made_up_runs.write_many(root, {"erm": [0.5, 0.6], "lpa": [0.7, 0.8]})
+    whole = (root / "lpa/seed_1/result.json").read_text()
     broken = {
         "cut": ("result.json is cut short", lambda f: (f / "result.json").write_text(whole[:99])),
         "gone": ("incomplete: interrupted", lambda f: (f / "result.json").unlink()),
@@ -141,15 +127,21 @@ def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_
         "other": ("seed is 9 in config.json, 1", lambda f: (f / "result.json").write_text(whole)),
     }
     for name, (_, damage) in broken.items():
-        damage(made_up_runs.write(runs / name, "lpa", 9, 0.1))
-    made_up_runs.write(runs / "partial", "lpa", 9, 0.1, complete=False)
-    diverged = made_up_runs.write(runs / "nan", "lpa", 9, 0.125) / "result.json"
+        damage(made_up_runs.write(root / name, "lpa", 9, 0.1))
+    made_up_runs.write(root / "partial", "lpa", 9, 0.1, complete=False)
+    made_up_runs.write(root / "curve", "lpa", 9, 0.1, curve=[1])
+    made_up_runs.write(root / "groups", "lpa", 9, 0.1, group_accuracy={"many": "high"})
+    made_up_runs.write(root / "selections", "lpa", 9, 0.1, selections=[0.1])
+    diverged = made_up_runs.write(root / "nan", "lpa", 9, 0.125) / "result.json"
     diverged.write_text(diverged.read_text().replace('"accuracy": 0.125', '"accuracy": null'))
-    message, out, err = command(runs, f"--output={tmp_path / 'out'}")
+    message, out, err = command(root, f"--output={tmp_path / 'out'}")
     text = (tmp_path / "out" / "report.md").read_text()
     assert message is None and "| lpa | 2 | 75.00 +- 5.00 |" in out
     reasons = {name: reason for name, (reason, _) in broken.items()}
     reasons |= {"partial": "does not say that it is complete", "nan": "no finite accuracy"}
+    reasons |= {"curve": "curve in result.json must be a list of objects"}
+    reasons |= {"groups": "group_accuracy in result.json must be an object of numbers"}
+    reasons |= {"selections": "selections in result.json must be an object"}
     for name, reason in reasons.items():
         line = next(line for line in err.splitlines() if f"/{name}:" in line)
         assert reason in line
@@ -160,8 +152,8 @@ def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_
 def test_a_run_found_twice_counts_once(tmp_path):
     made_up_runs.write(tmp_path / "a", "erm", 0, 0.5)
     made_up_runs.write(tmp_path / "copy", "erm", 0, 0.5)
-    runs, problems = report_data.collect([tmp_path, tmp_path / "a", tmp_path])
-    assert len(runs) == 1
+    found, problems = runs.collect([tmp_path, tmp_path / "a", tmp_path])
+    assert len(found) == 1
     assert [problem.reason for problem in problems] == [f"repeats {tmp_path / 'a'}"]
 
 
@@ -171,7 +163,7 @@ def test_options_tell_methods_apart_only_where_a_seed_ran_with_several(tmp_path)
         made_up_runs.write(tmp_path / f"{i}", "lpa", 0, 0.5, options=options)
         # Hyperparameters drawn anew for every seed are one method.
         made_up_runs.write(tmp_path / f"drawn{i}", "lpl", i, 0.5, options={"lpl.radius": radius})
-    (setting,) = report_data.group(report_data.collect([tmp_path])[0])
+    (setting,) = frame.group(runs.collect([tmp_path])[0])
     assert list(setting.runs) == ["lpa (lpa.radius=0.1)", "lpa (lpa.radius=0.2)", "lpl"]
 
 
@@ -188,16 +180,15 @@ def test_domains_are_averaged_within_seeds_and_selections_stand_side_by_side(tmp
                                   training_domain_validation=0.1, oracle=0.1)  # fmt: skip
     first, second = report.make([tmp_path / "runs"], tmp_path / "out")
     assert first.title.endswith("training domain validation") and second.title.endswith("oracle")
-    rows = {row.method: row for row in first.summary.rows}
-    assert first.summary.groups == ("d2", "d15")
-    assert rows["erm"].accuracy.mean == pytest.approx((0.85 + 0.88) / 2)
-    assert rows["erm"].groups["d15"].mean == pytest.approx(0.82)
-    assert rows["coral"].seeds == (0,), "a seed that lacks a domain has no average"
-    assert rows["coral"].comparison.difference.mean == pytest.approx(0.05)
+    rows = first.compared.set_index(["measure", "method"])
+    assert tables.groups(first.compared) == ["d2", "d15"]
+    assert rows["mean"]["accuracy", "erm"] == pytest.approx((0.85 + 0.88) / 2)
+    assert rows["mean"]["d15", "erm"] == pytest.approx(0.82)
+    assert first.seeds["coral"] == [0], "a seed that lacks a domain has no average"
+    assert rows["difference"]["accuracy", "coral"] == pytest.approx(0.05)
     assert "coral seed 1: no result for d15" in first.notes
-    assert {row.method: row for row in second.summary.rows}["erm"].accuracy.mean == pytest.approx(
-        rows["erm"].accuracy.mean + 0.01
-    )
+    oracle = second.compared.set_index(["measure", "method"])["mean"]
+    assert oracle["accuracy", "erm"] == pytest.approx(rows["mean"]["accuracy", "erm"] + 0.01)
 
 
 def test_a_selection_is_shown_of_the_methods_that_made_it_and_the_others_are_named(tmp_path):
@@ -207,9 +198,9 @@ def test_a_selection_is_shown_of_the_methods_that_made_it_and_the_others_are_nam
             training_domain_validation=0.9, leave_one_domain_out=left,
         )  # fmt: skip
     every, some = report.make([tmp_path / "runs"], tmp_path / "out")
-    assert [row.method for row in every.summary.rows] == ["erm", "coral", "rsc"]
+    assert list(every.seeds) == ["erm", "coral", "rsc"]
     assert some.title.endswith("leave one domain out")
-    assert [row.method for row in some.summary.rows] == ["erm", "coral"]
+    assert list(some.seeds) == ["erm", "coral"]
     assert "rsc: its models were not selected so" in some.notes
 
 
@@ -238,7 +229,7 @@ def test_many_methods_get_a_map_of_classes_instead_of_bars_too_thin_to_see(tmp_p
     run = {"train_counts": [30, 10, 3], "per_class_accuracy": [0.9, 0.5, 0.1]}
     for count in (3, 31):
         results = {f"m{i:02}": [run] for i in range(count)}
-        assert plots.per_class_accuracy(results, tmp_path / f"{count}.png")
+        assert figures.per_class_accuracy(results, tmp_path / f"{count}.png")
     (_, low), (width, high) = (
         np.frombuffer((tmp_path / f"{count}.png").read_bytes()[16:24], dtype=">u4")
         for count in (3, 31)
@@ -247,14 +238,20 @@ def test_many_methods_get_a_map_of_classes_instead_of_bars_too_thin_to_see(tmp_p
     assert width < 1500
 
 
-def test_the_short_table_keeps_its_columns_and_the_long_one_its_legend():
+def test_the_short_table_keeps_its_columns_and_the_long_one_its_legend(tmp_path, capsys):
     results = {
         "erm": [{"seed": 0, "accuracy": 0.5, "group_accuracy": {}, "seconds": 1.0}],
         "lpa": [{"seed": 0, "accuracy": 0.6, "group_accuracy": {}, "seconds": 3.0}],
     }
-    assert summary.rows(results)[1] == ("lpa", "60.00", "+10.00", "", "", "", "3.0")
-    assert all(len(row) == len(summary.COLUMNS) for row in summary.rows(results))
-    assert summary.LEGEND in summary.as_markdown(results, "A title")
+    values, _ = frame.values_of(frame.tidy(results))
+    lines = tables.short_table(paired.compare(values, "erm"))
+    assert lines[0] == ["method", "accuracy %", "vs erm", "many %", "medium %", "few %", "seconds"]
+    assert lines[2] == ["lpa", "60.00", "+10.00", "", "", "", "3.0"]
+    tables.write_comparison("A title", results, tmp_path, ["A note."], pair=("lpa", "erm"))
+    text, printed = (tmp_path / "table.md").read_text(), capsys.readouterr().out
+    assert "## A title" in text and "| lpa | 1 | 60.00 | +10.00 |" in text
+    assert text.endswith(f"\n{tables.LEGEND}\n\nA note.\n")
+    assert "lpa vs erm, paired: +10.00\n" in printed
 
 
 def test_runs_csv_has_one_line_a_run(made):
@@ -265,7 +262,108 @@ def test_runs_csv_has_one_line_a_run(made):
     folder = pathlib.Path(rows[0]["folder"])
     result = json.loads((folder / "result.json").read_text())
     assert float(rows[0]["accuracy"]) == pytest.approx(result["accuracy"])
-    assert report_tables.ranges([3]) == "3"
+    assert sections.ranges([3]) == "3"
+
+
+def test_a_report_of_its_own_rows_has_the_same_tables_and_rows(tmp_path, command):
+    """All digits count: thirds, three selections, methods told apart by options, a missing seed."""
+    runs_of = tmp_path / "runs"
+    made_up_runs.write_many(runs_of / "lt", ACCURACIES)
+    made_up_runs.write_many(runs_of / "other", {"erm": [0.5]}, settings={"epochs": 9})
+    for i, radius in enumerate((0.1, 0.2)):
+        made_up_runs.write(runs_of / f"{i}", "lpa", 0, 1 / 3 + i / 7, options={"radius": radius},
+                           settings={"epochs": 7})  # fmt: skip
+    numbers = np.random.default_rng(0).integers(1, 700, 32) / 700
+    places = [(m, s, d) for m in ("erm", "coral") for s in range(4) for d in ("d2", "d15")]
+    for i, (method, seed, domain) in enumerate(places[:-1]):
+        made_up_runs.write_domain_run(
+            runs_of / "dg" / f"{i}", method, seed, domain,
+            training_domain_validation=numbers[i], oracle=numbers[i + 16],
+            leave_one_domain_out=numbers[-i] if method == "erm" else None,
+        )  # fmt: skip
+    asked = ("--compare=lpa:manifold_mixup@input|hidden1,coral:erm",)
+    assert command(runs_of, f"--output={tmp_path / 'a'}", *asked)[0] is None
+    message, out, err = command(tmp_path / "a", f"--output={tmp_path / 'b'}", *asked)
+    assert message is None and not err and "lpa (radius=0.2)" in out
+    for name in ("table.csv", "table.tex", "contrasts.csv", "runs.csv"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text(), name
+    drawn = {path.name.rpartition("_")[2] for path in (tmp_path / "b" / "figures").iterdir()}
+    assert drawn == {"accuracy.png", "differences.png", "contrasts.png"}
+    for path in (tmp_path / "b" / "figures").iterdir():
+        assert path.read_bytes() == (tmp_path / "a" / "figures" / path.name).read_bytes()
+
+
+def test_rows_without_the_column_setting_are_told_apart_by_their_folders(tmp_path, command):
+    lines = ["folder,method,seed,test_domain,accuracy,seconds"]
+    lines += [
+        f"runs/{of}/runs/{method}/seed_0,{method},0,,{accuracy},1.5"
+        for of in ("bal_20", "bal_50")
+        for method, accuracy in (("erm", 0.5), ("lpa", 0.75))
+    ]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    message, out, _ = command(tmp_path / "runs.csv", f"--output={tmp_path / 'out'}")
+    assert message is None and "\nruns/bal_20\n" in out and "\nruns/bal_50\n" in out
+    assert out.count("| lpa | 1 | 75.00 | +25.00 |") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "must have one column 'method', got 0"),
+        (b"method,seed,value\nerm,0,0.5", "must have one column 'accuracy', got 0"),
+        (b"method,seed,accuracy,few,few\nerm,0,0.5,1,1", "must have one column 'few', got 2"),
+        (b"method,seed,accuracy\nerm,0", "line 2: must have 3 cells, got 2"),
+        (b"method,seed,accuracy\nerm,0,0.5,1", "line 2: must have 3 cells, got 4"),
+        (b"method,seed,accuracy\nerm,zero,0.5", "line 2: seed must be a whole number, got 'zero'"),
+        (b"method,seed,accuracy\nerm,0,high", "line 2: accuracy must be a number, got 'high'"),
+        (b"method,seed,accuracy\nerm,0,", "line 2: accuracy must be a number, got none"),
+        (b"method,seed,accuracy\nerm,0,nan", "accuracy must be between 0 and 1, got nan"),
+        (b"method,seed,accuracy\nerm,0,76.5", "accuracy must be between 0 and 1, got 76.5"),
+        (b"method,seed,accuracy,few\nerm,0,0.5,-1", "few must be between 0 and 1, got -1"),
+        (b"method,seed,accuracy,seconds\nerm,0,0.5,inf", "seconds must be between 0 and inf"),
+        (b'method,seed,accuracy\n"e\nm",0,0.5', "names must be printable"),
+        (b"method,seed,accuracy\n,0,0.5", "the method not empty"),
+        (b"\xff\xfe\x00method", "is no CSV: 'utf-8' codec"),
+        (b'method,seed,accuracy\n"erm,0,0.5', "is no CSV: unexpected end of data"),
+        (b"[" * 200_000, "is no CSV: field larger than field limit"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_one_line_and_does_not_count(tmp_path, command, content, reason):
+    (tmp_path / "runs.csv").write_bytes(content)
+    message, _, err = command(tmp_path, f"--output={tmp_path / 'out'}")
+    assert reason in err and err.count("\n") == 1 and err.startswith("not counted: ")
+    assert "no complete run in" in message and "\n" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_repeated_row_counts_once_and_the_good_rows_of_a_file_count(tmp_path, command):
+    lines = ("method,seed,accuracy", "erm,0,0.5", "erm,0,0.9", "erm,1,x", "erm,2,0.7")
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    message, out, err = command(tmp_path, f"--output={tmp_path / 'out'}")
+    assert message is None and "| erm | 2 | 60.00 +- 10.00 |" in out
+    assert (
+        err.count("not counted") == 2
+        and "repeats" in err
+        and "line 4: accuracy must be a number, got 'x'" in err
+    )
+
+
+def test_a_folder_with_runs_is_not_counted_again_from_its_rows(tmp_path, command):
+    made_up_runs.write_many(tmp_path, {"erm": [0.5, 0.6]})
+    (tmp_path / "runs.csv").write_text("method,seed,accuracy\nerm,9,0.1\n")
+    message, out, err = command(tmp_path, f"--output={tmp_path / 'out'}")
+    assert message is None and "| erm | 2 | 55.00 +- 5.00 |" in out and not err
+
+
+def test_figures_are_svg_where_a_script_asks_for_it_and_the_same_every_time(tmp_path):
+    made_up_runs.write_many(tmp_path / "runs", {"erm": [0.5, 0.6], "lpa": [0.6, 0.7]})
+    first, second = (
+        {path.name: path.read_bytes() for section in report.make(
+            [tmp_path / "runs"], tmp_path / name, suffix=".svg") for _, path in section.figures}
+        for name in ("a", "b")
+    )  # fmt: skip
+    assert len(first) == 4 and first == second
+    assert all(b"<svg" in content and b"</text>" in content for content in first.values())
 
 
 class PageReader(html.parser.HTMLParser):
@@ -305,9 +403,9 @@ def test_the_page_needs_no_other_file_and_holds_tables_figures_and_environment(t
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in reader.names[
         "meta"
     ]
-    figures = list((tmp_path / "out" / "figures").glob("*.png"))
-    assert len(reader.names["img"]) == len(figures) == 4
-    assert any(figure.name.endswith("effects.png") for figure in figures)
+    drawn = list((tmp_path / "out" / "figures").glob("*.png"))
+    assert len(reader.names["img"]) == len(drawn) == 4
+    assert any(figure.name.endswith("effects.png") for figure in drawn)
     assert "&lt;lpa.radius&gt;: 0.25, 1.25" in text and "prefers-color-scheme: dark" in text
     assert "9.9.9" in text and files.git_revision() in text
     assert "<td>imbalance</td><td>10.0</td>" in text
@@ -332,8 +430,8 @@ def test_the_page_shows_what_landscape_left_beside_the_runs_and_nothing_of_other
     text = (tmp_path / "out" / "report.html").read_text()
     assert message is None and "density of the eigenvalues" in text
     assert "geometry: what" not in text and "amplification: mean" not in text
-    (setting,) = report_data.group(report_data.collect([tmp_path / "runs"])[0])
-    assert list(report_measured.measured(setting, "spectrum", ("nodes",))["lpa"]) == [0, 1]
+    (setting,) = frame.group(runs.collect([tmp_path / "runs"])[0])
+    assert list(sections.measured(setting, "spectrum", ("nodes",))["lpa"]) == [0, 1]
 
 
 def test_without_git_the_revision_is_unknown(monkeypatch):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from experiments.reporting import paired as statistics
-from experiments.reporting import summary
+from experiments.reporting import frame, paired
 
 # Differences in thousandths of an accuracy: no ties, ties, zeros, one sign, outlier.
 DIFFERENCES = (
@@ -58,7 +57,7 @@ def slow_bca(values, resamples=200_000, level=0.95):
 def test_mean_error_interval_and_p_value_agree_with_their_definitions(thousandths):
     second = dict.fromkeys(range(len(thousandths)), 0.8)
     first = {seed: (800 + d) / 1000 for seed, d in enumerate(thousandths)}
-    found = statistics.compare(first, second)
+    found = paired.compare_seeds(first, second)
     mean = sum(thousandths) / len(thousandths)
     variance = sum((d - mean) ** 2 for d in thousandths) / (len(thousandths) - 1)
     assert 1000 * found.difference.mean == pytest.approx(mean)
@@ -73,44 +72,45 @@ def test_mean_error_interval_and_p_value_agree_with_their_definitions(thousandth
 
 
 def test_differences_that_are_all_zero_give_no_evidence_and_no_warning():
-    comparison = statistics.compare({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.6, 2: 0.7})
+    comparison = paired.compare_seeds({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.6, 2: 0.7})
     assert comparison == ((0.0, 0.0), 0.0, 0.0, 1.0, 3, 0)
 
 
 def test_one_pair_has_a_difference_but_no_interval_and_no_p_value():
-    comparison = statistics.compare({0: 0.75, 1: 0.9}, {0: 0.5})
+    comparison = paired.compare_seeds({0: 0.75, 1: 0.9}, {0: 0.5})
     assert comparison.difference.mean == 0.25 and comparison.pairs == 1
     assert math.isnan(comparison.low) and math.isnan(comparison.p_value)
-    assert comparison.interval() == "" and statistics.compare({0: 0.5}, {1: 0.5}) is None
+    nothing = paired.compare_seeds({0: 0.5}, {1: 0.5})
+    assert nothing.pairs == 0 and math.isnan(nothing.difference.mean)
 
 
 def test_seeds_are_paired_by_name_and_not_by_position():
-    comparison = statistics.compare({2: 0.9, 0: 0.5}, {0: 0.4, 2: 0.7, 5: 0.1})
+    comparison = paired.compare_seeds({2: 0.9, 0: 0.5}, {0: 0.4, 2: 0.7, 5: 0.1})
     assert comparison.difference.mean == pytest.approx(0.15) and comparison.pairs == 2
 
 
 def test_the_bootstrap_interval_is_repeatable_and_close_to_students_with_many_seeds():
     differences = np.random.default_rng(3).normal(0.02, 0.01, 200)
-    low, high = statistics.bootstrap_interval(differences)
-    assert (low, high) == statistics.bootstrap_interval(differences)
+    low, high = paired.bootstrap_interval(differences)
+    assert (low, high) == paired.bootstrap_interval(differences)
     half = 1.96 * differences.std(ddof=1) / math.sqrt(200)
     assert low == pytest.approx(differences.mean() - half, abs=2e-4)
     assert high == pytest.approx(differences.mean() + half, abs=2e-4)
-    assert statistics.bootstrap_interval(np.array([0.01, 0.03])) == (0.01, 0.03)
+    assert paired.bootstrap_interval(np.array([0.01, 0.03])) == (0.01, 0.03)
 
 
 def test_holm_multiplies_step_by_step_stays_in_order_and_ignores_what_was_not_tested():
-    corrected = statistics.holm([0.04, 0.001, math.nan, 0.03, 0.6])
+    corrected = paired.holm([0.04, 0.001, math.nan, 0.03, 0.6])
     assert corrected[:2] + corrected[3:] == pytest.approx([0.09, 0.004, 0.09, 0.6])
-    assert math.isnan(corrected[2]) and statistics.holm([]) == []
-    assert statistics.holm([0.7, 0.8]) == [1.0, 1.0]
+    assert math.isnan(corrected[2]) and paired.holm([]) == []
+    assert paired.holm([0.7, 0.8]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_holm_rejects_what_its_step_down_procedure_rejects(seed):
     """The procedure: from the smallest on, reject while p_(k) <= level / (m - k + 1)."""
     p_values = np.random.default_rng(seed).uniform(0, 0.2, 6) ** 2
-    corrected = statistics.holm(p_values)
+    corrected = paired.holm(p_values)
     for level in (0.01, 0.02, 0.05, 0.1):
         rejected = set()
         for k, index in enumerate(np.argsort(p_values)):
@@ -125,8 +125,9 @@ def test_a_table_pairs_unequal_seeds_on_what_both_have():
         "erm": [{"seed": s, "accuracy": 0.5 + 0.01 * s} for s in (0, 1, 2, 5)],
         "lpa": [{"seed": s, "accuracy": 0.6 + 0.02 * s} for s in (5, 1, 7)],
     }
-    row = next(row for row in summary.summarize(results).rows if row.method == "lpa")
-    assert row.comparison.pairs == 2 and row.seeds == (1, 5, 7)
-    assert row.comparison.difference.mean == pytest.approx((0.62 - 0.51 + 0.70 - 0.55) / 2)
+    values, _ = frame.values_of(frame.tidy(results))
+    row = paired.compare(values, "erm").set_index("method").loc["lpa"]
+    assert row["pairs"] == 2 and row["seeds"] == 3
+    assert row["difference"] == pytest.approx((0.62 - 0.51 + 0.70 - 0.55) / 2)
     # Its own mean is over all its seeds, so it need not be the sum.
-    assert row.accuracy.mean == pytest.approx(0.6 + 0.02 * 13 / 3)
+    assert row["mean"] == pytest.approx(0.6 + 0.02 * 13 / 3)

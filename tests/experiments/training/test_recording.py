@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from experiments import report
-from experiments.reporting import geometry_plots
+from experiments.reporting import class_figures
 from experiments.training import log as recording
 from tests.helpers import made_up_runs
 
@@ -94,9 +94,9 @@ def test_what_was_logged_by_class_is_a_figure_over_epochs_and_part_of_the_report
     for seed in (0, 1):
         made_up_runs.write(tmp_path / f"runs/{seed}", "lpa", seed, 0.5, curve=curve(0.1 + seed))
     (section,) = report.make([tmp_path / "runs"], tmp_path / "out")
-    assert geometry_plots.over_epochs(section.results, tmp_path / "figure.png")
+    assert class_figures.over_epochs(section.results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "what the perturbations do to classes" in dict(section.figures)
     without = {"erm": [{"seed": 0, "train_counts": [3], "curve": [{"epoch": 1}]}]}
-    assert not geometry_plots.over_epochs(without, tmp_path / "none.png")
+    assert not class_figures.over_epochs(without, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

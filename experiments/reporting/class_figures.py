@@ -9,11 +9,12 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
-from experiments.reporting import measure_tables
 from experiments.reporting.figures import COLORS, DASHES, curve_of
-from experiments.reporting.measure_plots import Found, color_of, panels, save
-from experiments.reporting.summary import Results
+from experiments.reporting.frame import Results
+from experiments.reporting.measured_figures import color_of, estimates, over_seeds, panels, save
+from experiments.reporting.tables import Found
 from lpa_jax import diagnostics
 
 # Name of a measure in files, its label, and where a perturbation changes nothing.
@@ -42,7 +43,7 @@ def over_layers(found: Found, path: pathlib.Path) -> None:
 
     A row a form of LPA; means and standard errors over seeds of every method.
     """
-    values = {m: {s: one["values"] for s, one in seeds.items()} for m, seeds in found.items()}
+    compared, methods = over_seeds(found), list(found)
     first = next(iter(next(iter(found.values())).values()))
     layers, forms = first["layers"], list(first["classes"])
     columns = {
@@ -53,15 +54,14 @@ def over_layers(found: Found, path: pathlib.Path) -> None:
     figure, axes = panels(len(forms), len(columns), 2.8)
     for row, form in zip(axes, forms, strict=True):
         for axis, (measure, label) in zip(row, columns.items(), strict=True):
-            for i, method in enumerate(values):
-                series = [
-                    measure_tables.estimate(values, method, f"{form} at {layer}: {measure}")
-                    for layer in layers
-                ]
-                means, errors = np.array(series).T
+            series = [
+                estimates(compared, f"{form} at {layer}: {measure}", methods) for layer in layers
+            ]
+            for i, method in enumerate(methods):
+                means, errors = np.array(series)[:, :, i].T
                 axis.errorbar(
-                    np.arange(len(layers)) + 0.04 * (i - len(values) / 2), means,
-                    np.nan_to_num(errors), label=method, color=color_of(list(values), method),
+                    np.arange(len(layers)) + 0.04 * (i - len(methods) / 2), means,
+                    np.nan_to_num(errors), label=method, color=color_of(methods, method),
                     linestyle=DASHES[i // len(COLORS) % len(DASHES)], marker=".", linewidth=1.2,
                 )  # fmt: skip
             axis.axhline(1.0 if "norm" in measure else 0.0, color="#666666", linewidth=0.8)
@@ -115,12 +115,12 @@ def by_class(found: Found, form: str, path: pathlib.Path) -> None:
 
 
 def swept(
-    values: measure_tables.Values, placed: Mapping[str, Mapping[str, str]], path: pathlib.Path
+    compared: pd.DataFrame, placed: Mapping[str, Mapping[str, str]], path: pathlib.Path
 ) -> None:
     """Norm ratio and loss change of each sign group, and their correlation, by injection point.
 
     Args:
-      values: of a layer sweep, by placed method.
+      compared: of `paired.compare`, of a layer sweep, by placed method.
       placed: method -> layer -> name of the placed method.
       path: of the figure: a row of panels a method, means and standard errors over seeds.
     """
@@ -130,7 +130,7 @@ def swept(
     }
     correlation = "correlation of loss and norm"
     swept_names = [name for at in placed.values() for name in at.values()]
-    if any(measure_tables.by_seed(values, name, correlation) for name in swept_names):
+    if np.isfinite(estimates(compared, correlation, swept_names)).any():
         columns["correlation over classes"] = {correlation: "all"}  # some run logged its classes
     styles = {sign: (color, marker) for _, sign, color, marker in _SIGNS} | {
         "all": ("#000000", ".")
@@ -139,8 +139,7 @@ def swept(
     for row, (method, at) in zip(axes, placed.items(), strict=True):
         for axis, (label, series) in zip(row, columns.items(), strict=True):
             for measure, sign in series.items():
-                found = [measure_tables.estimate(values, name, measure) for name in at.values()]
-                means, errors = np.array(found).T
+                means, errors = estimates(compared, measure, list(at.values()))
                 if np.isfinite(means).any():
                     color, marker = styles[sign]
                     axis.errorbar(range(len(at)), means, np.nan_to_num(errors), label=sign,

@@ -1,4 +1,4 @@
-"""Figures of what is measured of trained models: `layer_sweep` and `landscape`."""
+"""Figures of what `landscape` and `layer_sweep` measure of trained models."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,33 +9,33 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import LogNorm
 
-from experiments.reporting import measure_tables
-from experiments.reporting import paired as statistics
+from experiments.reporting import paired, tables
 from experiments.reporting.figures import COLORS, DASHES, write_figure
-from experiments.reporting.measure_tables import Values
-
-# method -> seed -> {"values": ..., "errors": ..., curves and maps}
-Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
+from experiments.reporting.tables import Found
+from lpa_jax.diagnostics import SpectralQuadrature
 
 _COLUMNS = 4
+_POINTS = 600
+# Width of the Gaussians, in units of asinh(lambda / linear): a factor of 1.3 far from zero.
+_WIDTH = 0.25
+# Below this, densities are those of the Gaussians' tails.
+_FLOOR = 1e-8
 
 
 def layer_sweep(
-    values: Values,
-    placed: Mapping[str, Mapping[str, str]],
-    baseline: str,
-    path: pathlib.Path,
+    compared: pd.DataFrame, placed: Mapping[str, Mapping[str, str]], path: pathlib.Path
 ) -> None:
     """A row of panels a method: accuracy, agreement and CKA against the injection point.
 
     Args:
-      values: by placed method.
+      compared: of `paired.compare`, by placed method; the baseline's accuracy is drawn as a band.
       placed: method -> layer -> name of the placed method.
-      baseline: the method whose accuracy is drawn as a band.
       path: of the figure.
     """
+    baseline = compared["baseline"].iloc[0]
     measures = {
         "accuracy": "accuracy %",
         "agreement": "equal predictions %",
@@ -50,12 +50,11 @@ def layer_sweep(
             factor = 100 if "%" in label else 1
             if measure == "accuracy":
                 series = {method: measure}
-                _band(axis, measure_tables.estimate(values, baseline, measure), factor, baseline)
+                _band(axis, *factor * estimates(compared, measure, [baseline]), baseline)
             else:
                 series = {f"with the {r} run": f"{measure} {r}" for r in references}
             for i, (name, key) in enumerate(series.items()):
-                found = [measure_tables.estimate(values, at[layer], key) for layer in layers]
-                means, errors = factor * np.array(found).T
+                means, errors = factor * estimates(compared, key, list(at.values()))
                 axis.errorbar(
                     range(len(layers)), means, np.nan_to_num(errors), label=name,
                     color=COLORS[i + 1], marker="o", linestyle=DASHES[i], capsize=3,
@@ -75,14 +74,13 @@ def layer_sweep(
 
 def bars(found: Found, path: pathlib.Path) -> None:
     """A panel a measure: mean and standard error over seeds of every method."""
-    values = {m: {s: one["values"] for s, one in seeds.items()} for m, seeds in found.items()}
-    measures, names = measure_tables.measures_of(values), list(values)
+    compared, names = over_seeds(found), list(found)
+    measures = compared["measure"].unique()
     columns = min(_COLUMNS, len(measures))
     height = 0.9 + 0.28 * len(names)
     figure, axes = panels(-(-len(measures) // columns), columns, height, sharey=True)
     for axis, measure in zip(axes.flat, measures, strict=False):
-        estimates = [measure_tables.estimate(values, name, measure) for name in names]
-        means, errors = np.array(estimates).T
+        means, errors = estimates(compared, measure, names)
         colors = [color_of(names, name) for name in names]
         axis.barh(
             range(len(names)), means, xerr=np.nan_to_num(errors), color=colors, ecolor="#888888"
@@ -213,21 +211,120 @@ def corrupted(found: Found, path: pathlib.Path) -> None:
     save(figure, path)
 
 
+def spectra(found: Found, path: pathlib.Path) -> None:
+    r"""Log density of the eigenvalues, a panel a method, the first method's behind the others.
+
+    Eigenvalues of methods differ by orders of magnitude and most of them are near zero, so they are
+    shown by u = asinh(lambda / linear), which is lambda within `linear` and its logarithm beyond;
+    the density is that of u. Bands are standard errors over seeds, over probes with a single seed.
+    Lanczos from few steps puts nodes far apart near zero: gaps there have no meaning.
+    """
+    linear = _linear_range(found)
+    quadratures = {
+        method: [_quadrature(one, linear) for one in seeds.values()]
+        for method, seeds in found.items()
+    }
+    every = np.concatenate([q.nodes.ravel() for own in quadratures.values() for q in own])
+    low, high = np.nanmin(every) - 4 * _WIDTH, np.nanmax(every) + 4 * _WIDTH
+    grid = np.linspace(low, high, _POINTS)
+    curves = {method: _density(own, grid) for method, own in quadratures.items()}
+    top = 2 * max(density.max() for density, _ in curves.values())
+    columns = min(_COLUMNS, len(curves))
+    figure, axes = panels(-(-len(curves) // columns), columns, 2.6, sharey=True)
+    first = next(iter(curves))
+    for axis, (method, (density, error)) in zip(axes.flat, curves.items(), strict=False):
+        if method != first:
+            axis.plot(grid, curves[first][0], color="#999999", linewidth=0.9, label=first)
+        color = COLORS[5]
+        axis.plot(grid, density, color=color, linewidth=1.3, label=method)
+        axis.fill_between(
+            grid, np.maximum(density - error, _FLOOR), density + error,
+            color=color, alpha=0.25, linewidth=0,
+        )  # fmt: skip
+        axis.axvline(0, color="#666666", linewidth=0.6)
+        axis.set_yscale("log")
+        axis.set_ylim(_FLOOR, top)
+        axis.set_xlim(low, high)
+        ticks = _ticks(low, high, linear)
+        axis.set_xticks(np.arcsinh(ticks / linear), [_power(t) for t in ticks], fontsize=8)
+        axis.set_title(method, fontsize=10)
+        axis.set_xlabel("Hessian eigenvalue")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("density")
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    shown = axes.flat[min(1, len(curves) - 1)]
+    if len(curves) > 1:
+        handle = shown.get_legend_handles_labels()[0][0]
+        figure.legend([handle], [f"{first}, for comparison"], loc="outside upper right",
+                      frameon=False, fontsize=8)  # fmt: skip
+    save(figure, path)
+
+
+def _linear_range(found: Found) -> float:
+    """A power of ten about a hundredth of the smallest method's largest eigenvalue."""
+    largest = [
+        np.mean([one["values"]["largest"] for one in seeds.values()]) for seeds in found.values()
+    ]
+    positive = [value for value in largest if value > 0] or [1.0]
+    return float(10.0 ** np.floor(np.log10(min(positive)) - 1.5))
+
+
+def _quadrature(one: Mapping[str, Any], linear: float) -> SpectralQuadrature:
+    nodes, weights = (np.array(one[name], float) for name in ("nodes", "weights"))
+    return SpectralQuadrature(np.arcsinh(nodes / linear), weights)
+
+
+def _density(own: list[SpectralQuadrature], grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    found = [quadrature.density(grid, _WIDTH) for quadrature in own]
+    if len(found) == 1:
+        return found[0]
+    values = np.array([density for density, _ in found])
+    return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
+
+
+def _ticks(low: float, high: float, linear: float) -> np.ndarray:
+    """0 and powers of ten on both sides, every second one where there are many."""
+    ends = linear * np.sinh(np.abs([low, high]))
+    exponents = np.arange(np.log10(linear) + 1, np.log10(max(*ends, 10 * linear)) + 1e-9)
+    tens = 10.0 ** exponents[:: 2 if len(exponents) > 4 else 1]
+    ticks = np.concatenate([-tens[::-1], [0.0], tens])
+    positions = np.arcsinh(ticks / linear)
+    return ticks[(positions > low) & (positions < high)]
+
+
+def _power(value: float) -> str:
+    if value == 0:
+        return "0"
+    sign = "-" if value < 0 else ""
+    return f"${sign}10^{{{round(np.log10(abs(value)))}}}$"
+
+
 def color_of(names: Sequence[str], name: str) -> str:
     """Of a method among the methods of a figure."""
     return COLORS[names.index(name) % len(COLORS)]
 
 
-def _band(axis, value: statistics.Estimate, factor: float, label: str) -> None:
-    axis.axhline(factor * value.mean, color=COLORS[0], linewidth=1, label=label)
-    error = np.nan_to_num(value.error)
-    low, high = factor * (value.mean - error), factor * (value.mean + error)
-    axis.axhspan(low, high, color=COLORS[0], alpha=0.12, linewidth=0)
+def over_seeds(found: Found) -> pd.DataFrame:
+    """Means and standard errors of every measure and method, as `paired.compare` gives them."""
+    return paired.compare(tables.measured_values(found), "", tested=())
+
+
+def estimates(compared: pd.DataFrame, measure: str, methods: Sequence[str]) -> np.ndarray:
+    """Means and standard errors of a measure, [2, methods]; NaN where there are none."""
+    return tables.of_measure(compared, measure, methods)[["mean", "se"]].to_numpy(float).T
+
+
+def _band(axis, mean: np.ndarray, error: np.ndarray, label: str) -> None:
+    (mean,), (error,) = mean, np.nan_to_num(error)
+    axis.axhline(mean, color=COLORS[0], linewidth=1, label=label)
+    axis.axhspan(mean - error, mean + error, color=COLORS[0], alpha=0.12, linewidth=0)
 
 
 def _curve(axis, steps, runs: np.ndarray, color: str, label: str) -> None:
     """Mean over runs [runs, steps] with its standard error as a band."""
-    mean, error = np.array([statistics.estimate(column) for column in runs.T]).T
+    mean, error = np.array([paired.estimate(column) for column in runs.T]).T
     axis.plot(steps, mean, color=color, label=label, marker="." if len(steps) < 8 else "")
     if len(runs) > 1:
         axis.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
@@ -246,5 +343,5 @@ def panels(rows: int, columns: int, height: float = 3.2, width: float = 3.2, sha
 
 
 def save(figure, path: pathlib.Path) -> None:
-    """Writes the figure, with the folder that it stands in, and closes it."""
+    """Writes the figure and closes it."""
     write_figure(figure, path, dpi=130)
