@@ -16,19 +16,31 @@ from lpa_jax.training import loop
 FLAGS = flags.FLAGS
 
 
-def start(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
-    """Runs an experiment from the command line.
+def start(
+    define_flags: Callable[[], None], main: Callable[[list[str]], None], hint: str = ""
+) -> None:
+    """Runs an experiment from the command line; a wrong flag is one line.
 
     Args:
       define_flags: defines the experiment's flags, all of which --helpshort then shows.
       main: does the work; called with the command line after flags are parsed.
+      hint: follows the message about a flag that does not exist.
     """
+
+    def parse(argv):
+        try:
+            return FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            sys.exit(f"error: {error}{hint}")
+        except flags.Error as error:
+            sys.exit(f"error: {error}")
+
     define_flags()
     for module, defined in FLAGS.flags_by_module_dict().items():
         if module.startswith("experiments."):
             for flag in defined:
                 FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(main)
+    app.run(main, flags_parser=parse)
 
 
 def refuse_arguments(argv: list[str]) -> None:
