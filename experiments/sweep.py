@@ -3,14 +3,14 @@ r"""Methods x seeds x settings as jobs, on this machine or on a Slurm cluster.
     python -m experiments.sweep --experiment=long_tail --methods=erm,lpl,lpa --seeds=8 \
         --set imbalance=10,100 --set model=mlp,small_cnn --num_workers=2 -- --epochs=60
 
-Each job is one run of the experiment module, with its own log. Flags after `--` go to every job;
-`--set flag=a,b` runs all combinations. Values that hold commas, or a sweep to keep in a file:
+Each job is one run of the experiment and has its own log. Flags after `--` go to every job; `--set
+flag=a,b` runs all combinations. A JSON file describes a sweep whose values hold commas:
 `--description=sweep.json` with {"experiment": "long_tail", "methods": ["erm"], "seeds": [0, 1],
 "set": {"milestones": ["0.3,0.6", "0.5"]}, "flags": ["--epochs=60"]}.
 
-Given again, the same command skips what is done, goes on with what was interrupted or failed, and
-leaves alone what another process is running; several sweeps may share a --workdir. The report of
-all results stands in WORKDIR/report. Slurm: `--cluster=slurm --slurm=slurm_partition=gpu
+The same command resumes a sweep: it skips finished jobs, resumes interrupted and failed ones, and
+leaves those that another process runs. Several sweeps may share a --workdir. WORKDIR/report holds
+the report of all results. Slurm: `--cluster=slurm --slurm=slurm_partition=gpu
 --slurm=gpus_per_node=1 --slurm=timeout_min=240` (parameters of submitit, extra `slurm`).
 """
 
@@ -18,20 +18,20 @@ import collections
 import json
 import pathlib
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from experiments import report
-from experiments.jobs import jobs
-from experiments.jobs import slurm as cluster
+from experiments.jobs import jobs, run_job, slurm
 from experiments.runtime import files
+from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
 
 FLAGS = flags.FLAGS
+HINT = "; flags of the jobs go after --, as in: sweep --seeds=8 -- --dataset=cifar10"
 CLUSTERS = ("none", "slurm", "local", "debug")
 
 
@@ -40,7 +40,7 @@ class _TerminatedError(KeyboardInterrupt):
 
 
 class Sweep(NamedTuple):
-    """What is to be run."""
+    """What to run; `common` are flags of every job, `settings` those whose values vary."""
 
     experiment: str
     methods: tuple[str, ...]
@@ -50,21 +50,21 @@ class Sweep(NamedTuple):
 
 
 def define_flags() -> None:
-    """Flags of this module."""
-    flags.DEFINE_string("experiment", "long_tail", "Module of experiments that jobs run.")
+    """Defines the flags of this module."""
+    flags.DEFINE_string("experiment", "long_tail", "Experiment that jobs run.")
     flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to run.")
     flags.DEFINE_list("seeds", ["8"], f"{run_flags.SEEDS}.")
     flags.DEFINE_multi_string("set", [], "FLAG=VALUE,VALUE: a flag of the jobs and its values.")
     flags.DEFINE_string("description", None, "JSON file in place of the four flags above.")
     flags.DEFINE_string("workdir", "runs/sweep", "Folder of the jobs and their report.")
-    flags.DEFINE_integer("num_workers", 1, "Jobs at once; with --cluster, at most that many.")
+    flags.DEFINE_integer("num_workers", 1, "Most jobs at once.")
     flags.DEFINE_list("gpus", [], "Devices that workers take in turn, such as 0,1; empty: all.")
     flags.DEFINE_enum(
         "cluster", "none", CLUSTERS, "none: processes here; else submitit's executor of that name."
     )
     flags.DEFINE_multi_string("slurm", [], "NAME=VALUE: a parameter of submitit's executor.")
     flags.DEFINE_string("baseline", "erm", "Baseline of the report.")
-    flags.DEFINE_bool("quiet", False, "No line for each job, only the report and the counts.")
+    flags.DEFINE_bool("quiet", False, "Print the report and the counts, but no line per job.")
 
 
 def from_flags(common: Sequence[str]) -> Sweep:
@@ -80,36 +80,34 @@ def from_flags(common: Sequence[str]) -> Sweep:
         if not equals or not name or not all(values.split(",")):
             raise ValueError(f"--set must be FLAG=VALUE,VALUE, got {text!r}")
         if name in settings:
-            raise ValueError(f"--set names {name!r} twice")
+            raise ValueError(f"--set must name a flag once, got {name!r} twice")
         settings[name] = values.split(",")
-    return Sweep(
-        FLAGS.experiment,
-        tuple(FLAGS.methods),
-        tuple(run_flags.seeds(FLAGS.seeds)),
-        settings,
-        tuple(common),
-    )
+    seeds = tuple(run_flags.seeds(FLAGS.seeds))
+    return Sweep(FLAGS.experiment, tuple(FLAGS.methods), seeds, settings, tuple(common))
 
 
 def from_file(path: str, common: Sequence[str]) -> Sweep:
-    """The sweep that a JSON file describes, `common` flags added.
+    """The sweep that a JSON file describes, with `common` flags added.
 
     Raises:
-      ValueError: naming what is wrong in the file.
+      ValueError: naming the key of the file that is wrong.
     """
     content = files.read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"--description: {path!r} is missing or no JSON object")
+        raise ValueError(f"--description must name a file with a JSON object, got {path!r}")
     content = {"set": {}, "flags": []} | content
     kinds = {"experiment": str, "methods": list, "seeds": list, "set": dict, "flags": list}
     for name in (*kinds, *content):
         if name not in kinds:
-            raise ValueError(f"--description: unknown {name!r}; known: {', '.join(kinds)}")
+            raise ValueError(f"--description: keys must be among {', '.join(kinds)}, got {name!r}")
         if not isinstance(content.get(name), kinds[name]):
             raise ValueError(f"--description: {name!r} must be a {kinds[name].__name__}")
     for name, values in content["set"].items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"--description: 'set' must give {name!r} a list of values")
+    for name in ("methods", "flags"):
+        if not all(isinstance(text, str) for text in content[name]):
+            raise ValueError(f"--description: {name!r} must be strings, got {content[name]!r}")
     seeds = content["seeds"]
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"--description: 'seeds' must be whole numbers >= 0, got {seeds!r}")
@@ -117,17 +115,16 @@ def from_file(path: str, common: Sequence[str]) -> Sweep:
         content["experiment"],
         tuple(content["methods"]),
         tuple(seeds),
-        {name: [_flag_text(v) for v in values] for name, values in content["set"].items()},
+        {
+            name: [value if isinstance(value, str) else json.dumps(value) for value in values]
+            for name, values in content["set"].items()
+        },
         (*content["flags"], *common),
     )
 
 
-def _flag_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def described(argv: Sequence[str]) -> Sweep:
-    """The sweep of a command line: flags before `--` or a description, flags of the jobs after it.
+    """The sweep of a command line; `argv` holds the flags of the jobs.
 
     Raises:
       ValueError: naming the flag.
@@ -154,99 +151,37 @@ def described(argv: Sequence[str]) -> Sweep:
     return sweep
 
 
-def check_flags(planned: Sequence[jobs.Job]) -> None:
-    """Parses the flags of all jobs as they will, in a process that has no flags yet.
-
-    Raises:
-      ValueError: naming the first flag that would be refused.
-    """
-    arguments = sorted({job.arguments for job in planned})
-    asked = json.dumps({"experiment": planned[0].experiment, "arguments": arguments})
-    checked = subprocess.run(
-        [sys.executable, "-m", "experiments.jobs.run_job", "--check"],
-        input=asked,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if checked.returncode != 0:
-        raise ValueError((checked.stderr.strip() or "no answer").splitlines()[-1])
-
-
-def slurm_parameters(texts: Sequence[str], num_workers: int) -> dict[str, Any]:
-    """Parameters of submitit's executor.
-
-    Raises:
-      ValueError: a text that is not NAME=VALUE.
-
-    >>> slurm_parameters(["timeout_min=60", "slurm_partition=gpu"], 4)
-    {'timeout_min': 60, 'slurm_partition': 'gpu', 'slurm_array_parallelism': 4}
-    """
-    parameters = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--slurm must be NAME=VALUE, got {text!r}")
-        parameters[name] = int(value) if value.isdecimal() else value
-    return parameters | {"slurm_array_parallelism": num_workers}
-
-
-def executor(workdir: pathlib.Path):
-    """Submitit's executor for `--cluster`.
-
-    Raises:
-      ValueError: submitit is not installed, or a parameter is not one of its.
-    """
-    try:
-        import submitit
-    except ImportError:
-        raise ValueError("--cluster needs submitit: pip install lpa_jax[slurm]") from None
-    made = submitit.AutoExecutor(folder=workdir / "submitit", cluster=FLAGS.cluster)
-    parameters = slurm_parameters(FLAGS.slurm, FLAGS.num_workers)
-    try:
-        made.update_parameters(**parameters)
-    except (NameError, TypeError, ValueError) as error:
-        raise ValueError(f"--slurm: {str(error).splitlines()[0]}") from None
-    return made
-
-
-class _Progress:
-    """A line on standard error for each job that ends."""
-
-    def __init__(self, total: int, quiet: bool):
-        self._total, self._ended, self._quiet = total, 0, quiet
-
-    def __call__(self, outcome: jobs.Outcome) -> None:
-        self._ended += 1
-        if not self._quiet:
-            detail = f": {outcome.detail}" if outcome.detail else ""
-            line = f"[{self._ended}/{self._total}] {outcome.job.name}: {outcome.status}{detail}"
-            print(line, file=sys.stderr, flush=True)
-
-
-def run(planned: Sequence[jobs.Job], workdir: pathlib.Path) -> list[jobs.Outcome]:
-    """Runs what is not done; the outcomes of all jobs."""
+def run(planned: Sequence[jobs.Job], executor=None) -> list[jobs.Outcome]:
+    """Runs the jobs that are not done, here or by submitit's executor; the outcomes of all."""
     done = [job for job in planned if jobs.is_done(job.folder)]
     todo = [job for job in planned if job not in done]
-    progress = _Progress(len(todo), FLAGS.quiet)
+    ended = 0
+
+    def progress(outcome):
+        nonlocal ended
+        ended += 1
+        if not FLAGS.quiet:
+            detail = f": {outcome.detail}" if outcome.detail else ""
+            line = f"[{ended}/{len(todo)}] {outcome.job.name}: {outcome.status}{detail}"
+            print(line, file=sys.stderr, flush=True)
+
     outcomes = [jobs.Outcome(job, jobs.SKIPPED) for job in done]
-    if not todo:
-        return outcomes
-    if FLAGS.cluster == "none":
+    if executor is None:
         return outcomes + jobs.run_here(todo, FLAGS.num_workers, FLAGS.gpus, progress)
-    ended = cluster.SlurmQueue() if FLAGS.cluster == "slurm" else cluster.by_submitit
-    return outcomes + cluster.run(todo, executor(workdir), ended, progress)
+    outcome_of = slurm.SlurmQueue() if FLAGS.cluster == "slurm" else slurm.by_submitit
+    return outcomes + (slurm.run(todo, executor, outcome_of, progress) if todo else [])
 
 
 def summarize(outcomes: Sequence[jobs.Outcome]) -> str:
-    """The line of counts, and before it a line for each job that failed."""
-    failed = [outcome for outcome in outcomes if outcome.status == jobs.FAILED]
-    lines = [f"failed: {outcome.job.name}: {outcome.detail}  ({outcome.job.folder}/{jobs.LOG})"
-             for outcome in failed]  # fmt: skip
+    """A line for each failed job, then the number of jobs by status."""
+    lines = [
+        f"failed: {job.name}: {detail}  ({job.folder}/{jobs.LOG})"
+        for job, status, detail in outcomes
+        if status == jobs.FAILED
+    ]
     counts = collections.Counter(outcome.status for outcome in outcomes)
     names = {jobs.SKIPPED: "done before", jobs.RUNNING: "running elsewhere"}
-    texts = [f"{counts[status]} {names.get(status, status)}" for status in jobs.STATUSES
-             if counts[status]]  # fmt: skip
+    texts = [f"{counts[s]} {names.get(s, s)}" for s in jobs.STATUSES if counts[s]]
     return "\n".join([*lines, f"{len(outcomes)} jobs: {', '.join(texts)}"])
 
 
@@ -261,9 +196,13 @@ def main(argv: list[str]) -> None:
     try:
         sweep = described(argv[1:])
         planned = jobs.plan(workdir, *sweep)
-        check_flags(planned)
+        run_job.check_in_new_process(sweep.experiment, sorted({job.arguments for job in planned}))
+        executor = None
+        if FLAGS.cluster != "none":
+            chosen = slurm.parameters(FLAGS.slurm, FLAGS.num_workers)
+            executor = slurm.executor(workdir / "submitit", FLAGS.cluster, **chosen)
         jobs.prepare(planned)
-        outcomes = run(planned, workdir)
+        outcomes = run(planned, executor)
         try:
             report.make([workdir / "jobs"], workdir / "report", FLAGS.baseline, page=True)
             print(f"Report in {workdir / 'report'}")
@@ -272,10 +211,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        print(
-            "interrupted: what is done is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
+        print("interrupted: finished jobs are kept, the same command resumes it", file=sys.stderr)
         number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
         sys.exit(128 + number)
     print(summarize(outcomes))
@@ -284,5 +220,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    entry_point.start(define_flags, main, HINT)

@@ -1,9 +1,9 @@
-"""Jobs of a sweep: one run each, in a folder that says what it is, whether it is done, and its log.
+"""Jobs of a sweep. A job is one run of an experiment, with a folder of its own.
 
-A folder holds `job.json` (what to run), `lock` (held by the process that runs it), `log.txt`, `run`
-(the experiment's own --workdir) and at last `outcome.json`. Anyone may run a job at any time, on
-any machine that shares the folder: `experiments.jobs.run_job` takes the lock first, so that no job
-is run twice at once, and the kernel drops the lock of a process that died.
+The folder holds `job.json` (what to run), `lock` (held by the process that runs it), `log.txt`,
+`run` (the --workdir of the experiment) and finally `outcome.json`. Several sweeps and machines may
+share folders: `experiments.jobs.run_job` takes the lock first, so that no job runs twice at once.
+The kernel releases the lock of a process that died.
 """
 
 import itertools
@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.reporting import runs
-from experiments.reporting.runs import OUTCOME
+from experiments.reporting.runs import OUTCOME, Run, read_run
 from experiments.runtime import files
 
 JOB, LOG, RUN = "job.json", "log.txt", "run"
-# Exit statuses of experiments.jobs.run_job, beside 0 and 1.
+# Exit statuses of `experiments.jobs.run_job` besides 0 and 1.
 LOCKED, INTERRUPTED = 75, 130
-# Enough to finish a step and save a checkpoint.
+# Time to finish a step and save a checkpoint.
 GRACE_SECONDS = 60.0
 
 DONE, SKIPPED, FAILED, RUNNING, STOPPED = "done", "skipped", "failed", "running", "interrupted"
@@ -31,14 +30,14 @@ STATUSES = (DONE, SKIPPED, RUNNING, STOPPED, FAILED)
 
 
 class Job(NamedTuple):
-    """One run of an experiment module.
+    """One run of an experiment.
 
     Attributes:
-      name: what sets it apart in its sweep.
-      folder: where everything about it stands.
-      experiment: module of that name in `experiments`.
-      seed: its only seed.
-      arguments: flags, without --seeds and --workdir.
+      name: unique within the sweep, for people.
+      folder: of everything about the job.
+      experiment: name of a module in `experiments`.
+      seed: of the run.
+      arguments: flags besides --seeds and --workdir.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a job ended: its status, and the last line of its log where it failed."""
+    """The status of a job that ended; `detail` is the last line of its log if it failed."""
 
     job: Job
     status: str
@@ -64,19 +63,20 @@ def plan(
     settings: Mapping[str, Sequence[str]],
     common: Sequence[str] = (),
 ) -> list[Job]:
-    """Methods x seeds x settings, seeds outermost: what is interrupted leaves complete pairs.
+    """Methods x seeds x settings. Seeds vary slowest: an interrupted sweep has complete pairs.
 
     Args:
       workdir: folder of the sweep.
-      experiment: a module.
-      methods: names.
-      seeds: numbers.
-      settings: flag -> its values; all combinations are run.
-      common: flags that every job gets.
+      experiment: name of a module in `experiments`.
+      methods: one job runs one method.
+      seeds: one job runs one seed.
+      settings: flag -> its values; the sweep has all combinations.
+      common: flags of every job.
 
-    >>> jobs = plan(pathlib.Path("w"), "long_tail", ["erm"], [3], {"imbalance": ["10", "100"]})
-    >>> [job.name for job in jobs]
-    ['imbalance=10 erm seed 3', 'imbalance=100 erm seed 3']
+    Example:
+      >>> jobs = plan(pathlib.Path("w"), "long_tail", ["erm"], [3], {"imbalance": ["10", "100"]})
+      >>> [job.name for job in jobs]
+      ['imbalance=10 erm seed 3', 'imbalance=100 erm seed 3']
     """
     combinations = [
         tuple(zip(settings, values, strict=True))
@@ -94,50 +94,58 @@ def plan(
 
 
 def prepare(jobs: Iterable[Job]) -> None:
-    """Writes down what each job is, where that is not written yet.
+    """Writes `job.json` into the folders that have none.
 
     Raises:
-      ValueError: a folder holds another job, or two jobs share one; then nothing is written.
+      ValueError: a folder holds another job, or two jobs share a folder. Nothing is written then.
     """
     jobs = list(jobs)
     if len({job.folder for job in jobs}) < len(jobs):
-        raise ValueError("--set: two combinations of values would share a folder")
+        raise ValueError("--set must not have two combinations that share a folder")
     missing = []
     for job in jobs:
         earlier = files.read_json(pathlib.Path(job.folder, JOB))
         if earlier is None:
             missing.append(job)
         elif earlier != _description(job):
+            flags = earlier.get("arguments", ()) if isinstance(earlier, dict) else ("unreadable",)
             raise ValueError(
                 f"--workdir: {job.folder} holds a job with other flags "
-                f"({' '.join(earlier.get('arguments', ()))}); choose another --workdir"
+                f"({' '.join(map(str, flags))}); choose another --workdir"
             )
     for job in missing:
         files.write_json(pathlib.Path(job.folder, JOB), _description(job))
 
 
 def read(folder: pathlib.Path) -> Job:
-    """The job of a folder that `prepare` wrote."""
-    return Job(folder=str(folder), **files.read_json(folder / JOB))
+    """The job in a folder.
+
+    Raises:
+      ValueError: `job.json` does not describe a job.
+    """
+    try:
+        return Job(folder=str(folder), **files.read_json(folder / JOB))
+    except TypeError:
+        raise ValueError(f"{folder / JOB} does not describe a job of a sweep") from None
 
 
 def _description(job: Job) -> dict[str, Any]:
-    # Without the folder, which may be moved.
+    # Without the folder: a sweep may be moved.
     return files.plain({key: value for key, value in job._asdict().items() if key != "folder"})
 
 
 def is_done(folder: str | os.PathLike) -> bool:
-    """Whether a job ended well and each of its results is still there, whole."""
+    """Whether a job ended with status 0 and all of its results are still there and whole."""
     outcome = files.read_json(pathlib.Path(folder, OUTCOME))
     if not isinstance(outcome, dict) or outcome.get("exit_status") != 0:
         return False
     results = [pathlib.Path(folder, name) for name in outcome.get("results", ())]
-    return bool(results) and all(isinstance(runs.read_run(result), runs.Run) for result in results)
+    return bool(results) and all(isinstance(read_run(result), Run) for result in results)
 
 
 def start(job: Job, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-    """Starts a job in a session of its own: a Ctrl-C at the terminal reaches the sweep alone."""
-    return subprocess.Popen(  # noqa: S603 (our own module, no shell)
+    """Starts a job in a new session, so that Ctrl-C in the terminal reaches the sweep alone."""
+    return subprocess.Popen(  # noqa: S603 (this package, no shell)
         [sys.executable, "-m", "experiments.jobs.run_job", job.folder],
         env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
@@ -148,13 +156,10 @@ def start(job: Job, environment: Mapping[str, str] | None = None) -> subprocess.
 
 
 def outcome_of(job: Job, exit_status: int) -> Outcome:
-    """What the exit status of `experiments.jobs.run_job` means."""
-    if exit_status == 0:
-        return Outcome(job, DONE)
-    if exit_status == LOCKED:
-        return Outcome(job, RUNNING)
-    if exit_status == INTERRUPTED:
-        return Outcome(job, STOPPED)
+    """The outcome of a job by the exit status of `experiments.jobs.run_job`."""
+    statuses = {0: DONE, LOCKED: RUNNING, INTERRUPTED: STOPPED}
+    if exit_status in statuses:
+        return Outcome(job, statuses[exit_status])
     detail = last_line(pathlib.Path(job.folder, LOG))
     if exit_status < 0:
         detail = f"killed by {signal.Signals(-exit_status).name}; last line: {detail}"
@@ -162,7 +167,7 @@ def outcome_of(job: Job, exit_status: int) -> Outcome:
 
 
 def last_line(path: pathlib.Path) -> str:
-    """The last line of a log that is not empty."""
+    """The last line of a log that holds text."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -176,16 +181,17 @@ def run_here(
     gpus: Sequence[str] = (),
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Runs jobs in processes of this machine.
+    """Runs jobs in processes on this machine.
 
-    A KeyboardInterrupt stops the running ones, waits for them, and is raised again.
+    A KeyboardInterrupt stops the running jobs, waits for them, and is raised again.
 
     Args:
-      jobs: in order.
-      num_workers: how many run at once.
-      gpus: worker i sees only device i modulo their number; empty leaves devices alone.
-      report: called with each outcome as it comes.
+      jobs: in the order to start them.
+      num_workers: most processes at once.
+      gpus: worker i sees the device gpus[i % len(gpus)] alone; empty: all devices.
+      report: called with each outcome when its job ends.
     """
+    # One thread that polls: an interrupt finds every started process in `running`.
     waiting, outcomes = list(reversed(jobs)), []
     running: dict[int, tuple[Job, subprocess.Popen]] = {}
     try:
@@ -193,7 +199,8 @@ def run_here(
             for worker in set(range(num_workers)) - set(running):
                 if waiting:
                     job = waiting.pop()
-                    running[worker] = job, start(job, _visible(gpus, worker))
+                    visible = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}
+                    running[worker] = job, start(job, visible)
             for worker, (job, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[worker]
@@ -205,12 +212,8 @@ def run_here(
     return outcomes
 
 
-def _visible(gpus: Sequence[str], worker: int) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}
-
-
 def stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks processes to end, and ends those that do not within the grace."""
+    """Sends SIGTERM to processes, and SIGKILL to those that run on for `GRACE_SECONDS`."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS

@@ -1,9 +1,9 @@
-r"""Runs one job of a sweep, or checks the flags of jobs that are to come.
+"""Runs one job of a sweep, or checks the flags of jobs before any runs.
 
-    python -m experiments.jobs.run_job runs/sweep/jobs/imbalance_10/lpa/3
+    python -m experiments.jobs.run_job runs/sweep/jobs/imbalance=10/lpa/3
 
-runs what the folder's `job.json` says, unless another process runs it now (exit status 75) or it is
-done. Everything that it prints goes to the folder's `log.txt`.
+runs the job in a folder, unless it is done or another process runs it (exit status 75). Everything
+it prints goes to the `log.txt` of the folder.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from types import ModuleType
 from absl import flags
 
 from experiments.jobs import jobs
-from experiments.methods import names as methods
-from experiments.reporting import runs
+from experiments.methods import names
+from experiments.reporting.runs import OUTCOME, collect
 from experiments.runtime import files
 from experiments.training import flags as run_flags
 from lpa_jax.files import LockedError, hold
@@ -31,19 +32,17 @@ FLAGS = flags.FLAGS
 
 @contextlib.contextmanager
 def parsed(experiment: str, arguments: Sequence[str]) -> Iterator[ModuleType]:
-    """The module of an experiment, its flags parsed within the block and forgotten after it.
+    """Imports an experiment; its flags are parsed within the block and removed after it.
 
     Raises:
-      ValueError: there is no such experiment, flag, value or method.
+      ValueError: no such experiment, flag, value or method.
     """
     try:
         module = importlib.import_module(f"experiments.{experiment}")
     except ImportError as error:
-        raise ValueError(f"--experiment: no experiment {experiment!r} ({error})") from None
+        raise ValueError(f"--experiment must be a module, got {experiment!r} ({error})") from None
     if not hasattr(module, "define_flags"):
-        raise ValueError(
-            f"--experiment: experiments.{experiment} has no flags: it is no experiment"
-        )
+        raise ValueError(f"--experiment must be a module with flags, got {experiment!r}")
     before = set(FLAGS)
     try:
         module.define_flags()
@@ -51,26 +50,26 @@ def parsed(experiment: str, arguments: Sequence[str]) -> Iterator[ModuleType]:
         if rest:
             raise ValueError(f"{experiment}: unexpected argument {rest[0]!r}")
         for method in FLAGS.methods if "methods" in FLAGS else ():
-            methods.parse(method)
+            names.parse(method)
         if "seeds" in FLAGS:
             run_flags.seeds(FLAGS.seeds)
         yield module
     except flags.Error as error:
         raise ValueError(f"{experiment}: {error}") from None
     finally:
-        for name in set(FLAGS) - before:
-            delattr(FLAGS, name)
+        for flag in set(FLAGS) - before:
+            delattr(FLAGS, flag)
         FLAGS.unparse_flags()
 
 
 def run(folder: pathlib.Path) -> int:
-    """Runs the job in the folder; the exit status."""
+    """Runs the job in a folder and returns the exit status."""
     try:
         with hold(folder, patience=0):
             if jobs.is_done(folder):
                 return 0
-            (folder / runs.OUTCOME).unlink(missing_ok=True)
-            (folder / jobs.LOG).unlink(missing_ok=True)  # were it a link, it would be followed
+            for name in (OUTCOME, jobs.LOG):  # unlinked: `open` would follow a link
+                (folder / name).unlink(missing_ok=True)
             with (folder / jobs.LOG).open("w", encoding="utf-8") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
@@ -80,10 +79,10 @@ def run(folder: pathlib.Path) -> int:
 
 
 def _run_locked(folder: pathlib.Path) -> int:
-    job = jobs.read(folder)
     workdir = folder / jobs.RUN
     try:
-        # --seeds=4 would mean the seeds 0 to 3; a job is one seed.
+        job = jobs.read(folder)
+        # --seeds=4 would mean the seeds 0 to 3.
         own = (f"--seeds={job.seed}-{job.seed}", f"--workdir={workdir}")
         with parsed(job.experiment, [*job.arguments, *own]) as module:
             module.main([job.experiment])
@@ -91,14 +90,16 @@ def _run_locked(folder: pathlib.Path) -> int:
     except KeyboardInterrupt:
         return jobs.INTERRUPTED
     except SystemExit as end:
-        # 128 + SIGINT or SIGTERM: how the experiments end when they were asked to stop.
+        # 128 + SIGINT or SIGTERM: an experiment that was asked to stop.
         if end.code in (130, 143):
             return jobs.INTERRUPTED
         error = str(end.code) if end.code else None
+    except ValueError as refused:
+        error = f"error: {refused}"
     except Exception as failure:
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}"
-    results, problems = runs.collect([workdir]) if workdir.is_dir() else ([], [])
+    results, problems = collect([workdir]) if workdir.is_dir() else ([], [])
     if error is None and (problems or not results):
         error = problems[0].reason if problems else "ended without a result"
     if error is not None:
@@ -108,33 +109,50 @@ def _run_locked(folder: pathlib.Path) -> int:
         "results": [str(result.folder.relative_to(folder)) for result in results],
         "last_line": error,
     }
-    files.write_json(folder / runs.OUTCOME, outcome)
+    files.write_json(folder / OUTCOME, outcome)
     return outcome["exit_status"]
 
 
 def _leave(number, frame) -> None:
-    """Ends the process: outside a training, which handles SIGTERM itself, there is nothing to save.
+    """Ends the process at once: training handles SIGTERM itself, elsewhere nothing is to be saved.
 
-    At once, since an exception would be swallowed where the signal comes within a callback of the
-    garbage collector (JAX has one), and the job would go on until it is killed.
+    An exception would be lost if the signal came within a callback of the garbage collector (JAX
+    has one), and the job would run until it is killed.
     """
     os.write(2, b"SIGTERM: stopped outside the training\n")
     os._exit(jobs.INTERRUPTED)
 
 
 def check(experiment: str, argument_lists: Sequence[Sequence[str]]) -> None:
-    """Parses flags as the jobs will.
+    """Parses the flags of jobs as the jobs will.
 
     Raises:
-      ValueError: naming the first that would be refused.
+      ValueError: naming the first flag that a job would refuse.
     """
     for arguments in argument_lists:
         with parsed(experiment, [*arguments, "--seeds=1", "--workdir=unused"]):
             pass
 
 
+def check_in_new_process(experiment: str, argument_lists: Sequence[Sequence[str]]) -> None:
+    """Calls `check` in a process that has no flags yet.
+
+    Raises:
+      ValueError: as `check`.
+    """
+    checked = subprocess.run(
+        [sys.executable, "-m", "experiments.jobs.run_job", "--check"],
+        input=json.dumps({"experiment": experiment, "arguments": argument_lists}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if checked.returncode != 0:
+        raise ValueError((checked.stderr.strip() or "no answer").splitlines()[-1])
+
+
 def main(argv: Sequence[str]) -> int:
-    """Entry point: a job's folder, or `--check` with the jobs to check on standard input."""
+    """Entry point: the folder of a job, or `--check` with jobs to check on standard input."""
     if argv[1:] == ["--check"]:
         asked = json.load(sys.stdin)
         try:
@@ -144,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
             return 1
         return 0
     if len(argv) != 2 or not pathlib.Path(argv[1], jobs.JOB).is_file():
-        print(f"error: name one folder with a {jobs.JOB}", file=sys.stderr)
+        print(f"error: the argument must be one folder with a {jobs.JOB}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, _leave)
     return run(pathlib.Path(argv[1]))

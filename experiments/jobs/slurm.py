@@ -1,6 +1,7 @@
-"""Jobs of a sweep on a cluster, through submitit; how they end is asked of Slurm's own queue."""
+"""Jobs of a sweep on a cluster: submitit runs them, Slurm's queue says how they ended."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ from typing import Any
 from experiments.jobs import jobs
 from experiments.jobs.jobs import FAILED, STOPPED, Job, Outcome
 
-# Job states of Slurm after which something may still come.
+# States of Slurm jobs that may still run.
 ALIVE = frozenset(
     (
         *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"),
@@ -18,27 +19,66 @@ ALIVE = frozenset(
         *("RESV_DEL_HOLD", "SPECIAL_EXIT"),
     )
 )
-# How a job ends that did nothing wrong.
+# States of jobs that ended without an error of their own.
 ASKED_TO_STOP = frozenset(("CANCELLED", "PREEMPTED", "TIMEOUT", "DEADLINE"))
 QUEUE_INTERVAL_SECONDS = 10.0
-# A result may take that long to come through a shared file system.
+# Time that a result may take to get through a shared file system.
 PATIENCE_SECONDS = 60.0
 
 
-class Attempt:
-    """Runs a job on a node to its end, or to where Slurm stops it.
+def parameters(texts: Sequence[str], num_workers: int) -> dict[str, Any]:
+    """Parameters of submitit's executor.
 
-    SIGTERM (`scancel`, preemption) is passed on: some process trackers tell only this process, and
-    the job, in a session of its own, would be killed unsaved. Before the time limit submitit calls
-    `checkpoint` and has Slurm queue the job again.
+    Raises:
+      ValueError: a text that is not NAME=VALUE.
+
+    Example:
+      >>> parameters(["timeout_min=60", "slurm_partition=gpu"], 4)
+      {'timeout_min': 60, 'slurm_partition': 'gpu', 'slurm_array_parallelism': 4}
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--slurm must be NAME=VALUE, got {text!r}")
+        found[name] = int(value) if value.isdecimal() else value
+    return found | {"slurm_array_parallelism": num_workers}
+
+
+def executor(folder: pathlib.Path, cluster: str, **chosen: Any):
+    """Submitit's executor for a kind of cluster.
+
+    Raises:
+      ValueError: submitit is not installed, finds no such cluster or refuses a parameter.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("--cluster needs submitit: pip install lpa_jax[slurm]") from None
+    try:
+        made = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    except RuntimeError as error:
+        raise ValueError(f"--cluster={cluster}: {error}") from None
+    try:
+        made.update_parameters(**chosen)
+    except (NameError, TypeError, ValueError) as error:
+        raise ValueError(f"--slurm: {str(error).splitlines()[0]}") from None
+    return made
+
+
+class Attempt:
+    """Runs a job on a node until it ends or Slurm stops it.
+
+    SIGTERM (`scancel`, preemption) is passed on: some process trackers send it to this process
+    alone, and the job, which has a session of its own, would be killed unsaved. Before the time
+    limit submitit calls `checkpoint` and has Slurm queue the job again.
     """
 
     def __init__(self):
-        """Nothing runs yet."""
         self._pid: int | None = None
 
     def __call__(self, job: Job) -> Outcome:
-        """Runs the job; how it ended."""
+        """Runs the job and returns its outcome."""
         process = jobs.start(job)
         self._pid = process.pid
         earlier = signal.getsignal(signal.SIGTERM)
@@ -59,13 +99,13 @@ class Attempt:
         return jobs.outcome_of(job, status)
 
     def checkpoint(self, job: Job) -> Any:
-        """Stops the job, which saves; what submitit shall queue again."""
+        """Stops the job, which saves, and returns what submitit queues again."""
         from submitit.helpers import DelayedSubmission
 
         self._stop()
         return DelayedSubmission(Attempt(), job)
 
-    # Both are called within signal handlers, where the locks of a Popen may be held.
+    # Both are called within signal handlers, when the lock of a Popen may be held.
 
     def _terminate(self) -> None:
         if self._pid is not None and not _ended(self._pid):
@@ -81,7 +121,7 @@ class Attempt:
 
 
 def _ended(pid: int) -> bool:
-    """Whether a child has ended, without taking its exit status away."""
+    """Whether a child has ended; its exit status can still be waited for."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
@@ -94,13 +134,13 @@ def run(
     ended: Callable[[Job, Any], Outcome | None],
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Runs jobs through a submitit executor; a KeyboardInterrupt cancels those not ended.
+    """Runs jobs through a submitit executor; a KeyboardInterrupt cancels those that run.
 
     Args:
       planned: in order.
-      executor: `submitit.AutoExecutor`, or anything with its `batch` and `submit`.
-      ended: the outcome of a job that was submitted, None while there is none.
-      report: called with each outcome as it comes.
+      executor: a `submitit.AutoExecutor`, or anything with its `batch` and `submit`.
+      ended: returns the outcome of a submitted job, None while there is none.
+      report: called with each outcome when its job ends.
     """
     with executor.batch():
         submitted = {i: executor.submit(Attempt(), job) for i, job in enumerate(planned)}
@@ -121,39 +161,39 @@ def run(
 
 
 def by_submitit(job: Job, remote) -> Outcome | None:
-    """The outcome of a job, None while submitit says that it has not ended."""
-    return _said(job, remote) if remote.done() else None
+    """The outcome of a job by submitit, None while it has not ended."""
+    return _outcome(job, remote) if remote.done() else None
 
 
-def _said(job: Job, remote) -> Outcome:
+def _outcome(job: Job, remote) -> Outcome:
     error = remote.exception()
     if error is None:
         return Outcome(job, *remote.result()[1:])
-    # The node was lost or the time ran out: nothing was said by the job itself.
+    # The node was lost or the time ran out: the job itself has left no outcome.
     return Outcome(job, FAILED, str(error).strip().splitlines()[-1])
 
 
 class SlurmQueue:
-    """The outcome of a job, None while Slurm has it queued or running.
+    """The outcome of a job by `squeue`, None while Slurm has it queued or running.
 
-    Submitit itself asks `sacct`: without Slurm's accounting it would wait for ever for a job that
-    was cancelled or killed, and with it up to ten minutes. And a job that was preempted and queued
-    again has left the word "interrupted" of its first attempt: it counts when Slurm is through.
+    Submitit asks `sacct`: without Slurm's accounting it would wait for ever for a job that was
+    cancelled or killed, and with it up to ten minutes. A job that was preempted and queued again
+    has left the outcome "interrupted" of its first attempt, which counts only if Slurm does not run
+    the job again.
     """
 
     def __init__(self):
-        """Nothing is asked yet."""
         self._asked = float("-inf")
         self._states: Mapping[str, str] | None = None
         self._silent_since: dict[str, float] = {}
 
     def __call__(self, job: Job, remote) -> Outcome | None:
-        """The outcome of the job that `remote` stands for, or None."""
+        """The outcome of a job, which submitit knows as `remote`, or None."""
         states = self._current()
         state = None if states is None else states.get(remote.job_id, "unknown")
         alive = state is None or state in ALIVE
         if remote.paths.result_pickle.exists():
-            outcome = _said(job, remote)
+            outcome = _outcome(job, remote)
             return None if alive and outcome.status == STOPPED else outcome
         if alive:
             self._silent_since.pop(remote.job_id, None)
@@ -165,21 +205,19 @@ class SlurmQueue:
         return Outcome(job, status, f"Slurm job {remote.job_id} ended without a result: {state}")
 
     def _current(self) -> Mapping[str, str] | None:
-        """Slurm's state of every job of this user; None if it did not answer."""
+        """Slurm's state of every job of this user, None if Slurm does not answer."""
         if time.monotonic() - self._asked >= QUEUE_INTERVAL_SECONDS:
             self._states, self._asked = queue_states(), time.monotonic()
         return self._states
 
 
 def queue_states() -> dict[str, str] | None:
-    """State by job id of this user's jobs, those of the last minutes included; None if refused."""
-    asked = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
+    """State by job id of this user's jobs, also of recently ended ones; None if Slurm fails."""
+    command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
     try:
         answer = subprocess.run(  # noqa: S603 (no shell, no argument from outside)
-            asked, capture_output=True, text=True, timeout=60, check=False
+            command, capture_output=True, text=True, timeout=60, check=True
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return (
-        dict(line.split() for line in answer.stdout.splitlines()) if not answer.returncode else None
-    )
+    return dict(line.split() for line in answer.stdout.splitlines())

@@ -159,7 +159,7 @@ def test_each_number_belongs_to_its_measurement_whichever_came_first():
         (["--rounds=0"], "--rounds=0"),
         (
             ["--model=vit", "--layers=pool", "--image_size=20"],
-            "patch=16 must divide the image size",
+            "patch must divide the image size",
         ),
         (["--dtype=int8"], "--dtype=int8"),
     ],

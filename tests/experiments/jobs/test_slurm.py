@@ -16,9 +16,7 @@ import types
 import pytest
 import submitit
 
-from experiments import sweep
-from experiments.jobs import jobs
-from experiments.jobs import slurm as cluster
+from experiments.jobs import jobs, slurm
 
 UP = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'up').touch(); "
 
@@ -41,8 +39,8 @@ def start(monkeypatch):
 def test_submitit_runs_the_jobs_and_brings_their_outcomes_back(tmp_path, planned, start):
     start("import sys; sys.exit('lpa' in sys.argv[1])")
     executor = submitit.AutoExecutor(folder=tmp_path / "submitit", cluster="debug")
-    executor.update_parameters(**sweep.slurm_parameters(["timeout_min=5"], 2))
-    outcomes = cluster.run(planned, executor, cluster.by_submitit)
+    executor.update_parameters(**slurm.parameters(["timeout_min=5"], 2))
+    outcomes = slurm.run(planned, executor, slurm.by_submitit)
     assert [(o.job, o.status) for o in outcomes] == list(
         zip(planned, ["done", "failed", "done", "failed"], strict=True)
     )
@@ -86,11 +84,11 @@ class FakeExecutor:
 
 def test_a_lost_node_is_a_failure_and_an_interrupt_cancels_what_has_not_ended(planned):
     executor, ends = FakeExecutor(), []
-    outcomes = cluster.run(planned[:2], executor, cluster.by_submitit, ends.append)
+    outcomes = slurm.run(planned[:2], executor, slurm.by_submitit, ends.append)
     assert [(o.status, o.detail) for o in outcomes] == [("done", ""), ("failed", "node lost")]
     executor = FakeExecutor()
     with pytest.raises(KeyboardInterrupt):
-        cluster.run(planned, executor, cluster.by_submitit)
+        slurm.run(planned, executor, slurm.by_submitit)
     assert [remote.cancelled for remote in executor.remotes][2:] == [True, True]
 
 
@@ -118,7 +116,7 @@ def test_sigterm_to_the_attempt_reaches_the_job_and_whoever_handled_it_before(pl
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("bypassed"))
     try:
         thread = call_when_up(planned[0], lambda: os.kill(os.getpid(), signal.SIGTERM))
-        outcome = cluster.Attempt()(planned[0])
+        outcome = slurm.Attempt()(planned[0])
         thread.join()
         assert outcome.status == "interrupted" and heard == ["bypassed"]
         signal.raise_signal(signal.SIGTERM)
@@ -131,7 +129,7 @@ def test_at_the_time_limit_the_job_saves_and_a_new_attempt_is_queued(planned, st
     """As submitit does it: `checkpoint` within the handler of SIGUSR2, then an exit."""
     start(f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); {UP}"
           "time.sleep(60)")  # fmt: skip
-    attempt, queued, before = cluster.Attempt(), [], signal.getsignal(signal.SIGUSR2)
+    attempt, queued, before = slurm.Attempt(), [], signal.getsignal(signal.SIGUSR2)
 
     def checkpoint_and_leave(*_):
         queued.append(attempt.checkpoint(planned[0]))
@@ -154,12 +152,12 @@ def test_an_attempt_that_fails_leaves_no_job_behind(planned, start, monkeypatch)
     start(f"import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); {UP}"
           "time.sleep(60)")  # fmt: skip
     monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.1)
-    attempt = cluster.Attempt()
+    attempt = slurm.Attempt()
     thread = call_when_up(planned[0], lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         attempt(planned[0])
     thread.join()
-    assert cluster._ended(attempt._pid)
+    assert slurm._ended(attempt._pid)
 
 
 # Slurm's queue
@@ -171,7 +169,7 @@ def squeue(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(cluster, "QUEUE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "QUEUE_INTERVAL_SECONDS", 0.0)
 
     def answer(text):
         path = folder / "squeue"
@@ -199,11 +197,11 @@ def remote(tmp_path, planned):
 def test_a_job_that_slurm_has_no_more_is_over_after_some_patience(
     planned, squeue, remote, monkeypatch
 ):
-    queue = cluster.SlurmQueue()
+    queue = slurm.SlurmQueue()
     for text in ("7_0 RUNNING\n7_1 RUNNING", "7_1 PENDING", "7_1 COMPLETING", None, "7_1 FAILED"):
         squeue(text)
         assert queue(planned[0], remote) is None, text
-    monkeypatch.setattr(cluster, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 0.0)
     for text, status in (("7_1 OUT_OF_MEMORY", "failed"), ("7_1 CANCELLED", "interrupted"),
                          ("7_0 RUNNING", "failed")):  # fmt: skip
         squeue(text)
@@ -215,7 +213,7 @@ def test_a_job_that_slurm_has_no_more_is_over_after_some_patience(
 def test_a_result_counts_at_once_but_an_interrupted_job_may_be_queued_again(
     planned, squeue, remote
 ):
-    queue = cluster.SlurmQueue()
+    queue = slurm.SlurmQueue()
     remote.say("interrupted")
     for text in ("7_1 COMPLETING", "7_1 PENDING", "7_1 RUNNING", None):
         squeue(text)
@@ -229,4 +227,4 @@ def test_a_result_counts_at_once_but_an_interrupted_job_may_be_queued_again(
 
 def test_without_squeue_nothing_is_known(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert cluster.queue_states() is None
+    assert slurm.queue_states() is None

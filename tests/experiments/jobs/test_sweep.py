@@ -14,9 +14,9 @@ import pytest
 from absl import flags
 
 from experiments import sweep
-from experiments.jobs import jobs
-from experiments.jobs import run_job as job_run
-from experiments.reporting import runs as report_data
+from experiments.jobs import jobs, run_job
+from experiments.reporting import runs
+from experiments.runtime import main as entry_point
 from lpa_jax.files import hold
 from tests.helpers import made_up_runs
 
@@ -55,8 +55,8 @@ def fake_start(script):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Flags of jobs are not parsed: that takes a process of its own."""
-    monkeypatch.setattr(sweep, "check_flags", lambda planned: None)
+    """The flags of jobs are not checked, which takes a process of its own."""
+    monkeypatch.setattr(run_job, "check_in_new_process", lambda experiment, arguments: None)
 
 
 def finish(job):
@@ -95,6 +95,22 @@ def test_a_sweep_runs_its_jobs_reports_them_and_names_the_one_that_failed(
 # Descriptions
 
 
+def test_a_flag_of_the_jobs_in_the_wrong_place_is_told_where_it_goes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep", "--dataset=cifar10"])
+    before = set(FLAGS)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            entry_point.start(sweep.define_flags, sweep.main, sweep.HINT)
+    finally:
+        for name in set(FLAGS) - before:
+            delattr(FLAGS, name)
+        FLAGS.unparse_flags()
+    assert stop.value.code == (
+        "error: Unknown command line flag 'dataset'; flags of the jobs go after --, as in: sweep "
+        "--seeds=8 -- --dataset=cifar10"
+    )
+
+
 def test_every_combination_of_settings_methods_and_seeds_is_one_job(tmp_path):
     settings = {"imbalance": ["10", "100"], "model": ["mlp", "resnet8"]}
     made = jobs.plan(tmp_path, "long_tail", ["erm", "lpa"], [0, 3], settings, ["--epochs=5"])
@@ -106,7 +122,7 @@ def test_every_combination_of_settings_methods_and_seeds_is_one_job(tmp_path):
 
 def test_a_description_in_a_file_says_the_same_as_flags(tmp_path, monkeypatch, unchecked):
     seen = []
-    monkeypatch.setattr(sweep, "run", lambda planned, workdir: seen.append(planned) or [])
+    monkeypatch.setattr(sweep, "run", lambda planned, executor: seen.append(planned) or [])
     content = {"experiment": "balanced", "methods": ["erm", "lpa"], "seeds": [4, 7],
                "set": {"per_class": [20, 50]}, "flags": ["--epochs=3"]}  # fmt: skip
     path = tmp_path / "sweep.json"
@@ -123,15 +139,20 @@ def test_a_description_in_a_file_says_the_same_as_flags(tmp_path, monkeypatch, u
     [
         (["--set=imbalance"], "--set must be FLAG=VALUE,VALUE"),
         (["--set=imbalance=10,,100"], "--set must be FLAG=VALUE,VALUE"),
-        (["--set=a=1", "--set=a=2"], "--set names 'a' twice"),
+        (["--set=a=1", "--set=a=2"], "--set must name a flag once, got 'a' twice"),
         (["--set=seeds=3"], "the sweep itself decides --seeds"),
         (["--methods=erm,erm"], "--methods must name different methods"),
         (["--seeds=x"], "--seeds must be whole numbers"),
         (["--num_workers=0"], "--num_workers must be >= 1"),
         (["stray"], "unexpected argument 'stray'"),
-        (["--description=/nowhere.json"], "--description: '/nowhere.json' is missing"),
+        (
+            ["--description=/nowhere.json"],
+            "--description must name a file with a JSON object, got '/nowhere.json'",
+        ),
         (["--description=x", "--seeds=1"], "--seeds and --description say the same"),
         (["--cluster=debug", "--slurm=gpus"], "--slurm must be NAME=VALUE"),
+        (["--cluster=debug", "--slurm=gpu=1"], "--slurm: "),
+        (["--cluster=slurm"], "--cluster=slurm: Could not detect"),
     ],
 )
 def test_bad_input_is_one_line_and_no_job_starts(
@@ -140,6 +161,7 @@ def test_bad_input_is_one_line_and_no_job_starts(
     monkeypatch.setattr(jobs, "start", lambda job: pytest.fail("a job started"))
     message = call(f"--workdir={tmp_path / 'sweep'}", *arguments)
     assert expected in message and "\n" not in message
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +169,8 @@ def test_bad_input_is_one_line_and_no_job_starts(
     [
         ({"seeds": "3"}, "'seeds' must be a list"),
         ({"seeds": [-1]}, "'seeds' must be whole numbers"),
-        ({"sets": {}}, "unknown 'sets'"),
+        ({"sets": {}}, "keys must be among experiment, methods, seeds, set, flags, got 'sets'"),
+        ({"methods": ["erm", 3]}, "'methods' must be strings"),
         ({"set": {"imbalance": 10}}, "'set' must give 'imbalance' a list"),
         ({"methods": None}, "'methods' must be a list"),
     ],
@@ -165,15 +188,15 @@ def test_a_wrong_description_is_refused_by_key(tmp_path, unchecked, change, expe
         ("long_tail", ["--imbalence=3"], "Unknown command line flag 'imbalence'"),
         ("long_tail", ["--epochs=many"], "--epochs=many"),
         ("long_tail", ["--methods=lpaa"], "unknown method 'lpaa'"),
-        ("reporting", [], "is no experiment"),
-        ("nonsense", [], "no experiment 'nonsense'"),
+        ("reporting", [], "must be a module with flags, got 'reporting'"),
+        ("nonsense", [], "--experiment must be a module, got 'nonsense'"),
     ],
 )
 def test_flags_of_jobs_are_refused_before_any_starts(experiment, arguments, expected):
     before = set(FLAGS)
-    job_run.check("long_tail", [["--imbalance=3"]])
+    run_job.check("long_tail", [["--imbalance=3"]])
     with pytest.raises(ValueError, match=expected):
-        job_run.check(experiment, [arguments])
+        run_job.check(experiment, [arguments])
     assert set(FLAGS) == before, "flags of an experiment must not outlive the check"
 
 
@@ -182,12 +205,12 @@ def test_flags_of_jobs_are_refused_before_any_starts(experiment, arguments, expe
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_sweep_that_is_told_to_stop_says_so_and_exits_as_documented(
-    tmp_path, monkeypatch, capsys, number, status
+    tmp_path, monkeypatch, unchecked, capsys, number, status
 ):
     monkeypatch.setattr(jobs, "run_here", lambda *arguments: signal.raise_signal(number))
     assert call("--methods=erm", "--seeds=1", f"--workdir={tmp_path / 'sweep'}") == status
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line == "interrupted: what is done is kept, the same command goes on from there"
+    assert line == "interrupted: finished jobs are kept, the same command resumes it"
 
 
 def test_a_job_is_done_only_while_its_result_is_whole(planned):
@@ -228,11 +251,31 @@ def test_other_flags_in_the_same_workdir_are_refused_and_nothing_is_written(plan
     jobs.prepare(planned)
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        # A flag of an earlier release.
+        ({"experiment": "long_tail", "arguments": ["--methods=erm", "--gone=1"]}, "flag 'gone'"),
+        ({"arguments": []}, "does not describe a job of a sweep"),
+    ],
+)
+def test_a_job_of_another_release_that_cannot_run_is_refused_in_one_line(
+    planned, capfd, content, expected
+):
+    folder = pathlib.Path(planned[0].folder)
+    (folder / "job.json").write_text(json.dumps({"name": "x", "seed": 1} | content))
+    assert run_job._run_locked(folder) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and expected in line
+    assert json.loads((folder / "outcome.json").read_text())["last_line"] == line
+    assert not jobs.is_done(folder)
+
+
 def test_a_running_job_is_left_alone(planned):
     folder = pathlib.Path(planned[0].folder)
     (folder / "log.txt").write_text("busy")
     with hold(folder):
-        assert job_run.run(folder) == jobs.LOCKED
+        assert run_job.run(folder) == jobs.LOCKED
     assert (folder / "log.txt").read_text() == "busy"
     assert jobs.outcome_of(planned[0], jobs.LOCKED).status == "running"
 
@@ -248,10 +291,10 @@ def test_sigterm_before_training_ends_a_job_even_where_exceptions_are_swallowed(
         with contextlib.suppress(BaseException):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(job_run, "run", swallow)
+    monkeypatch.setattr(run_job, "run", swallow)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        job_run.main(["job_run", planned[0].folder])
+        run_job.main(["run_job", planned[0].folder])
     finally:
         signal.signal(signal.SIGTERM, before)
     assert left == [jobs.INTERRUPTED]
@@ -268,11 +311,11 @@ with hold({str(folder)!r}):
 """
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
-    assert job_run.run(folder) == jobs.LOCKED
+    assert run_job.run(folder) == jobs.LOCKED
     holder.kill()
     holder.communicate()
     finish(planned[0])
-    assert job_run.run(folder) == 0, "free again, and done: nothing left to run"
+    assert run_job.run(folder) == 0, "free again, and done: nothing left to run"
 
 
 def test_a_failed_job_shows_the_last_line_of_its_log(planned):
@@ -286,9 +329,9 @@ def test_a_failed_job_shows_the_last_line_of_its_log(planned):
 def test_a_failed_job_stands_in_the_report_and_a_repeated_one_does_not(tmp_path, planned):
     folder = pathlib.Path(planned[0].folder)
     (folder / "outcome.json").write_text('{"exit_status": 1, "last_line": "error: no such layer"}')
-    assert report_data.collect([tmp_path])[1] == [(folder, "failed: error: no such layer")]
+    assert runs.collect([tmp_path])[1] == [(folder, "failed: error: no such layer")]
     finish(planned[0])
-    assert report_data.collect([tmp_path])[1] == []
+    assert runs.collect([tmp_path])[1] == []
 
 
 # Processes
