@@ -1,9 +1,9 @@
-"""Metrics as (sum, count) pairs, which survive padding, batches and devices.
+"""Metrics as (sum, count) pairs, which do not depend on padding, batches or devices.
 
-A metric of a batch is the pair of a weighted sum and the number of examples behind it. Pairs of
-several batches are added (`add`), those of several devices summed (`reduce_over`), and only the
-final total is divided, on the host (`compute`). So the result does not depend on how the examples
-were cut into batches, and a padded example, whose mask is 0, counts nowhere.
+A metric of a batch is the pair of a weighted sum and the number of examples in it. `add` adds the
+pairs of several batches, `reduce_over` those of several devices, and `compute` divides the total on
+the host. So the result does not depend on how the examples were cut into batches, and a padded
+example, whose mask is 0, counts nowhere.
 
 Sums and counts are float32 (float64 for float64 values): counts are exact up to 2^24 examples.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lpa_jax import checks
+from lpa_jax.tables import at_least_float32
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -32,18 +33,15 @@ def mean(values: jax.Array, mask: jax.Array | None = None) -> Pair:
       mask: 0 or False for padding [B]; None counts every example. Values under a zero mask are
         never read, so they may be NaN.
 
-    Returns:
-      Scalars (sum, count).
-
     Raises:
-      ValueError: If the shapes of values and mask differ.
+      ValueError: The shapes of values and mask differ.
 
     Example:
       >>> total, count = mean(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([1, 1, 0]))
       >>> float(total), float(count)
       (3.0, 2.0)
     """
-    values = _at_least_float32(values)
+    values = at_least_float32(jnp.asarray(values))
     counted = _counted(mask, values.shape)
     return jnp.sum(jnp.where(counted, values, 0.0)), jnp.sum(counted.astype(values.dtype))
 
@@ -51,19 +49,16 @@ def mean(values: jax.Array, mask: jax.Array | None = None) -> Pair:
 def accuracy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> Pair:
     """Pair of the share of examples whose largest logit is that of the label.
 
-    Of equal logits the first wins. A row that holds a NaN is wrong, so that a diverged network does
-    not score as if it predicted a class.
+    Of equal logits the first wins. A row with a NaN is wrong, so that a diverged network does not
+    score as if it predicted a class.
 
     Args:
       logits: Scores [B, C].
       labels: Class indices [B], in 0..C-1 wherever the mask is not 0.
-      mask: 0 or False for padding [B]; None counts every example.
-
-    Returns:
-      Scalars (number correct, number of examples).
+      mask: As in `mean`.
 
     Raises:
-      ValueError: If the shapes do not fit.
+      ValueError: The shapes do not fit.
 
     Example:
       >>> pair = accuracy(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1]))
@@ -76,22 +71,19 @@ def accuracy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
 def per_class_accuracy(
     logits: jax.Array, labels: jax.Array, mask: jax.Array | None, num_classes: int
 ) -> Pair:
-    """Pairs of the accuracy within each class, one entry per class.
+    """Pairs of the accuracy within each class, two vectors [C].
 
         B_c = {i: label_i = c, mask_i != 0}
         sum_c = #{i in B_c: prediction_i = c},    count_c = #B_c
 
     Args:
       logits: Scores [B, C].
-      labels: Class indices [B], in 0..C-1 wherever the mask is not 0.
-      mask: 0 or False for padding [B]; None counts every example.
+      labels: As in `accuracy`.
+      mask: As in `mean`.
       num_classes: C, the length of the result.
 
-    Returns:
-      Vectors (number correct, number of examples), [C] each.
-
     Raises:
-      ValueError: If the shapes do not fit or num_classes is not the number of logits.
+      ValueError: The shapes do not fit or num_classes is not the number of logits.
 
     Example:
       >>> logits, labels = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1])
@@ -109,17 +101,7 @@ def per_class_accuracy(
 
 
 def add(a: Any, b: Any) -> Any:
-    """Sum of two trees of pairs, for example those of two batches.
-
-    Args:
-      a: Tree of pairs.
-      b: Tree of pairs of the same structure.
-
-    Returns:
-      The tree of pairs of all examples together.
-
-    Raises:
-      ValueError: If the structures differ.
+    """Sum of two trees of pairs of one structure, for example those of two batches.
 
     Example:
       >>> add({"loss": (3.0, 2.0)}, {"loss": (4.0, 1.0)})
@@ -129,14 +111,7 @@ def add(a: Any, b: Any) -> Any:
 
 
 def reduce_over(pairs: Any, axis_name: str | None) -> Any:
-    """Sum of the pairs of all devices along a mapped axis.
-
-    Args:
-      pairs: Tree of pairs.
-      axis_name: Name of the mapped axis; None returns the pairs as they are.
-
-    Returns:
-      The tree of pairs of the global batch, the same on every device.
+    """Sum of a tree of pairs over the devices along a mapped axis; None returns it as it is.
 
     Example:
       >>> total = jax.vmap(lambda x: reduce_over(mean(x), "d"), axis_name="d")(jnp.ones((2, 3)))
@@ -153,11 +128,11 @@ def compute(pairs: Any) -> Any:
       pairs: Tree whose innermost 2-tuples are pairs (sum, count).
 
     Returns:
-      The same tree with a Python float (scalars) or a float64 array (vectors) in place of each
-      pair. Where the count is 0 the value is nan.
+      The tree with a Python float (scalars) or a float64 array (vectors) in place of each pair, nan
+      where the count is 0.
 
     Raises:
-      ValueError: If the tree holds anything outside a pair, or sum and count differ in shape.
+      ValueError: The tree holds anything outside a pair, or sum and count differ in shape.
 
     Example:
       >>> compute({"accuracy": (0.0, 0.0), "loss": (3.0, 2.0)})
@@ -169,7 +144,7 @@ def compute(pairs: Any) -> Any:
 def shot_groups(
     counts: ArrayLike, thresholds: tuple[float, float] = (20, 100)
 ) -> dict[str, np.ndarray]:
-    """Classes with many, a medium number of and few training examples.
+    """Boolean masks [C] of the classes with many, a medium number of and few training examples.
 
         few: N_c < low,    medium: low <= N_c <= high,    many: N_c > high
 
@@ -177,11 +152,8 @@ def shot_groups(
       counts: Training examples N_c of each class [C].
       thresholds: (low, high), in examples.
 
-    Returns:
-      Boolean masks [C] under "many", "medium" and "few"; a group may be empty.
-
     Raises:
-      ValueError: If counts are not 1-D, finite and at least 0, or thresholds are not increasing.
+      ValueError: Counts are not a vector of finite numbers >= 0, or thresholds do not ascend.
 
     Example:
       >>> shot_groups([101, 100, 20, 19])["medium"]
@@ -192,28 +164,23 @@ def shot_groups(
     """
     counts = checks.vector("counts", counts)
     low, high = thresholds
-    if not 0 <= low <= high:
-        raise ValueError(
-            f"thresholds must be (low, high) with 0 <= low <= high, got {thresholds!r}"
-        )
+    checks.require(0 <= low <= high, "thresholds", "(low, high), 0 <= low <= high", thresholds)
     many, few = counts > high, counts < low
     return {"many": many, "medium": ~(many | few), "few": few}
 
 
 def shot_groups_by_thirds(counts: ArrayLike) -> dict[str, np.ndarray]:
-    """Thirds of the classes by number of training examples, for sets too small for thresholds.
+    """Boolean masks [C] of thirds of the classes by number of training examples.
 
-    Classes are ranked by decreasing count, ties by index. When C is not a multiple of 3, "many"
-    gets the first class left over and "medium" the second: 10 classes give 4, 3 and 3.
+    For sets too small for the thresholds of `shot_groups`. Classes are ranked by decreasing count,
+    ties by index. When C is not a multiple of 3, "many" gets the first class left over and "medium"
+    the second: 10 classes give 4, 3 and 3. With C < 3 the last groups are empty.
 
     Args:
       counts: Training examples N_c of each class [C].
 
-    Returns:
-      Boolean masks [C] under "many", "medium" and "few"; with C < 3 the last ones are empty.
-
     Raises:
-      ValueError: If counts are not 1-D, finite and at least 0.
+      ValueError: Counts are not a vector of finite numbers >= 0.
 
     Example:
       >>> shot_groups_by_thirds([5, 50, 500])["few"]
@@ -233,8 +200,6 @@ def group_accuracy(
 
         accuracy_G = mean_{c in G, count_c > 0} sum_c / count_c
 
-    Classes without test examples are left out; every other class weighs the same.
-
     Args:
       per_class_pair: Vectors (number correct, number of examples), [C] each.
       groups: Boolean masks [C] by name, as from `shot_groups`.
@@ -243,7 +208,7 @@ def group_accuracy(
       One accuracy in [0, 1] for each group, nan for a group without a tested class.
 
     Raises:
-      ValueError: If a mask is not boolean of shape [C].
+      ValueError: A mask is not boolean of shape [C].
 
     Example:
       >>> pair = (np.array([9.0, 1.0, 0.0]), np.array([10.0, 2.0, 0.0]))
@@ -263,11 +228,6 @@ def group_accuracy(
         members = by_class[mask & tested]
         result[name] = float(members.mean()) if members.size else math.nan
     return result
-
-
-def _at_least_float32(values: jax.Array) -> jax.Array:
-    values = jnp.asarray(values)
-    return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
 
 
 def _counted(mask: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
@@ -297,10 +257,7 @@ def _is_pair(node: Any) -> bool:
 
 
 def _ratio(pair: Any) -> float | np.ndarray:
-    if not _is_pair(pair):
-        raise ValueError(
-            f"pairs must be a tree of (sum, count) tuples, got {pair!r} outside of one"
-        )
+    checks.require(_is_pair(pair), "pairs", "a tree of (sum, count) tuples", pair)
     total, count = (np.asarray(x, dtype=np.float64) for x in pair)
     if total.shape != count.shape:
         raise ValueError(f"pairs must agree in shape, got sum {total.shape}, count {count.shape}")

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lpa_jax import checks
+from lpa_jax.tables import at_least_float32
 
 
 def class_counts(counts: ArrayLike) -> np.ndarray:
@@ -18,11 +19,6 @@ def log_prior(counts: ArrayLike, tau: float) -> np.ndarray:
     counts = class_counts(counts)
     checks.number("tau", tau)
     return tau * np.log(counts / counts.sum())
-
-
-def at_least_float32(array: jax.Array) -> jax.Array:
-    """The array in float32, unless it is float64."""
-    return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
 
 
 def prepare(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from numpy.typing import ArrayLike
 
 from lpa_jax.losses.base import Loss, register
-from lpa_jax.losses.common import at_least_float32, log_prior, per_class
+from lpa_jax.losses.common import log_prior, per_class
 from lpa_jax.losses.cross_entropy import shifted
+from lpa_jax.tables import at_least_float32
 
 
 @register("logit_adjusted")

@@ -56,7 +56,7 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
     def value(observed):
         domain = domains(observed, num_domains, "coral")
         features = observed.features[layer]
-        features = features.astype(pgd.perturbation_dtype(features))
+        features = tables.at_least_float32(features)
         counts = pgd.class_counts(domain, num_domains, observed.axis_name)
         means = pgd.class_means(features, domain, counts, observed.axis_name)
         scatter = scatter_matrices(

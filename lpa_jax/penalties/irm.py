@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, pgd, tables
 from lpa_jax.penalties.base import Observed, Penalty, register
 from lpa_jax.penalties.common import annealed, domains, mean_where, stateless, zero
 
@@ -60,7 +60,7 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
 
 def _slopes(observed: Observed) -> Array:
     """D loss(w z_i, t_i) / dw at w = 1 for every example, [B]."""
-    logits = observed.logits.astype(pgd.perturbation_dtype(observed.logits))
+    logits = tables.at_least_float32(observed.logits)
     one = jnp.ones((), logits.dtype)
     return jax.jvp(lambda w: observed.loss(w * logits, observed.targets), (one,), (one,))[1]
 

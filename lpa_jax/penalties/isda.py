@@ -121,7 +121,7 @@ def _head_weights(observed: Observed, layer: str) -> Array:
     width = features.shape[1]
     probes = jnp.concatenate([jnp.zeros((1, width)), jnp.eye(width)]).astype(features.dtype)
     answers = observed.decode(layer, probes)
-    answers = answers.astype(pgd.perturbation_dtype(answers))
+    answers = tables.at_least_float32(answers)
     return answers[1:] - answers[:1]
 
 

@@ -1,6 +1,6 @@
 """Spectral decoupling: small logits, so that one easy feature cannot starve the others."""
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Penalty, register
 from lpa_jax.penalties.common import batch_mean, stateless, zero
 
@@ -31,7 +31,7 @@ def spectral_decoupling(weight: float = 0.1) -> Penalty:
         return zero("spectral_decoupling")
 
     def value(observed):
-        logits = observed.logits.astype(pgd.perturbation_dtype(observed.logits))
+        logits = tables.at_least_float32(observed.logits)
         return weight * batch_mean(observed, logits**2)
 
     return stateless("spectral_decoupling", value)

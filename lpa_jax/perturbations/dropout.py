@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, tables
 from lpa_jax.perturbations.base import Perturbation, identity, register, stateless
 
 Array = jax.Array
@@ -50,6 +50,6 @@ def inverted_dropout(activation: Array, dropped: Array, keep_probability: Array 
     >>> inverted_dropout(jnp.array([[1.0, 2.0]]), jnp.array([[True, False]]), 0.5).tolist()
     [[0.0, 4.0]]
     """
-    dtype = pgd.perturbation_dtype(activation)
+    dtype = tables.perturbation_dtype(activation)
     kept = activation.astype(dtype) / jnp.asarray(keep_probability, dtype)
     return jnp.where(dropped, 0.0, kept)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, tables
 from lpa_jax.perturbations.base import Perturbation, identity, register, stateless
 
 
@@ -34,7 +34,7 @@ def gaussian_noise(sigma: float = 0.1) -> Perturbation:
         return identity("gaussian_noise")
 
     def perturb(site):
-        h = site.activation.astype(pgd.perturbation_dtype(site.activation))
+        h = tables.at_least_float32(site.activation)
         squares = jnp.square(jax.lax.stop_gradient(h))
         # First the mean within an example, so that examples, not entries, are averaged globally.
         rms = jnp.sqrt(site.global_mean(jnp.mean(squares, axis=tuple(range(1, h.ndim)))))

@@ -179,7 +179,7 @@ def test_group_accuracy_weighs_classes_equally_and_leaves_untested_ones_out():
             lambda: metrics.per_class_accuracy(LOGITS, LABELS, None, num_classes=4),
             "num_classes must be the number of logits, 3, got 4",
         ),
-        (lambda: metrics.compute({"loss": 1.0}), r"pairs must be .*got 1.0 outside of one"),
+        (lambda: metrics.compute({"loss": 1.0}), r"pairs must be a tree of .*got 1.0"),
         (lambda: metrics.compute((np.ones(2), np.ones(3))), "pairs must agree in shape"),
         (
             lambda: metrics.shot_groups([[1, 2]]),
