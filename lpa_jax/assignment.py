@@ -24,12 +24,12 @@ class Assignment:
     """A rule that gives every class a sign and a radius multiplier.
 
     Attributes:
-      name: how the rule is called in logs and error messages.
+      name: How the rule is called in logs and error messages.
       rule: (confidence [C], present [C] bool) -> (sign [C], multiplier [C]). Confidence is the mean
         probability of the true class, q_c; it is zero where nothing is known.
-      uses_confidence: whether `rule` reads the confidence (if not, none is computed).
-      ema: smoothing of the confidence over steps, in [0, 1): q <- ema * q + (1 - ema) * q_batch.
-      num_classes: how many classes the rule is made for, or None for any number.
+      uses_confidence: Whether `rule` reads the confidence (if not, none is computed).
+      ema: Smoothing of the confidence over steps, in [0, 1): q <- ema * q + (1 - ema) * q_batch.
+      num_classes: How many classes the rule is made for, or None for any number.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Assignment:
     num_classes: int | None = None
 
     def __call__(self, confidence: Array, present: Array) -> tuple[Array, Array]:
-        """Returns (sign, multiplier), both [C]; classes that are not present get sign 0."""
+        """(sign, multiplier), both [C]; classes that are not present get sign 0."""
         sign, multiplier = self.rule(confidence, present)
         return jnp.where(present, sign, 0.0), multiplier
 
@@ -61,19 +61,21 @@ def by_confidence(kappa: float = 0.0, ema: float = 0.0) -> Assignment:
     batch. Absent classes are neither in tau nor given a sign.
 
     Args:
-      kappa: how much further the classes far from tau are perturbed, >= 0.
-      ema: smoothing of q_c over steps in [0, 1), useful where a batch holds few of the classes.
+      kappa: How much further the classes far from tau are perturbed, >= 0.
+      ema: Smoothing of q_c over steps in [0, 1), useful where a batch holds few of the classes.
 
     Raises:
       ValueError: `kappa` or `ema` out of range.
 
-    Source: LPL's rule for balanced data (arXiv 2209.05668), except that LPL's released code counts
-    absent classes with probability zero.
+    Example:
+      >>> sign, multiplier = by_confidence(kappa=2.0)(
+      ...     jnp.array([0.9, 0.5, 0.0]), jnp.array([True, True, False]))
+      >>> print(sign, np.asarray(multiplier[:2]).round(3))
+      [-1.  1.  0.] [1.4 1.4]
 
-    >>> sign, multiplier = by_confidence(kappa=2.0)(
-    ...     jnp.array([0.9, 0.5, 0.0]), jnp.array([True, True, False]))
-    >>> print(sign, np.asarray(multiplier[:2]).round(3))
-    [-1.  1.  0.] [1.4 1.4]
+    References:
+      LPL's rule for balanced data (arXiv 2209.05668), except that LPL's released code counts
+      absent classes with probability zero.
     """
     checks.number("kappa", kappa)
     checks.number("ema", ema, high=1.0, open_high=True)
@@ -100,18 +102,20 @@ def by_frequency(counts: ArrayLike, split: float | int = 0.4, kappa: float = 0.0
 
     Args:
       counts: N_c, training examples of each class, [C], all > 0.
-      split: how many classes are the head: a fraction of C if below 1 (rounded), else a number.
-      kappa: strength of the multiplier, >= 0.
+      split: How many classes are the head: a fraction of C if below 1 (rounded), else a number.
+      kappa: Strength of the multiplier, >= 0.
 
     Raises:
       ValueError: `counts`, `split` or `kappa` out of range.
 
-    Source: LPL's long-tail rule (arXiv 2209.05668); its splits are 4 of 10 and 40 of 100 classes.
+    Example:
+      >>> sign, multiplier = by_frequency([100, 10, 1], split=1, kappa=1.0)(
+      ...     jnp.zeros(3), jnp.ones(3, bool))
+      >>> print(sign, np.asarray(multiplier).round(2))
+      [-1.  1.  1.] [2.  1.1 2. ]
 
-    >>> sign, multiplier = by_frequency([100, 10, 1], split=1, kappa=1.0)(
-    ...     jnp.zeros(3), jnp.ones(3, bool))
-    >>> print(sign, np.asarray(multiplier).round(2))
-    [-1.  1.  1.] [2.  1.1 2. ]
+    References:
+      LPL's long-tail rule (arXiv 2209.05668); its splits are 4 of 10 and 40 of 100 classes.
     """
     counts = checks.vector("counts", counts, open_low=True)
     checks.number("kappa", kappa)
@@ -131,8 +135,9 @@ def by_frequency(counts: ArrayLike, split: float | int = 0.4, kappa: float = 0.0
 def all_positive() -> Assignment:
     """Every present class is augmented positively (s_c = +1, m_c = 1): an ablation.
 
-    >>> all_positive()(jnp.zeros(2), jnp.array([True, False]))[0].tolist()
-    [1.0, 0.0]
+    Example:
+      >>> all_positive()(jnp.zeros(2), jnp.array([True, False]))[0].tolist()
+      [1.0, 0.0]
     """
     return _constant("all_positive", 1.0)
 
@@ -140,8 +145,9 @@ def all_positive() -> Assignment:
 def all_negative() -> Assignment:
     """Every present class is augmented negatively (s_c = -1, m_c = 1): an ablation.
 
-    >>> all_negative()(jnp.zeros(2), jnp.array([True, False]))[0].tolist()
-    [-1.0, 0.0]
+    Example:
+      >>> all_negative()(jnp.zeros(2), jnp.array([True, False]))[0].tolist()
+      [-1.0, 0.0]
     """
     return _constant("all_negative", -1.0)
 
@@ -154,10 +160,11 @@ def custom(sign: ArrayLike, multiplier: ArrayLike | None = None) -> Assignment:
       multiplier: m_c >= 0, [C]; 1 for every class if None.
 
     Raises:
-      ValueError: a sign outside {-1, 0, 1}, a negative multiplier or shapes that disagree.
+      ValueError: A sign outside {-1, 0, 1}, a negative multiplier or shapes that disagree.
 
-    >>> custom([1, 0, -1])(jnp.zeros(3), jnp.ones(3, bool))[0].tolist()
-    [1.0, 0.0, -1.0]
+    Example:
+      >>> custom([1, 0, -1])(jnp.zeros(3), jnp.ones(3, bool))[0].tolist()
+      [1.0, 0.0, -1.0]
     """
     sign = np.asarray(sign, np.float64)
     multiplier = np.ones_like(sign) if multiplier is None else np.asarray(multiplier, np.float64)

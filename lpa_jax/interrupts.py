@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class InterruptedRunError(Exception):
-    """A run stopped because it was asked to; what it needs to go on is saved."""
+    """A run stopped because it was asked to; what it needs to resume is saved."""
 
 
 class Interrupts:
@@ -25,18 +25,19 @@ class Interrupts:
     all: they ask equally often, and all get the same answer for the first time at the same call.
     That takes microseconds, and no device is waited for.
 
-    >>> with Interrupts() as interrupted:
-    ...     before = interrupted()
-    ...     signal.raise_signal(signal.SIGTERM)
-    ...     before, interrupted(), interrupted.exit_status
-    (False, True, 143)
+    Example:
+      >>> with Interrupts() as interrupted:
+      ...     before = interrupted()
+      ...     signal.raise_signal(signal.SIGTERM)
+      ...     before, interrupted(), interrupted.exit_status
+      (False, True, 143)
     """
 
     def __init__(self, notify: Callable[[str], None] = lambda signal_name: None):
         """Nothing is handled before the block.
 
         Args:
-          notify: called with the name of the first signal, within its handler.
+          notify: Called with the name of the first signal, within its handler.
         """
         self._notify = notify
         self._first: signal.Signals | None = None

@@ -26,14 +26,14 @@ def connect(
     does after `initialization_timeout` (and up to 6 seconds) where one never comes.
 
     Args:
-      coordinator_address: host:port of process 0; the port must be free there.
-      num_processes: how many processes there are.
-      process_id: this process, 0..num_processes-1.
-      initialization_timeout: whole seconds to wait for the others.
-      heartbeat_timeout: whole seconds of silence after which a process counts as dead.
+      coordinator_address: Host:port of process 0; the port must be free there.
+      num_processes: How many processes there are.
+      process_id: This process, 0..num_processes-1.
+      initialization_timeout: Whole seconds to wait for the others.
+      heartbeat_timeout: Whole seconds of silence after which a process counts as dead.
 
     Raises:
-      ValueError: an argument out of range, some of the three without the others where the
+      ValueError: An argument out of range, some of the three without the others where the
         environment does not supply them, or a call after JAX has started.
     """
     given = (coordinator_address, num_processes, process_id)
@@ -71,8 +71,9 @@ def _is_host_and_port(address: str) -> bool:
 def host_slice() -> tuple[int, int]:
     """(process_index, process_count), as the batches in `lpa_jax.data` take it.
 
-    >>> host_slice()
-    (0, 1)
+    Example:
+      >>> host_slice()
+      (0, 1)
     """
     return jax.process_index(), jax.process_count()
 
@@ -82,7 +83,8 @@ def is_first_host() -> bool:
 
     Starts no backend in a program that has joined no processes.
 
-    >>> is_first_host()
-    True
+    Example:
+      >>> is_first_host()
+      True
     """
     return not jax.distributed.is_initialized() or jax.process_index() == 0

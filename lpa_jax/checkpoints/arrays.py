@@ -20,8 +20,9 @@ _MOST_NAMED = 6  # differing arrays in one message
 def flatten(prefix: str, tree: Any) -> Arrays:
     """Name -> array on the host for every leaf; a random key becomes its data.
 
-    >>> flatten("state", {"w": jnp.ones(2), "inner": [jnp.zeros(())]})
-    {'state/inner/0': array(0., dtype=float32), 'state/w': array([1., 1.], dtype=float32)}
+    Example:
+      >>> flatten("state", {"w": jnp.ones(2), "inner": [jnp.zeros(())]})
+      {'state/inner/0': array(0., dtype=float32), 'state/w': array([1., 1.], dtype=float32)}
     """
     named = _named_leaves(prefix, tree)
     values = jax.device_get([_data(leaf) for _, leaf in named])
@@ -35,7 +36,7 @@ def unflatten(prefix: str, template: Any, arrays: Mapping[str, np.ndarray]) -> A
     """The template's structure with the arrays of that prefix.
 
     Raises:
-      ValueError: names, shapes or types are not the template's; names what differs.
+      ValueError: Names, shapes or types are not the template's; names what differs.
     """
     named = _named_leaves(prefix, template)
     names = {name for name, _ in named}
@@ -123,8 +124,9 @@ def _orbax() -> Iterator[Any]:
 def reason(error: Exception) -> str:
     """One line: what the operating system said, where it did.
 
-    >>> reason(ValueError("OUT_OF_RANGE: ... [os_error_code='28']"))
-    'No space left on device'
+    Example:
+      >>> reason(ValueError("OUT_OF_RANGE: ... [os_error_code='28']"))
+      'No space left on device'
     """
     code = getattr(error, "errno", None)
     found = re.search(r"os_error_code='(\d+)'", str(error))

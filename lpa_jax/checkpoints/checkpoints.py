@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, verified, and enough to go on bit for bit.
+"""Checkpoints: whole, verified, and enough to resume bit for bit.
 
     folder/step_000000120/arrays/...       the state's arrays, written by Orbax
     folder/step_000000120/manifest.json    SHA-256 of every file, configuration, notes
@@ -43,12 +43,12 @@ class Restored(NamedTuple):
     """What a checkpoint held.
 
     Attributes:
-      step: steps completed.
-      state: the state, bit for bit.
-      totals: sums of the training metrics since the epoch began, as `trainer.train` takes them.
-      notes: the notes it was saved with.
-      rejected: one line for each newer checkpoint that was damaged.
-      digest: of all that the checkpoint holds, to tell whether several hosts read the same.
+      step: Steps completed.
+      state: The state, bit for bit.
+      totals: Sums of the training metrics since the epoch began, as `trainer.train` takes them.
+      notes: The notes it was saved with.
+      rejected: One line for each newer checkpoint that was damaged.
+      digest: Digest of all that the checkpoint holds, to tell whether several hosts read the same.
     """
 
     step: int
@@ -65,13 +65,14 @@ class Checkpoints:
     Not for two processes at once: use `files.hold`. With several hosts the state is the same
     on each, so one of them writes and all read.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     checkpoints = Checkpoints(folder, config={"seed": 0})
-    ...     checkpoints.save(3, {"w": jnp.ones(2)}, notes={"seconds": 1.5})
-    ...     restored = Checkpoints(folder, config={"seed": 0}).restore({"w": jnp.zeros(2)})
-    >>> restored.step, restored.state["w"].tolist(), restored.notes
-    (3, [1.0, 1.0], {'seconds': 1.5})
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     checkpoints = Checkpoints(folder, config={"seed": 0})
+      ...     checkpoints.save(3, {"w": jnp.ones(2)}, notes={"seconds": 1.5})
+      ...     restored = Checkpoints(folder, config={"seed": 0}).restore({"w": jnp.zeros(2)})
+      >>> restored.step, restored.state["w"].tolist(), restored.notes
+      (3, [1.0, 1.0], {'seconds': 1.5})
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class Checkpoints:
         """Opens a folder, which need not exist; nothing is written yet.
 
         Args:
-          folder: where the checkpoints stand.
-          config: what decides the run's result, as JSON values; `restore` refuses another one.
-          keep: how many of the newest checkpoints to keep, >= 1; the best one is kept besides.
-          is_writer: whether this process writes; the others only read.
+          folder: Folder of the checkpoints.
+          config: What decides the run's result, as JSON values; `restore` refuses another one.
+          keep: How many of the newest checkpoints to keep, >= 1; the best one is kept besides.
+          is_writer: Whether this process writes; the others only read.
 
         Raises:
-          ValueError: keep < 1, or the folder is a symbolic link.
+          ValueError: Keep < 1, or the folder is a symbolic link.
         """
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
@@ -133,13 +134,13 @@ class Checkpoints:
         A step that this object has saved or restored is not written again.
 
         Args:
-          step: steps completed.
-          state: a pytree of arrays and keys.
+          step: Steps completed.
+          state: A pytree of arrays and keys.
           totals: (sum, count) pairs of the epoch so far.
           notes: JSON values.
 
         Raises:
-          CheckpointError: it cannot be written; the earlier ones stand.
+          CheckpointError: It cannot be written; the earlier ones are kept.
         """
         if not self._is_writer or step in self._intact:
             return
@@ -162,7 +163,7 @@ class Checkpoints:
             manifest.flush_to_disk(unfinished)
             unfinished.rename(path)
             manifest.flush_to_disk(self._folder)
-        # TensorStore reports a full disk as ValueError, other layers as they please.
+        # TensorStore reports a full disk as ValueError, other libraries with their own types.
         except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = [f"step {earlier}" for earlier in self.steps()] or ["none"]
@@ -184,11 +185,11 @@ class Checkpoints:
         """The newest intact checkpoint, or None where there never was one.
 
         Args:
-          template: a state of the same structure, shapes and types; its values are not read.
+          template: A state of the same structure, shapes and types; its values are not read.
 
         Raises:
-          CheckpointError: there are checkpoints, but none is intact.
-          ValueError: the newest intact one belongs to another configuration or another state; the
+          CheckpointError: There are checkpoints, but none is intact.
+          ValueError: The newest intact one belongs to another configuration or another state; the
             message names what differs.
         """
         rejected = []
@@ -275,8 +276,9 @@ class Checkpoints:
 def every_steps(count: int) -> Callable[[int], bool]:
     """A schedule, steps completed -> whether to save: after each `count` steps.
 
-    >>> [step for step in range(1, 8) if every_steps(3)(step)]
-    [3, 6]
+    Example:
+      >>> [step for step in range(1, 8) if every_steps(3)(step)]
+      [3, 6]
     """
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
@@ -288,9 +290,10 @@ def every_seconds(
 ) -> Callable[[int], bool]:
     """A schedule: at the first step that ends `seconds` or more after the last save.
 
-    >>> due = every_seconds(10, clock=iter([0, 4, 11, 20, 21]).__next__)
-    >>> [due(step) for step in range(1, 5)]
-    [False, True, False, True]
+    Example:
+      >>> due = every_seconds(10, clock=iter([0, 4, 11, 20, 21]).__next__)
+      >>> [due(step) for step in range(1, 5)]
+      [False, True, False, True]
     """
     if not seconds > 0:
         raise ValueError(f"seconds must be > 0, got {seconds}")
@@ -310,8 +313,9 @@ def every_seconds(
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """What differs between two configurations, by the innermost name.
 
-    >>> differences({"a": {"radius": 1, "steps": 3}}, {"a": {"radius": 2, "steps": 3}})
-    ['radius: 1 there, 2 here']
+    Example:
+      >>> differences({"a": {"radius": 1, "steps": 3}}, {"a": {"radius": 2, "steps": 3}})
+      ['radius: 1 there, 2 here']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = sorted(set(old) | set(new))

@@ -24,11 +24,11 @@ class Manifest:
     """The record of one checkpoint, plain JSON values throughout.
 
     Attributes:
-      step: steps completed.
-      config: what decides the run's result; another one may not resume it.
-      notes: whatever the run wants back beside its arrays.
-      scores: step -> score of the evaluations so far; the best one's checkpoint is kept.
-      files: name -> SHA-256 of every other file in the folder.
+      step: Steps completed.
+      config: What decides the run's result; another one may not resume it.
+      notes: Whatever the run wants back beside its arrays.
+      scores: Step -> score of the evaluations so far; the best one's checkpoint is kept.
+      files: Name -> SHA-256 of every other file in the folder.
     """
 
     step: int
@@ -46,8 +46,8 @@ def write(folder: pathlib.Path, manifest: Manifest) -> None:
     """Writes the manifest, atomically: the last file of a checkpoint.
 
     Raises:
-      ValueError: config, notes or scores hold something else than finite JSON values.
-      OSError: it cannot be written.
+      ValueError: Config, notes or scores hold something else than finite JSON values.
+      OSError: It cannot be written.
     """
     content = _content(manifest) | {"digest": manifest.digest()}
     write_text(folder / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -60,7 +60,7 @@ def verify(folder: pathlib.Path) -> Manifest:
     found there is looked up.
 
     Raises:
-      DamagedError: the folder is not exactly what was written, or of another format version.
+      DamagedError: The folder is not exactly what was written, or of another format version.
     """
     manifest = _read(folder)
     found = hash_files(folder)
@@ -113,12 +113,12 @@ def hash_files(folder: pathlib.Path, *, to_disk: bool = False) -> dict[str, str]
     """SHA-256 by name of every file below a folder, the manifest excepted.
 
     Args:
-      folder: where to look.
-      to_disk: also have the kernel write each file and folder out, to survive a power cut.
+      folder: Where to look.
+      to_disk: Also have the kernel write each file and folder out, to survive a power cut.
 
     Raises:
-      DamagedError: something is neither a file nor a folder, such as a symbolic link.
-      OSError: a file cannot be read.
+      DamagedError: Something is neither a file nor a folder, such as a symbolic link.
+      OSError: A file cannot be read.
     """
     hashes = {}
     for path in _walk(folder):

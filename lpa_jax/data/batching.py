@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step): no iterator state, so resuming is a number.
 
-The epochs of a seed, each a permutation of the examples, stand one after the other in an endless
+The epochs of a seed, each a permutation of the examples, follow one another in an endless
 stream of positions; batch s is positions s*B .. (s+1)*B - 1. So every example occurs exactly once
 in every epoch, all batches have the same size, and where B does not divide N a batch holds the end
 of one epoch and the start of the next. Nothing is dropped and nothing is padded.
@@ -28,14 +28,14 @@ _ENDLESS = 2**62
 
 
 def take(source: Examples, indices: np.ndarray) -> Batch:
-    """Returns the examples at `indices` as {"image": [M, H, W, ch], "label": int32 [M]}.
+    """The examples at `indices` as {"image": [M, H, W, ch], "label": int32 [M]}.
 
     Args:
-      source: a data set in memory, or one that reads an example when it is asked for it.
-      indices: integers [M].
+      source: A data set in memory, or one that reads an example when it is asked for it.
+      indices: Integers [M].
 
     Raises:
-      ValueError: an example that cannot be read, or images of several shapes.
+      ValueError: An example that cannot be read, or images of several shapes.
 
     Example:
       >>> data = Dataset("toy", np.zeros((5, 2, 2, 1), np.uint8), np.arange(5), num_classes=5)
@@ -50,7 +50,7 @@ def take(source: Examples, indices: np.ndarray) -> Batch:
 
 
 def take_at(source: Examples, stream: ExampleStream, start: int, count: int) -> Batch:
-    """Returns the training examples at positions start .. start + count - 1 of a stream.
+    """The training examples at positions start .. start + count - 1 of a stream.
 
     As `take`, but files that are to be cropped at random are: the position draws the box.
     """
@@ -91,10 +91,10 @@ class Batches:
         return -(-len(self._dataset) // self._batch_size)
 
     def indices(self, step: int) -> np.ndarray:
-        """Returns this host's batch as indices into the data set, int64 [B / hosts].
+        """This host's batch as indices into the data set, int64 [B / hosts].
 
         Raises:
-          ValueError: step is not a non-negative integer.
+          ValueError: `step` is not a non-negative integer.
         """
         return self._stream.indices(self._start(step), len(self._positions))
 
@@ -146,7 +146,7 @@ def batches(
     class_balanced: bool = False,
     host_slice: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Returns the training batches of a data set: `batches(...)[step]`, step = 0, 1, ...
+    """The training batches of a data set: `batches(...)[step]`, step = 0, 1, ...
 
     Formal guarantees: the same (data set, seed, batch_size, step) gives the same batch in any order
     of asking, on any machine; every example occurs exactly once in each epoch of N positions; the
@@ -159,10 +159,10 @@ def batches(
     Args:
       dataset: N labelled images, in memory or read as they are asked for (`read_ahead` hides the
         time that this takes).
-      seed: a non-negative integer.
+      seed: A non-negative integer.
       batch_size: B, the size of the global batch; it may exceed N.
       shuffle: False walks through the set in its own order.
-      class_balanced: whether to resample the classes equally; needs `dataset.labels`.
+      class_balanced: Whether to resample the classes equally; needs `dataset.labels`.
       host_slice: (process_index, process_count); this host gets its contiguous part of each batch.
 
     Returns:
@@ -170,7 +170,7 @@ def batches(
       int32 [B], "position": int32 [B], the place in the global batch, which keys augmentation}.
 
     Raises:
-      ValueError: a value out of range, hosts that cannot share the batch evenly, or class_balanced
+      ValueError: A value out of range, hosts that cannot share the batch evenly, or class_balanced
         without shuffle.
 
     Example:
@@ -216,7 +216,7 @@ class EvaluationBatches(Sequence):
 def evaluation_batches(
     dataset: Examples, batch_size: int, *, host_slice: tuple[int, int] = (0, 1)
 ) -> EvaluationBatches:
-    """Returns the batches that show each example exactly once, the last padded to the full size.
+    """The batches that show each example exactly once, the last padded to the full size.
 
     The mask sums to N over all batches (and hosts): multiply by it whatever is summed.
 
@@ -230,7 +230,7 @@ def evaluation_batches(
       "mask": float32 [B], 1 for an example and 0 for padding}.
 
     Raises:
-      ValueError: a value out of range, or hosts that cannot share the batch evenly.
+      ValueError: A value out of range, or hosts that cannot share the batch evenly.
 
     Example:
       >>> data = Dataset("toy", np.zeros((5, 2, 2, 1), np.uint8), np.arange(5), num_classes=5)
@@ -250,7 +250,7 @@ def grain_batches(
     host_slice: tuple[int, int] = (0, 1),
     transform: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> "grain.MapDataset":
-    """Returns the batches of a random-access source, read as they are asked for.
+    """The batches of a random-access source, read as they are asked for.
 
     The same guarantees as `batches`, and the same examples in the same order: with the same seed,
     sizes and data, `grain_batches(source, ...)[step]` equals `batches(dataset, ...)[step]`. To read
@@ -259,17 +259,17 @@ def grain_batches(
     Args:
       source: len(source) examples, source[i] = {"image": [H, W, ch], "label": integer}; for example
         `open_source(name, split)`.
-      seed: a non-negative integer.
+      seed: A non-negative integer.
       batch_size: B, the size of the global batch.
       shuffle: False walks through the source in its own order.
       host_slice: (process_index, process_count); this host gets its contiguous part of each batch.
-      transform: changes an example after reading, for example to bring all images to one shape.
+      transform: Changes an example after reading, for example to bring all images to one shape.
 
     Returns:
       A `grain.MapDataset` of batches as in `batches`.
 
     Raises:
-      ValueError: a value out of range, an empty source, or hosts that cannot share the batch
+      ValueError: A value out of range, an empty source, or hosts that cannot share the batch
         evenly.
 
     Example:

@@ -13,14 +13,14 @@ class Dataset:
     """Labelled images in memory, read-only.
 
     Attributes:
-      name: what errors and tables call it.
+      name: What errors and tables call it.
       images: uint8 or float32 [N, H, W, ch], in the units of the source (uint8: raw intensities).
       labels: int32 [N], values in 0..C-1 (any integer type is accepted and converted).
       num_classes: C.
       class_names: C names, or None.
 
     Raises:
-      ValueError: wrong type or rank, no example, lengths that differ, a label outside 0..C-1, an
+      ValueError: Wrong type or rank, no example, lengths that differ, a label outside 0..C-1, an
         image value that is not finite, or a wrong number of class names.
 
     Example:
@@ -76,13 +76,13 @@ class Dataset:
         return np.bincount(self.labels, minlength=self.num_classes)
 
     def subset(self, indices: ArrayLike) -> "Dataset":
-        """Returns the examples at `indices`, in that order, as a data set of its own (a copy).
+        """The examples at `indices`, in that order, as a data set of its own (a copy).
 
         Args:
-          indices: integers [M] in 0..N-1.
+          indices: Integers [M] in 0..N-1.
 
         Raises:
-          ValueError: not a non-empty vector of integers in 0..N-1.
+          ValueError: Not a non-empty vector of integers in 0..N-1.
         """
         indices = checks.index_array(indices, len(self))
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])

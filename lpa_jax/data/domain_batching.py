@@ -31,10 +31,10 @@ class DomainBatches:
         return -(-min(map(len, self._datasets)) // self._per_domain)
 
     def indices(self, step: int) -> np.ndarray:
-        """Returns this host's examples as indices into each domain, int64 [D, B / hosts].
+        """This host's examples as indices into each domain, int64 [D, B / hosts].
 
         Raises:
-          ValueError: step is not a non-negative integer.
+          ValueError: `step` is not a non-negative integer.
         """
         start = self._start(step)
         return np.stack([stream.indices(start, self._share) for stream in self._streams])
@@ -71,7 +71,7 @@ def domain_batches(
     *,
     host_slice: tuple[int, int] = (0, 1),
 ) -> DomainBatches:
-    """Returns the training batches over several domains: `domain_batches(...)[step]`.
+    """The training batches over several domains: `domain_batches(...)[step]`.
 
     Every domain has an endless stream of its own, epoch after epoch of its own length, of which
     batch s takes examples s*B .. (s+1)*B - 1. The domains take turns: example p of the global batch
@@ -83,9 +83,9 @@ def domain_batches(
     concatenated, are the batch of a single host.
 
     Args:
-      datasets: the D domains to train on, in memory or read as they are asked for; all images of
+      datasets: The D domains to train on, in memory or read as they are asked for; all images of
         one shape.
-      seed: a non-negative integer.
+      seed: A non-negative integer.
       batch_size_per_domain: B, examples of each domain in the global batch of D*B (DomainBed: 32,
         and 64 for its MNIST sets); it may exceed the size of a domain.
       host_slice: (process_index, process_count); this host gets its contiguous part of each batch,
@@ -97,7 +97,7 @@ def domain_batches(
       the place in the global batch, which keys augmentation}.
 
     Raises:
-      ValueError: no domain, a value out of range, hosts that cannot share B evenly, or (when read)
+      ValueError: No domain, a value out of range, hosts that cannot share B evenly, or (when read)
         images of several shapes.
 
     Example:

@@ -10,8 +10,8 @@ class FolderSet(NamedTuple):
     """A set as DomainBed's download script leaves it.
 
     Attributes:
-      folder: its name within the data folder.
-      domains: the domains' folders, in DomainBed's order.
+      folder: Its name within the data folder.
+      domains: The domains' folders, in DomainBed's order.
       num_classes: C.
     """
 
@@ -51,15 +51,15 @@ def open_folder_set(
     folders.
 
     Args:
-      name: one of FOLDER_SETS.
-      data_dir: the folder that holds the set's folder.
+      name: One of FOLDER_SETS.
+      data_dir: The folder that holds the set's folder.
       image_size: S, pixels.
 
     Returns:
       One `ImageFiles` a domain, in the order of FOLDER_SETS.
 
     Raises:
-      ValueError: naming the folder: no data_dir or set, a missing or unknown domain, a wrong number
+      ValueError: Naming the folder: no data_dir or set, a missing or unknown domain, a wrong number
         of classes, a class that a domain lacks or that is empty, or a file that is no image.
     """
     layout = FOLDER_SETS[name]
@@ -92,8 +92,8 @@ def _class_names(name: str, root: str, layout: FolderSet) -> list[str]:
         of_domain[domain], files = _entries(place)
         if files:
             raise ValueError(
-                f"dataset={name!r}: {os.path.join(place, files[0])!r} stands beside the class "
-                "folders, must be in one"
+                f"dataset={name!r}: {os.path.join(place, files[0])!r} must be in a class "
+                "folder, got it beside them"
             )
     classes = sorted(set().union(*of_domain.values()))
     for domain, present in of_domain.items():

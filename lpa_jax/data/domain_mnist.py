@@ -26,7 +26,7 @@ def rotate(images: np.ndarray, degrees: float) -> np.ndarray:
 
     Args:
       images: uint8 [N, H, W, 1].
-      degrees: the angle.
+      degrees: The angle.
 
     Returns:
       uint8 [N, H, W, 1].
@@ -52,14 +52,14 @@ def colour(
         label  = [digit < 5] xor Bernoulli(0.25)
         colour = label xor Bernoulli(flip)
 
-    The image stands in the channel of its colour, the other channel is 0.
+    The image is in the channel of its colour, the other channel is 0.
 
     Args:
       images: uint8 [N, H, W, 1].
-      digits: integers 0..9 [N].
-      flip: probability that the colour differs from the label.
-      seed: a non-negative integer.
-      domain: number of the domain, so that each has coin tosses of its own.
+      digits: Integers 0..9 [N].
+      flip: Probability that the colour differs from the label.
+      seed: A non-negative integer.
+      domain: Number of the domain, so that each has coin tosses of its own.
 
     Returns:
       (uint8 [N, H, W, 2], int32 labels [N]).

@@ -16,13 +16,13 @@ class Domains:
     """A data set of several domains with the same classes.
 
     Attributes:
-      name: what errors and tables call it.
+      name: What errors and tables call it.
       domain_names: D names.
       datasets: D data sets, in memory or as image files (`in_memory` reads those that fit).
       num_classes: C.
 
     Raises:
-      ValueError: fewer than two domains, or numbers of names, data sets or classes that differ.
+      ValueError: Fewer than two domains, or numbers of names, data sets or classes that differ.
 
     Example:
       >>> toy = Dataset("toy", np.zeros((3, 4, 4, 1), np.uint8), np.arange(3), num_classes=3)
@@ -72,13 +72,13 @@ def load_domains(
       `data_dir/SET/DOMAIN/CLASS/IMAGE`, stretched to 224x224x3 unless image_size says otherwise.
 
     Args:
-      name: of the data set, as DomainBed spells it.
-      data_dir: the folder that holds the set's folder; for the MNIST sets as in `load`.
-      seed: which image falls to which domain, and the noise of ColoredMNIST.
-      image_size: pixels a side; None for DomainBed's.
+      name: Name of the data set, as DomainBed spells it.
+      data_dir: The folder that holds the set's folder; for the MNIST sets as in `load`.
+      seed: Of the assignment of images to domains and of the noise of ColoredMNIST.
+      image_size: Pixels a side; None for DomainBed's.
 
     Raises:
-      ValueError: an unknown name, a size that the set does not have, or folders that are not as
+      ValueError: An unknown name, a size that the set does not have, or folders that are not as
         they should be, naming the folder.
 
     Example:
@@ -110,15 +110,15 @@ def holdout_split(
 
     Args:
       num_examples: N.
-      fraction: share held out, in (0, 1) (DomainBed: 0.2).
-      seed: a non-negative integer.
-      domain: number of the domain, so that the domains of a seed are split independently.
+      fraction: Share held out, in (0, 1) (DomainBed: 0.2).
+      seed: A non-negative integer.
+      domain: Number of the domain, so that the domains of a seed are split independently.
 
     Returns:
       ("in" indices, "out" indices), both ascending int64; together 0..N-1, each once.
 
     Raises:
-      ValueError: a value out of range, or too few examples for both parts.
+      ValueError: A value out of range, or too few examples for both parts.
 
     Example:
       >>> holdout_split(5, 0.2, seed=0)

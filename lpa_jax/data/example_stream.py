@@ -15,14 +15,14 @@ class ExampleStream:
     Every epoch is a permutation of 0..N-1, or N draws with classes equally often.
 
     Args:
-      size: number of examples, N.
-      seed: a non-negative integer.
+      size: Number of examples, N.
+      seed: A non-negative integer.
       shuffle: False repeats 0..N-1.
       balanced_labels: int [N] to draw classes equally often; None for permutations.
-      key: non-negative integers that tell streams of one seed apart.
+      key: Non-negative integers that tell streams of one seed apart.
 
     Raises:
-      ValueError: a value out of range, or balanced_labels without shuffle.
+      ValueError: A value out of range, or balanced_labels without shuffle.
 
     Example:
       >>> ExampleStream(3, seed=0).indices(start=1, count=5)

@@ -16,11 +16,11 @@ class FileCrop:
     was taken, in its own proportions, before anything is lost to resizing.
 
     Attributes:
-      scale: lowest and highest share of the area, 0 < low <= high <= 1.
-      ratio: lowest and highest ratio of width to height, 0 < low <= high.
+      scale: Lowest and highest share of the area, 0 < low <= high <= 1.
+      ratio: Lowest and highest ratio of width to height, 0 < low <= high.
 
     Raises:
-      ValueError: not such a range.
+      ValueError: Not such a range.
 
     Example:
       >>> FileCrop(scale=(0.25, 0.25), ratio=(1, 1)).box(40, 20, np.full(resized_crop.DRAWS, 0.5))
@@ -44,8 +44,8 @@ class FileCrop:
         """Left, top, right and bottom of the box that numbers from [0, 1) draw.
 
         Args:
-          width: of the image, pixels.
-          height: of the image, pixels.
+          width: Width of the image, pixels.
+          height: Height of the image, pixels.
           draws: [`resized_crop.DRAWS`].
         """
         areas, ratios, corner = np.split(draws, (resized_crop.ATTEMPTS, 2 * resized_crop.ATTEMPTS))

@@ -40,17 +40,17 @@ class ImageFiles(Sequence):
     """Random access to labelled image files; made by `open_image_files`.
 
     Attributes:
-      name: what errors and tables call it.
-      root: the folder that holds all images.
-      paths: of the files within root.
+      name: What errors and tables call it.
+      root: The folder that holds all images.
+      paths: Paths of the files within root.
       labels: int32 [N], values in 0..C-1.
       num_classes: C.
       class_names: C names, or None.
       image_size: S; every image becomes [S, S, 3].
-      fit: how it becomes that, see `decode`.
-      list_file: the list that names the files, or None.
+      fit: How it becomes that, see `decode`.
+      list_file: The list that names the files, or None.
       lines: int64 [N], where in the list, or None.
-      random_crop: how training batches crop each file, or None; see `cropped`.
+      random_crop: How training batches crop each file, or None; see `cropped`.
     """
 
     name: str
@@ -84,32 +84,32 @@ class ImageFiles(Sequence):
         return np.bincount(self.labels, minlength=self.num_classes)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns {"image": uint8 [S, S, 3], "label": int32} of one example.
+        """{"image": uint8 [S, S, 3], "label": int32} of one example.
 
         Raises:
-          ValueError: the file cannot be decoded.
+          ValueError: The file cannot be decoded.
         """
         return self._example(index, None)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """Returns several examples, decoded in threads."""
+        """Several examples, decoded in threads."""
         return self.read(indices, [None] * len(indices))
 
     def read(self, indices: Sequence[int], draws: Sequence[Any]) -> list[dict[str, np.ndarray]]:
-        """Returns several examples, decoded in threads, each with a random crop of its own.
+        """Several examples, decoded in threads, each with a random crop of its own.
 
         Args:
-          indices: of the examples, M.
-          draws: numbers from [0, 1) for each, [M, DRAWS]; None for no crop.
+          indices: Indices of the examples, M.
+          draws: Numbers from [0, 1) for each, [M, DRAWS]; None for no crop.
 
         Raises:
-          ValueError: a file cannot be decoded.
+          ValueError: A file cannot be decoded.
         """
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(self._example, indices, draws))
 
     def cropped(self, crop: FileCrop) -> "ImageFiles":
-        """Returns these files, of which training batches show a random crop, anew in every epoch.
+        """These files, of which training batches show a random crop, anew in every epoch.
 
         Evaluation batches and single examples show them whole (`fit`).
         """
@@ -129,13 +129,13 @@ class ImageFiles(Sequence):
         return {"image": image, "label": self.labels[index]}
 
     def subset(self, indices: ArrayLike) -> "ImageFiles":
-        """Returns the examples at `indices`, in that order.
+        """The examples at `indices`, in that order.
 
         Args:
-          indices: integers [M] in 0..N-1.
+          indices: Integers [M] in 0..N-1.
 
         Raises:
-          ValueError: not a non-empty vector of integers in 0..N-1.
+          ValueError: Not a non-empty vector of integers in 0..N-1.
         """
         indices = checks.index_array(indices, len(self))
         return dataclasses.replace(
@@ -157,7 +157,7 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
     transparency and the EXIF orientation ignored, as torchvision's ImageFolder does.
 
     Args:
-      path: of the file; its content, not its name, decides on the format.
+      path: Path of the file; its content, not its name, decides on the format.
       image_size: S, pixels.
       fit: "crop", "stretch" or a function.
 
@@ -165,7 +165,7 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
       uint8 [S, S, 3].
 
     Raises:
-      ValueError: naming the file: it is missing, broken or cut short, has more than 2^26 pixels, or
+      ValueError: Naming the file: it is missing, broken or cut short, has more than 2^26 pixels, or
         more than 8 bits a channel.
 
     Example:
@@ -199,8 +199,9 @@ def fitted(pixels: np.ndarray, image_size: int) -> np.ndarray:
     Returns:
       uint8 [S, S, 3].
 
-    >>> fitted(np.full((10, 20, 1), 7, np.uint8), image_size=2).tolist()
-    [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
+    Example:
+      >>> fitted(np.full((10, 20, 1), 7, np.uint8), image_size=2).tolist()
+      [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
     """
     image = optional.package("PIL.Image").fromarray(
         pixels[..., 0] if pixels.shape[-1] == 1 else pixels
@@ -250,19 +251,19 @@ def open_image_files(
     """Opens labelled image files for random access: all are looked up, none is decoded.
 
     Args:
-      name: what errors and tables call the set.
-      root: the folder that holds all images.
-      paths: of the files within root [N], with / between folders.
-      labels: integers in 0..C-1 [N].
+      name: What errors and tables call the set.
+      root: The folder that holds all images.
+      paths: Paths of the files within root [N], with / between folders.
+      labels: Integers in 0..C-1 [N].
       num_classes: C.
       class_names: C names.
       image_size: S, pixels; every image becomes [S, S, 3].
-      fit: how it becomes that, see `decode`.
-      list_file: for errors, the list that names the files.
-      lines: for errors, where in the list each file stands [N].
+      fit: How it becomes that, see `decode`.
+      list_file: For errors, the list that names the files.
+      lines: For errors, the line of each file in the list [N].
 
     Raises:
-      ValueError: no file, a root that is no folder, a path that leads out of it (absolute, with
+      ValueError: No file, a root that is no folder, a path that leads out of it (absolute, with
         "..", or through a link), files that are missing (the first one and how many), labels that
         do not fit, or a size or fit out of range.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from lpa_jax import checks
 from lpa_jax.data.image_files import ImageFiles, open_image_files
 
-# A slip of the pen must not become a table of counts that no memory holds.
+# A typing error must not allocate a table of counts larger than the memory.
 _MOST_CLASSES = 2**24
 
 
@@ -23,7 +23,7 @@ class PublishedLists(NamedTuple):
 
     Attributes:
       num_classes: C.
-      lists: split -> name of its list file.
+      lists: Split -> name of its list file.
     """
 
     num_classes: int
@@ -62,19 +62,19 @@ def read_list(
     the class. Blank lines are passed over.
 
     Args:
-      list_file: a text file in UTF-8.
-      image_root: the folder that the paths start from.
+      list_file: A text file in UTF-8.
+      image_root: The folder that the paths start from.
       num_classes: C; None for the largest label of the list plus 1.
-      all_classes: whether every class must have an image, as in a training list.
-      name: what errors and tables call the set; None for the name of the list file.
+      all_classes: Whether every class must have an image, as in a training list.
+      name: What errors and tables call the set; None for the name of the list file.
       image_size: S, pixels; every image becomes [S, S, 3].
-      fit: how it becomes that, see `decode`.
+      fit: How it becomes that, see `decode`.
 
     Returns:
       `ImageFiles` in the order of the list.
 
     Raises:
-      ValueError: naming the list file, and the line where it is one: a list that cannot be read or
+      ValueError: Naming the list file, and the line where it is one: a list that cannot be read or
         is empty, a line that is not `path label`, a label outside 0..C-1 (without num_classes: of
         2^24 or more or, with all_classes, no smaller than the number of images), a file named
         twice, a path that leads out of image_root, images that are missing, or a class without an
@@ -143,7 +143,7 @@ def _parse(
         if not (label.isascii() and label.isdecimal() and int(label[:10]) < limit):
             raise ValueError(f"{place}: label {label[:20]!r} must be in 0..{limit - 1}{reason}")
         if path in line_of:
-            raise ValueError(f"{place}: image {path!r} stands in line {line_of[path]} already")
+            raise ValueError(f"{place}: image {path!r} is in line {line_of[path]} already")
         line_of[path] = line
         labels.append(int(label))
     if not labels:
@@ -164,12 +164,12 @@ def open_published(
     Args:
       name: "ImageNet_LT", "Places_LT" or "iNaturalist18".
       split: "train", "validation" (not of iNaturalist18) or "test" (its validation list).
-      data_dir: the folder of the list files, which keep their published names.
-      image_root: the folder that the lists' paths start from; None for data_dir.
+      data_dir: The folder of the list files, which keep their published names.
+      image_root: The folder that the lists' paths start from; None for data_dir.
       image_size: S, pixels.
 
     Raises:
-      ValueError: an unknown name or split, no data_dir, or as `read_list`.
+      ValueError: An unknown name or split, no data_dir, or as `read_list`.
 
     Example:
       >>> open_published("iNaturalist18", "validation", "lists")

@@ -30,7 +30,7 @@ PROFILES = tuple(_PROFILES)
 
 
 def profile_fractions(profile: str, num_classes: int, imbalance: float) -> np.ndarray:
-    """Returns each class's size as a fraction of the largest class.
+    """Each class's size as a fraction of the largest class.
 
     exponential: imbalance^(-c / (C - 1)), class 0 the most frequent.
     step: 1 for the first ceil(C/2) classes, 1 / imbalance for the last floor(C/2).
@@ -38,13 +38,13 @@ def profile_fractions(profile: str, num_classes: int, imbalance: float) -> np.nd
     Args:
       profile: "exponential" or "step".
       num_classes: C, at least 2.
-      imbalance: size of the largest class over that of the smallest, at least 1.
+      imbalance: Size of the largest class over that of the smallest, at least 1.
 
     Returns:
       float64 [C] in (0, 1].
 
     Raises:
-      ValueError: an unknown profile, fewer than 2 classes, or an imbalance that is not a finite
+      ValueError: An unknown profile, fewer than 2 classes, or an imbalance that is not a finite
         number of at least 1.
 
     Example:
@@ -63,19 +63,19 @@ def profile_fractions(profile: str, num_classes: int, imbalance: float) -> np.nd
 
 
 def class_sizes(profile: str, largest: float, num_classes: int, imbalance: float) -> np.ndarray:
-    """Returns the size of each class: n_c = floor(largest * fraction_c).
+    """The size of each class: n_c = floor(largest * fraction_c).
 
     Args:
       profile: "exponential" or "step".
-      largest: size of the largest class.
+      largest: Size of the largest class.
       num_classes: C.
-      imbalance: size of the largest class over that of the smallest, at least 1.
+      imbalance: Size of the largest class over that of the smallest, at least 1.
 
     Returns:
       int64 [C].
 
     Raises:
-      ValueError: as `profile_fractions`, or a class that would be left without an example.
+      ValueError: As `profile_fractions`, or a class that would be left without an example.
 
     Example:
       >>> class_sizes("exponential", 5000, 10, 100)  # the published CIFAR-10-LT
@@ -111,14 +111,14 @@ def long_tail_indices(
       labels: int [N], the labels of the pool.
       num_classes: C; every class must be present.
       profile: "exponential" or "step".
-      imbalance: size of the largest class over that of the smallest, at least 1.
-      seed: a non-negative integer.
+      imbalance: Size of the largest class over that of the smallest, at least 1.
+      seed: A non-negative integer.
 
     Returns:
       Ascending indices into the pool, int64 [sum of n_c].
 
     Raises:
-      ValueError: as `class_sizes`, or a label out of range, or a class that the pool lacks.
+      ValueError: As `class_sizes`, or a label out of range, or a class that the pool lacks.
 
     Example:
       >>> labels = np.repeat([0, 1, 2], 100)
@@ -154,15 +154,15 @@ def save_indices(
     folders are made.
 
     Args:
-      path: the file to write.
+      path: The file to write.
       indices: int [M] into the labelled set.
       labels: int [N], the labels of the whole set that the indices point into.
-      meta: anything JSON can hold, for people to read.
+      meta: Anything JSON can hold, for people to read.
 
     Raises:
-      ValueError: indices that are not a non-empty vector of different integers in 0..N-1, or meta
+      ValueError: Indices that are not a non-empty vector of different integers in 0..N-1, or meta
         that JSON cannot hold.
-      OSError: the file cannot be written.
+      OSError: The file cannot be written.
 
     Example:
       >>> import tempfile
@@ -194,16 +194,16 @@ def load_indices(path: str | os.PathLike, labels: ArrayLike) -> tuple[np.ndarray
     """Reads what `save_indices` wrote and checks that it belongs to this data set.
 
     Args:
-      path: the file to read. Only JSON is read, so a file cannot run code.
+      path: The file to read. Only JSON is read, so a file cannot run code.
       labels: int [N], the labels of the set that the indices are to point into.
 
     Returns:
       (int64 [M], meta).
 
     Raises:
-      ValueError: not a file of `save_indices`, a file that was changed, or one made for other
+      ValueError: Not a file of `save_indices`, a file that was changed, or one made for other
         labels.
-      OSError: the file cannot be read.
+      OSError: The file cannot be read.
     """
     labels = checks.label_array(labels)
     try:

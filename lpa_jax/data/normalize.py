@@ -20,11 +20,11 @@ class Normalization:
     (x/255 - m/255) / (s/255) = (x - m) / s. Hashable, so it may be closed over or static in jit.
 
     Attributes:
-      mean: one number a channel.
-      std: one positive number a channel.
+      mean: One number a channel.
+      std: One positive number a channel.
 
     Raises:
-      ValueError: lengths that differ, no channel, a value that is not finite, or a std that is not
+      ValueError: Lengths that differ, no channel, a value that is not finite, or a std that is not
         positive.
 
     Example:
@@ -52,16 +52,16 @@ class Normalization:
 
     @classmethod
     def fit(cls, images: np.ndarray) -> "Normalization":
-        """Returns the mean and (population) standard deviation of each channel over N, H and W.
+        """The mean and (population) standard deviation of each channel over N, H and W.
 
         A channel that is constant gets std 1, so that it becomes zero rather than infinite. Pass
-        the training images only: statistics of the test split are not ours to know.
+        the training images only: the test split must not influence training.
 
         Args:
           images: uint8 or float32 [N, H, W, ch].
 
         Raises:
-          ValueError: images that are not a non-empty [N, H, W, ch].
+          ValueError: Images that are not a non-empty [N, H, W, ch].
         """
         if images.ndim != 4 or images.size == 0:
             raise ValueError(f"images must be a non-empty [N, H, W, ch], got shape {images.shape}")
@@ -78,13 +78,13 @@ class Normalization:
         return cls(tuple(mean), tuple(np.where(std > 0, std, 1.0)))
 
     def apply(self, images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-        """Returns float32 images of the same shape: NumPy for NumPy, JAX for JAX (under jit too).
+        """Float32 images of the same shape: NumPy for NumPy, JAX for JAX (under jit too).
 
         Args:
           images: [..., ch] of any real type.
 
         Raises:
-          ValueError: another number of channels.
+          ValueError: Another number of channels.
         """
         if images.shape[-1] != len(self.mean):
             raise ValueError(

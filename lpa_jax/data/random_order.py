@@ -16,22 +16,22 @@ DOMAIN_ASSIGNMENT, DOMAIN_HOLDOUT, LABEL_NOISE, COLOUR, FILE_CROP = range(7, 12)
 
 
 def permutation(size: int, seed: int, *stream: int) -> np.ndarray:
-    """Returns a uniformly random order of 0..size-1, a pure function of its arguments.
+    """A uniformly random order of 0..size-1, a pure function of its arguments.
 
     The order is argsort(Philox(seed, stream) raw 64-bit outputs); ties (chance below size^2 / 2^65)
     keep their place.
 
     Args:
-      size: the number of elements, N.
-      seed: a non-negative integer.
-      *stream: non-negative integers that name independent streams of the same seed, for example
+      size: The number of elements, N.
+      seed: A non-negative integer.
+      *stream: Non-negative integers that name independent streams of the same seed, for example
         (purpose, epoch).
 
     Returns:
       int64 [N].
 
     Raises:
-      ValueError: size or seed is not a non-negative integer.
+      ValueError: Size or seed is not a non-negative integer.
 
     Example:
       >>> permutation(5, 0, EPOCH, 0)
@@ -46,21 +46,21 @@ def permutation(size: int, seed: int, *stream: int) -> np.ndarray:
 
 
 def bernoulli(probability: float, size: int, seed: int, *stream: int) -> np.ndarray:
-    """Returns independent coin tosses, a pure function of the arguments.
+    """Independent coin tosses, a pure function of the arguments.
 
     Toss i is whether the i-th of `uniforms` is below the probability.
 
     Args:
-      probability: of True, in [0, 1].
-      size: the number of tosses, N.
-      seed: a non-negative integer.
-      *stream: as in `permutation`.
+      probability: Probability of True, in [0, 1].
+      size: The number of tosses, N.
+      seed: A non-negative integer.
+      *stream: As in `permutation`.
 
     Returns:
       bool [N].
 
     Raises:
-      ValueError: size or seed is not a non-negative integer, or a probability outside [0, 1].
+      ValueError: Size or seed is not a non-negative integer, or a probability outside [0, 1].
 
     Example:
       >>> bernoulli(0.5, 5, 0, COLOUR)
@@ -71,20 +71,20 @@ def bernoulli(probability: float, size: int, seed: int, *stream: int) -> np.ndar
 
 
 def uniforms(size: int, seed: int, *stream: int) -> np.ndarray:
-    """Returns independent numbers from [0, 1), a pure function of the arguments.
+    """Independent numbers from [0, 1), a pure function of the arguments.
 
     Number i is (the upper 53 bits of the i-th raw output) / 2^53.
 
     Args:
-      size: how many, N.
-      seed: a non-negative integer.
-      *stream: as in `permutation`.
+      size: How many, N.
+      seed: A non-negative integer.
+      *stream: As in `permutation`.
 
     Returns:
       float64 [N].
 
     Raises:
-      ValueError: size or seed is not a non-negative integer.
+      ValueError: Size or seed is not a non-negative integer.
 
     Example:
       >>> uniforms(2, 0, FILE_CROP, 0).round(3)

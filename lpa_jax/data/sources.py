@@ -39,7 +39,7 @@ class ImageSource(Sequence):
     """Random access to the labelled images of one split on disk; made by `open_source`.
 
     Attributes:
-      name: the name of the data set.
+      name: The name of the data set.
       num_classes: C.
       class_names: C names.
       image_shape: (H, W, ch); None where images differ.
@@ -56,14 +56,14 @@ class ImageSource(Sequence):
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns {"image": [H, W, ch], "label": int32} of one example."""
+        """{"image": [H, W, ch], "label": int32} of one example."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """Returns several examples, which reads faster than one by one.
+        """Several examples, which reads faster than one by one.
 
         Raises:
-          ValueError: the files of the set cannot be read.
+          ValueError: The files of the set cannot be read.
         """
         image_key, label_key = self._keys
         try:
@@ -84,7 +84,7 @@ def load(
       name: "digits", "mnist5k", or any TFDS image-classification set ("cifar10", "svhn_cropped",
         ...).
       split: "train", "test", or another split that the set has.
-      data_dir: where TFDS keeps its data; None for its own default (the environment variable
+      data_dir: Where TFDS keeps its data; None for its own default (the environment variable
         TFDS_DATA_DIR, or ~/tensorflow_datasets).
       image_size: S, pixels a side of what images that differ in size are made, their central
         square; sets of one size are left as they are.
@@ -94,7 +94,7 @@ def load(
       files.
 
     Raises:
-      ValueError: an unknown name or split, a set that is not image classification or is not
+      ValueError: An unknown name or split, a set that is not image classification or is not
         prepared (the message has the command), images of several shapes and no `image_size`, or
         more than 8 GiB of them (`open_source` and `grain_batches` serve both).
 
@@ -110,11 +110,11 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
     """Reads every image of a source into memory, in its order.
 
     Args:
-      source: what to read.
-      image_size: as in `load`.
+      source: What to read.
+      image_size: As in `load`.
 
     Raises:
-      ValueError: images of several shapes and no `image_size`, images that cannot be decoded, or
+      ValueError: Images of several shapes and no `image_size`, images that cannot be decoded, or
         more than 8 GiB of them (batches can be read from the source itself).
     """
     size = len(source)
@@ -149,12 +149,12 @@ def open_source(name: str, split: str, data_dir: PathLike | None = None) -> Imag
     """Opens one split of a data set for random access, without reading it: for `grain_batches`.
 
     Args:
-      name: as in `load`.
-      split: as in `load`.
-      data_dir: as in `load`.
+      name: As in `load`.
+      split: As in `load`.
+      data_dir: As in `load`.
 
     Raises:
-      ValueError: as `load`, except that images may have several shapes and any size.
+      ValueError: As `load`, except that images may have several shapes and any size.
     """
     builder = _builder(name, data_dir)
     image_key, label_key = _keys(name, builder.info)
@@ -191,11 +191,11 @@ def split_names(name: str, data_dir: PathLike | None = None) -> tuple[str, ...]:
     """Splits of a data set; none where it is not prepared and TFDS does not know them beforehand.
 
     Args:
-      name: as in `load`.
-      data_dir: as in `load`.
+      name: As in `load`.
+      data_dir: As in `load`.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: An unknown name.
     """
     return tuple(sorted(_builder(name, data_dir).info.splits))
 
@@ -207,14 +207,14 @@ def prepare(name: str, data_dir: PathLike | None = None) -> str:
     to finish renames it into place, and the others use that one.
 
     Args:
-      name: as in `load`. Only the embedded sets are prepared without a download and TensorFlow.
-      data_dir: as in `load`.
+      name: As in `load`. Only the embedded sets are prepared without a download and TensorFlow.
+      data_dir: As in `load`.
 
     Returns:
       The folder of the prepared set.
 
     Raises:
-      ValueError: an unknown name, a set that is not image classification, or a data_dir that cannot
+      ValueError: An unknown name, a set that is not image classification, or a data_dir that cannot
         be written.
       RuntimeError: TensorFlow is missing, or TFDS failed (the download, most often).
     """
@@ -264,7 +264,7 @@ def _keys(name: str, info: "tfds.core.DatasetInfo") -> tuple[str, str]:
 
 
 def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder":
-    """Returns a builder of the prepared set."""
+    """A builder of the prepared set."""
     builder = _builder(name, data_dir)
     if _is_prepared(builder):
         return builder
@@ -277,7 +277,7 @@ def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
     try:
         with _tamed_tfds():
             builder.download_and_prepare(file_format="array_record")
-    # whatever went wrong, TensorFlow's own errors included, the set may stand: another process
+    # whatever went wrong, TensorFlow's own errors included, the set may exist: another process
     # was first, and the rename of our folder failed
     except Exception as error:
         failure = error

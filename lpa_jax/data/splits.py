@@ -8,21 +8,21 @@ from lpa_jax.data import random_order
 
 
 def class_orders(labels: np.ndarray, seed: int, purpose: int) -> dict[int, np.ndarray]:
-    """Returns the examples of each class that is present, in a seeded random order.
+    """The examples of each class that is present, in a seeded random order.
 
     Every class has a stream of its own, so an order depends on its own class only. Taking the first
     n of it for growing n gives nested sets.
 
     Args:
       labels: int [N].
-      seed: a non-negative integer.
-      purpose: one of the purposes of `random_order`.
+      seed: A non-negative integer.
+      purpose: One of the purposes of `random_order`.
 
     Returns:
       {class: int64 [N_c]}, classes ascending.
 
     Raises:
-      ValueError: the seed is not a non-negative integer.
+      ValueError: The seed is not a non-negative integer.
 
     Example:
       >>> class_orders(np.array([0, 1, 0, 1, 1]), seed=0, purpose=random_order.SPLIT)
@@ -45,15 +45,15 @@ def validation_split(
 
     Args:
       labels: int [N].
-      per_class: validation examples of each class; give this or `fraction`.
-      fraction: share of each class, in (0, 1).
-      seed: a non-negative integer.
+      per_class: Validation examples of each class; give this or `fraction`.
+      fraction: Share of each class, in (0, 1).
+      seed: A non-negative integer.
 
     Returns:
       (training indices, validation indices), both ascending int64; together 0..N-1, each once.
 
     Raises:
-      ValueError: both or neither of per_class and fraction, a value out of range, or a class with
+      ValueError: Both or neither of per_class and fraction, a value out of range, or a class with
         too few examples to stay in both parts.
 
     Example:
@@ -86,14 +86,14 @@ def validation_split(
 
 
 def reduced_indices(labels: ArrayLike, per_class: int, seed: int = 0) -> np.ndarray:
-    """Returns a reduced training set with `per_class` examples of every class that is present.
+    """A reduced training set with `per_class` examples of every class that is present.
 
     Sets of one seed are nested: fewer examples a class give a subset of more.
 
     Args:
       labels: int [N].
-      per_class: examples of each class.
-      seed: a non-negative integer.
+      per_class: Examples of each class.
+      seed: A non-negative integer.
 
     Returns:
       Ascending indices, int64 [per_class * classes].

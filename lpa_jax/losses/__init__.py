@@ -1,4 +1,4 @@
-"""Losses on soft targets for balanced and long-tailed classification: one a file, one registry.
+"""Losses on soft targets for balanced and long-tailed classification.
 
 A loss maps logits [..., C] and targets [..., C] (class probabilities) to one value per example
 [...], in nats. `cross_entropy` is one; the others are factories that check their arguments on the

@@ -19,7 +19,7 @@ def options(name: str) -> tuple[str, ...]:
     """Names of the options of a loss, the class counts left out.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: Unknown name.
 
     Example:
       >>> options("focal")
@@ -32,7 +32,7 @@ def option_types(name: str) -> dict[str, Any]:
     """What a loss annotates each of its options with, the class counts left out.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: Unknown name.
 
     Example:
       >>> option_types("focal")

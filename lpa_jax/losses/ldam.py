@@ -73,7 +73,7 @@ def drw_stages(
     The released code divides the sum over a batch by the batch's sum of weights, as PyTorch's
     weighted cross entropy does, so that the steps keep their size at the switch; `class_balanced`
     divides by the number of examples, and frequent classes, whose weights are small, would make the
-    steps shrink with it. Here w_mean, the mean weight of a training example, stands for that of the
+    steps shrink with it. Here w_mean, the mean weight of a training example, replaces that of the
     batch: it is the same for every batch, so that the loss of an example does not depend on
     which others share its batch, device or accumulation step. Where batches are drawn from other
     priors than `counts`, such as balanced ones, it is not their mean.

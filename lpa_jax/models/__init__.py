@@ -59,7 +59,7 @@ def create(name: str, num_classes: int, **options: Any) -> StagedModel:
       name: One of `names()`.
       num_classes: Number of classes `C`.
       **options: Attributes of the model's class, such as `dropout` or `dtype`; those left out keep
-        the defaults of the named architecture.
+      the defaults of the named architecture.
 
     Returns:
       An unbound staged model.
@@ -72,7 +72,7 @@ def create(name: str, num_classes: int, **options: Any) -> StagedModel:
       10
       >>> create("mlp", num_classes=10, deep=3)
       Traceback (most recent call last):
-        ...
+      ...
       ValueError: option of model 'mlp' must be one of hidden, dropout, dtype, head, got 'deep'
     """
     return _REGISTRY.create(name, num_classes, **options)

@@ -6,7 +6,7 @@ A classifier with `S` stages is the chain
 
 and `layers` names the activations `(h_0, ..., h_S)`. Cutting the chain at layer `l` gives the two
 functions `encode_l` (`start="input", stop=l`) and `decode_l` (`start=l, stop="logits"`), so that
-a perturbation of `h_l` re-runs only what stands above it.
+a perturbation of `h_l` re-runs only the stages above it.
 """
 
 import dataclasses
@@ -28,36 +28,36 @@ class StagedModel(nn.Module):
 
     A subclass gives `stage_names`, the last one `"logits"`, and in `setup` a dictionary `stages`
     from each of these names to a callable `(x, train) -> x`: a parameter-free function, or a
-    Linen module of that `name`. The parameters and statistics of a stage then stand under its
+    Linen module of that `name`. The parameters and statistics of a stage then have its
     name and its randomness depends on that name only, so two calls over `start..l` and `l..stop`
     with the same `rngs` compute what one call over `start..stop` does, dropout included. Running
     statistics (collection `"batch_stats"`) are updated for the stages that run and for no other.
 
     Attributes:
-        num_classes: Number of classes `C`, the width of the logits.
-        dtype: Floating type of the computation, or its name; `None` infers it from the input and
-            the parameters. Parameters and running statistics are float32 whatever it is, and
-            logits are computed and returned in at least float32.
-        head: The classifier behind the last activation: `"linear"` (`Head`), or `"normalized"`
-            for cosines (`NormalizedHead`), which LDAM was published with.
+      num_classes: Number of classes `C`, the width of the logits.
+      dtype: Floating type of the computation, or its name; `None` infers it from the input and
+        the parameters. Parameters and running statistics are always float32, and
+        logits are computed and returned in at least float32.
+      head: The classifier behind the last activation: `"linear"` (`Head`), or `"normalized"`
+        for cosines (`NormalizedHead`), which LDAM was published with.
 
     Raises:
-        ValueError: An attribute is outside its range.
+      ValueError: An attribute is outside its range.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from lpa_jax import models
-        >>> model = models.MLP(num_classes=3, hidden=(5, 4))
-        >>> model.layers
-        ('input', 'hidden1', 'hidden2', 'logits')
-        >>> x = jnp.ones((2, 8, 8, 1))
-        >>> variables = model.init(jax.random.key(0), x)
-        >>> h = model.apply(variables, x, stop="hidden1")
-        >>> h.shape
-        (2, 5)
-        >>> logits = model.apply(variables, h, start="hidden1")
-        >>> bool((logits == model.apply(variables, x)).all())
-        True
+      >>> import jax, jax.numpy as jnp
+      >>> from lpa_jax import models
+      >>> model = models.MLP(num_classes=3, hidden=(5, 4))
+      >>> model.layers
+      ('input', 'hidden1', 'hidden2', 'logits')
+      >>> x = jnp.ones((2, 8, 8, 1))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> h = model.apply(variables, x, stop="hidden1")
+      >>> h.shape
+      (2, 5)
+      >>> logits = model.apply(variables, h, start="hidden1")
+      >>> bool((logits == model.apply(variables, x)).all())
+      True
     """
 
     num_classes: int
@@ -92,18 +92,18 @@ class StagedModel(nn.Module):
         """Runs the stages after layer `start` up to and including layer `stop`.
 
         Args:
-            x: Activation at `start`, `[B, ...]`; for `"input"` images `[B, H, W, channels]`.
-            train: Whether normalisation uses batch statistics and dropout is active (which then
-                needs an rng named `"dropout"`).
-            start: Layer at which `x` stands.
-            stop: Layer to compute; `stop == start` is the identity.
+          x: Activation at `start`, `[B, ...]`; for `"input"` images `[B, H, W, channels]`.
+          train: Whether normalisation uses batch statistics and dropout is active (which then
+            needs an rng named `"dropout"`).
+          start: Layer of `x`.
+          stop: Layer to compute; `stop == start` is the identity.
 
         Returns:
-            The activation at `stop`, `[B, ...]`; for `"logits"` `[B, C]`.
+          The activation at `stop`, `[B, ...]`; for `"logits"` `[B, C]`.
 
         Raises:
-            ValueError: `start` or `stop` is not in `layers`, `stop` comes before `start`, or
-                initialisation was asked for a part of the network.
+          ValueError: `start` or `stop` is not in `layers`, `stop` comes before `start`, or
+            initialisation was asked for a part of the network.
         """
         checks.choice("start", start, self.layers)
         first = self.layers.index(start)
@@ -123,26 +123,26 @@ class NormalizedModel(StagedModel):
     """A staged model with a choice of normalisation layers.
 
     Attributes:
-        norm: `"batch"` (Ioffe and Szegedy, arXiv 1502.03167), `"group"` (Wu and He,
-            arXiv 1803.08494) or `"none"`, with which the convolutions get biases.
-        groups: Groups of `"group"`; a layer of `F` features has `gcd(groups, F)` of them.
-        axis_name: Mapped axis over which `"batch"` averages its statistics in training, so that
-            they are those of the global batch; `None` keeps them local.
-        norm_momentum: Share of the old running statistics that one update of `"batch"` keeps.
-        norm_epsilon: Added to the variance.
-        frozen_norm: Whether `"batch"` normalises by its running statistics in training, too, and
-            never updates them; its scales and biases are trained. For statistics that come with
-            pretrained weights, as the code of DomainBed (arXiv 2007.01434) keeps them.
+      norm: `"batch"` (Ioffe and Szegedy, arXiv 1502.03167), `"group"` (Wu and He,
+        arXiv 1803.08494) or `"none"`, with which the convolutions get biases.
+      groups: Groups of `"group"`; a layer of `F` features has `gcd(groups, F)` of them.
+      axis_name: Mapped axis over which `"batch"` averages its statistics in training, so that
+        they are those of the global batch; `None` keeps them local.
+      norm_momentum: Share of the old running statistics that one update of `"batch"` keeps.
+      norm_epsilon: Added to the variance.
+      frozen_norm: Whether `"batch"` normalises by its running statistics in training, too, and
+        never updates them; its scales and biases are trained. For statistics that come with
+        pretrained weights, as the code of DomainBed (arXiv 2007.01434) keeps them.
 
     Raises:
-        ValueError: An attribute is outside its range.
+      ValueError: An attribute is outside its range.
 
     Example:
-        >>> from lpa_jax import models
-        >>> models.SmallCNN(10, norm="layer")
-        Traceback (most recent call last):
-        ...
-        ValueError: norm must be one of batch, group, none, got 'layer'
+      >>> from lpa_jax import models
+      >>> models.SmallCNN(10, norm="layer")
+      Traceback (most recent call last):
+      ...
+      ValueError: norm must be one of batch, group, none, got 'layer'
     """
 
     norm: str = dataclasses.field(default="batch", kw_only=True)
@@ -177,10 +177,10 @@ class NormalizedModel(StagedModel):
 
 
 def floating_dtype(dtype: Any) -> jnp.dtype | None:
-    """Returns `dtype` (a type or its name) as a NumPy dtype, or `None` for `None`.
+    """`dtype` (a type or its name) as a NumPy dtype, or `None` for `None`.
 
     Raises:
-        ValueError: It is not a floating type.
+      ValueError: It is not a floating type.
     """
     if dtype is None:
         return None
@@ -194,5 +194,5 @@ def floating_dtype(dtype: Any) -> jnp.dtype | None:
 
 
 def numbered(prefix: str, count: int) -> tuple[str, ...]:
-    """Returns the names `prefix1` to `prefix<count>`."""
+    """The names `prefix1` to `prefix<count>`."""
     return tuple(f"{prefix}{index + 1}" for index in range(count))

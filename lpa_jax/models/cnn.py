@@ -13,19 +13,19 @@ class SmallCNN(base.NormalizedModel):
     """Stride-2 convolutions with normalisation and relu, global pooling, a linear head.
 
     h_k = relu(norm(conv3x3(h_{k-1}, stride 2))). Layers: `input`, `stage1` .. `stage<S>`, `pool`,
-    `logits`. The architecture is ours; `norm` is `"group"` unless said otherwise, so that
+    `logits`. The architecture is this library's. `norm` is `"group"` by default, so that
     small batches and class-wise perturbations do not meet each other in batch statistics.
 
     Attributes:
-        widths: Features of each stage.
+      widths: Features of each stage.
 
     Raises:
-        ValueError: An attribute is outside its range.
+      ValueError: An attribute is outside its range.
 
     Example:
-        >>> from lpa_jax import models
-        >>> models.SmallCNN(num_classes=10).layers
-        ('input', 'stage1', 'stage2', 'stage3', 'pool', 'logits')
+      >>> from lpa_jax import models
+      >>> models.SmallCNN(num_classes=10).layers
+      ('input', 'stage1', 'stage2', 'stage3', 'pool', 'logits')
     """
 
     widths: tuple[int, ...] = (16, 32, 64)
@@ -61,6 +61,6 @@ class ConvNormRelu(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `[B, H/2, W/2, features]`."""
+        """`[B, H/2, W/2, features]`."""
         x = self.primitives.conv(x, self.features, 3, 2, name="conv")
         return nn.relu(self.primitives.norm(x, train=train, name="norm"))

@@ -75,9 +75,9 @@ class BlockStage(nn.Module):
     """A stage of equal blocks, the first of which carries the stage's stride.
 
     Attributes:
-        block: Makes a block from `stride` and `name`; the block is called with `(x, train)`.
-        count: Number of blocks.
-        stride: Stride of the first block; the others have stride 1.
+      block: Makes a block from `stride` and `name`; the block is called with `(x, train)`.
+      count: Number of blocks.
+      stride: Stride of the first block; the others have stride 1.
     """
 
     block: Callable[..., nn.Module]
@@ -105,7 +105,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `x @ kernel + bias` in at least float32."""
+        """`x @ kernel + bias` in at least float32."""
         del train
         dtype = None if self.dtype is None else jnp.promote_types(self.dtype, jnp.float32)
         return nn.Dense(self.num_classes, dtype=dtype, name="dense")(x)
@@ -121,17 +121,18 @@ class NormalizedHead(nn.Module):
     linear head is.
 
     Attributes:
-        num_classes: Number of classes `C`.
-        dtype: Floating type of the computation, or `None`, as in `base.StagedModel`.
-
-    Source: Cao et al., NeurIPS 2019 (arXiv 1906.07413), whose classifier this is.
+      num_classes: Number of classes `C`.
+      dtype: Floating type of the computation, or `None`, as in `base.StagedModel`.
 
     Example:
-        >>> head = NormalizedHead(2, None)
-        >>> weights = {"params": {"kernel": jnp.array([[2.0, 3.0], [0.0, 4.0]])}}
-        >>> cosines = head.apply(weights, jnp.array([[5.0, 0.0]]), False)
-        >>> [round(float(cosine), 4) for cosine in cosines[0]]  # 1, 3 / 5
-        [1.0, 0.6]
+      >>> head = NormalizedHead(2, None)
+      >>> weights = {"params": {"kernel": jnp.array([[2.0, 3.0], [0.0, 4.0]])}}
+      >>> cosines = head.apply(weights, jnp.array([[5.0, 0.0]]), False)
+      >>> [round(float(cosine), 4) for cosine in cosines[0]]  # 1, 3 / 5
+      [1.0, 0.6]
+
+    References:
+      Cao et al., NeurIPS 2019 (arXiv 1906.07413), whose classifier this is.
     """
 
     num_classes: int
@@ -139,7 +140,7 @@ class NormalizedHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns the cosines in at least float32."""
+        """The cosines in at least float32."""
         del train
         initial = nn.initializers.lecun_normal()
         kernel = self.param("kernel", initial, (x.shape[-1], self.num_classes))
@@ -150,8 +151,9 @@ class NormalizedHead(nn.Module):
 def unit_vectors(x: jax.Array, axis: int) -> jax.Array:
     """The vectors along `axis` at length 1; a zero vector stays zero, and so does its gradient.
 
-    >>> [round(float(entry), 4) for entry in unit_vectors(jnp.array([3.0, -4.0]), axis=0)]
-    [0.6, -0.8]
+    Example:
+      >>> [round(float(entry), 4) for entry in unit_vectors(jnp.array([3.0, -4.0]), axis=0)]
+      [0.6, -0.8]
     """
     # Scaled by the largest entry first, so that no square of a small or large one is lost.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
@@ -168,5 +170,5 @@ def global_average_pool(x: jax.Array, train: bool) -> jax.Array:
 
 
 def relu_dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
-    """Returns dropout of relu(x), the dropout being a submodule of the compact caller."""
+    """Dropout of relu(x), the dropout being a submodule of the compact caller."""
     return nn.Dropout(rate, deterministic=not train, name="dropout")(nn.relu(x))

@@ -12,19 +12,19 @@ class MLP(base.StagedModel):
     """Multilayer perceptron with relu and optional dropout.
 
     h_k = dropout(relu(W_k h_{k-1} + b_k)) with h_0 the flattened input, logits = W h_S + b.
-    Layers: `input`, `hidden1` .. `hidden<S>`, `logits`; a hidden layer stands after its dropout.
+    Layers: `input`, `hidden1` .. `hidden<S>`, `logits`; a hidden layer includes its dropout.
 
     Attributes:
-        hidden: Widths of the hidden layers.
-        dropout: Rate of the dropout after each hidden layer (Srivastava et al., JMLR 2014).
+      hidden: Widths of the hidden layers.
+      dropout: Rate of the dropout after each hidden layer (Srivastava et al., JMLR 2014).
 
     Raises:
-        ValueError: An attribute is outside its range.
+      ValueError: An attribute is outside its range.
 
     Example:
-        >>> from lpa_jax import models
-        >>> models.MLP(num_classes=10).layers
-        ('input', 'hidden1', 'hidden2', 'hidden3', 'logits')
+      >>> from lpa_jax import models
+      >>> models.MLP(num_classes=10).layers
+      ('input', 'hidden1', 'hidden2', 'hidden3', 'logits')
     """
 
     hidden: tuple[int, ...] = (256, 256, 128)
@@ -52,7 +52,7 @@ class MLP(base.StagedModel):
 
 
 class Hidden(nn.Module):
-    """One hidden layer; flattens its input, so that images may stand below the first."""
+    """One hidden layer; flattens its input, so that the first one takes images."""
 
     features: int
     dropout: float
@@ -60,7 +60,7 @@ class Hidden(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns dropout(relu(W x + b)), `[B, features]`."""
+        """dropout(relu(W x + b)), `[B, features]`."""
         x = jnp.reshape(x, (x.shape[0], -1))
         x = nn.Dense(
             self.features,

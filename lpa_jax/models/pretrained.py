@@ -28,7 +28,7 @@ from lpa_jax.models.resnet import ResNet
 
 _HEAD = ("fc.weight", "fc.bias")
 _COUNTER = ".num_batches_tracked"
-# Names of a norm's tensors, and where they stand: collection, leaf.
+# Names of a norm's tensors, and their collection and leaf.
 _NORM = {
     "weight": ("params", "scale"),
     "bias": ("params", "bias"),
@@ -43,8 +43,8 @@ class Weights:
     """The tensors of a file; equal to another's where the files are the same.
 
     Attributes:
-        tensors: By name, read-only.
-        sha256: Of the whole file, in hexadecimal digits.
+      tensors: By name, read-only.
+      sha256: Sha256 of the whole file, in hexadecimal digits.
     """
 
     tensors: Mapping[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
@@ -55,15 +55,15 @@ def read(path: str | os.PathLike) -> Weights:
     """Reads a safetensors file; nothing in it is executed.
 
     Raises:
-        ValueError: It cannot be read, is cut short, or is not such a file.
+      ValueError: It cannot be read, is cut short, or is not such a file.
 
     Example:
-        >>> import tempfile, safetensors.numpy
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     _ = file.write(safetensors.numpy.save({"fc.bias": np.zeros(2, np.float32)}))
-        ...     file.flush()
-        ...     read(file.name).tensors["fc.bias"]
-        array([0., 0.], dtype=float32)
+      >>> import tempfile, safetensors.numpy
+      >>> with tempfile.NamedTemporaryFile() as file:
+      ...     _ = file.write(safetensors.numpy.save({"fc.bias": np.zeros(2, np.float32)}))
+      ...     file.flush()
+      ...     read(file.name).tensors["fc.bias"]
+      array([0., 0.], dtype=float32)
     """
     safetensors = optional.package("safetensors")
     optional.package("safetensors.numpy")
@@ -89,30 +89,30 @@ def read(path: str | os.PathLike) -> Weights:
 
 
 def convert(weights: Weights, model: StagedModel, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns the weights as variables of a ResNet, to take the place of its initial ones.
+    """The weights as variables of a ResNet, to take the place of its initial ones.
 
     The head is left out where the file has it for another number of classes. Counters of batches
     are not needed.
 
     Args:
-        weights: From `read`.
-        model: A `ResNet` of the ImageNet form with batch norms.
-        image_shape: (H, W, channels) of its input.
+      weights: From `read`.
+      model: A `ResNet` of the ImageNet form with batch norms.
+      image_shape: (H, W, channels) of its input.
 
     Returns:
-        `{"params": ..., "batch_stats": ...}`, float32, a part of the tree that `model.init` makes.
+      `{"params": ..., "batch_stats": ...}`, float32, a part of the tree that `model.init` makes.
 
     Raises:
-        ValueError: Another kind of model; a tensor is missing, unexpected, of another shape or not
-            of floating numbers; a number in it is not finite, or a variance negative. One line that
-            names the tensor.
+      ValueError: Another kind of model; a tensor is missing, unexpected, of another shape or not
+        of floating numbers; a number in it is not finite, or a variance negative. One line that
+        names the tensor.
 
     Example:
-        >>> from lpa_jax import models
-        >>> convert(Weights({}, ""), models.ResNet18(10), (32, 32, 3))
-        Traceback (most recent call last):
-        ...
-        ValueError: tensor 'bn1.bias' is missing (and 101 others of 102)
+      >>> from lpa_jax import models
+      >>> convert(Weights({}, ""), models.ResNet18(10), (32, 32, 3))
+      Traceback (most recent call last):
+      ...
+      ValueError: tensor 'bn1.bias' is missing (and 101 others of 102)
     """
     if not _has_names(model):
         raise ValueError(
@@ -152,7 +152,7 @@ def _has_names(model: StagedModel) -> bool:
 
 
 def _places(model: ResNet) -> Iterator[tuple[str, Place]]:
-    """Every tensor's name in the file, and where it stands among the variables."""
+    """Every tensor's name in the file, and its place among the variables."""
 
     def conv(name, *at):
         yield f"{name}.weight", ("params", *at, "kernel")
@@ -198,8 +198,9 @@ def _checked(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
 def _their_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the file of what has `shape` here.
 
-    >>> _their_shape((3, 3, 64, 128)), _their_shape((512, 10)), _their_shape((64,))
-    ((128, 64, 3, 3), (10, 512), (64,))
+    Example:
+      >>> _their_shape((3, 3, 64, 128)), _their_shape((512, 10)), _their_shape((64,))
+      ((128, 64, 3, 3), (10, 512), (64,))
     """
     if len(shape) == 4:
         height, width, below, above = shape

@@ -1,8 +1,8 @@
 """Residual networks in the CIFAR and the ImageNet form, every stage an injection point.
 
 References:
-    He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: section 4.2 (CIFAR
-    form, depth 6n+2, identity shortcuts) and table 1 (ImageNet form).
+  He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: section 4.2 (CIFAR
+  form, depth 6n+2, identity shortcuts) and table 1 (ImageNet form).
 """
 
 import functools
@@ -45,31 +45,31 @@ class ResNet(base.NormalizedModel):
 
     The 3-stage ones are the CIFAR form (widths 16, 32, 64; `shortcut="pad"`), the others the
     ImageNet form (widths 64 to 512; `shortcut="projection"`, `stem="imagenet"`). `ResNet8Slim` is
-    ours, for experiments on a CPU: half the CIFAR widths at half the resolution (`stem="strided"`).
+    this library's, for a CPU: half the CIFAR widths at half the resolution (`stem="strided"`).
 
     Attributes:
-        stage_sizes: Number of blocks of each stage.
-        widths: Features of each stage, one for each entry of `stage_sizes` (a bottleneck stage
-            ends in four times as many).
-        block: `"basic"` or `"bottleneck"`.
-        shortcut: What meets a change of shape: `"pad"` (subsample, append zero features; He's
-            option A, no parameters) or `"projection"` (1x1 convolution and norm; option B).
-        stem: `"cifar"` (3x3 convolution), `"strided"` (the same with stride 2) or `"imagenet"` (7x7
-            of stride 2, 3x3 max pooling of stride 2).
-        dropout: Rate of a dropout after global pooling, before the head (as in DomainBed,
-            arXiv 2007.01434, table 8); `pool` stands after it.
-        zero_init: Whether the scale of each block's last norm starts at 0, so that every block
-            starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1).
+      stage_sizes: Number of blocks of each stage.
+      widths: Features of each stage, one for each entry of `stage_sizes` (a bottleneck stage
+        ends in four times as many).
+      block: `"basic"` or `"bottleneck"`.
+      shortcut: What meets a change of shape: `"pad"` (subsample, append zero features; He's
+        option A, no parameters) or `"projection"` (1x1 convolution and norm; option B).
+      stem: `"cifar"` (3x3 convolution), `"strided"` (the same with stride 2) or `"imagenet"` (7x7
+        of stride 2, 3x3 max pooling of stride 2).
+      dropout: Rate of a dropout after global pooling, before the head (as in DomainBed,
+        arXiv 2007.01434, table 8); `pool` includes it.
+      zero_init: Whether the scale of each block's last norm starts at 0, so that every block
+        starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1).
 
     Raises:
-        ValueError: An attribute is outside its range.
+      ValueError: An attribute is outside its range.
 
     Example:
-        >>> from lpa_jax import models
-        >>> models.ResNet32(num_classes=100).layers
-        ('input', 'stem', 'stage1', 'stage2', 'stage3', 'pool', 'logits')
-        >>> models.ResNet50(num_classes=10, stem="cifar").stage_sizes
-        (3, 4, 6, 3)
+      >>> from lpa_jax import models
+      >>> models.ResNet32(num_classes=100).layers
+      ('input', 'stem', 'stage1', 'stage2', 'stage3', 'pool', 'logits')
+      >>> models.ResNet50(num_classes=10, stem="cifar").stage_sizes
+      (3, 4, 6, 3)
     """
 
     stage_sizes: tuple[int, ...] = (3, 3, 3)
@@ -132,7 +132,7 @@ class PoolDropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns dropout(mean over space of x), `[B, F]`."""
+        """dropout(mean over space of x), `[B, F]`."""
         x = layers.global_average_pool(x, train)
         return nn.Dropout(self.rate, deterministic=not train, name="dropout")(x)
 
@@ -146,7 +146,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `[B, H/s, W/s, features]`, s being 1 (CIFAR), 2 (strided) or 4 (ImageNet)."""
+        """`[B, H/s, W/s, features]`, s being 1 (CIFAR), 2 (strided) or 4 (ImageNet)."""
         size, stride = {"cifar": (3, 1), "strided": (3, 2), "imagenet": (7, 2)}[self.form]
         x = self.primitives.conv(x, self.features, size, stride, name="conv")
         x = nn.relu(self.primitives.norm(x, train=train, name="norm"))
@@ -165,7 +165,7 @@ class ResidualBlock(nn.Module):
     scale_init: Callable
 
     def add(self, x: jax.Array, residual: jax.Array, train: bool) -> jax.Array:
-        """Returns relu(shortcut(x) + residual), `x` being brought to the residual's shape."""
+        """relu(shortcut(x) + residual), `x` being brought to the residual's shape."""
         features = residual.shape[-1]
         if self.stride == 1 and x.shape[-1] == features:
             return nn.relu(x + residual)
@@ -183,7 +183,7 @@ class BasicBlock(ResidualBlock):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))."""
+        """relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))."""
         conv, norm = self.primitives.conv, functools.partial(self.primitives.norm, train=train)
         y = conv(x, self.features, 3, self.stride, name="conv1")
         y = nn.relu(norm(y, name="norm1"))
@@ -197,7 +197,7 @@ class BottleneckBlock(ResidualBlock):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns relu(shortcut(x) + residual(x)), each convolution being followed by a norm."""
+        """relu(shortcut(x) + residual(x)), each convolution being followed by a norm."""
         conv, norm = self.primitives.conv, functools.partial(self.primitives.norm, train=train)
         y = nn.relu(norm(conv(x, self.features, 1, name="conv1"), name="norm1"))
         y = conv(y, self.features, 3, self.stride, name="conv2")

@@ -1,9 +1,9 @@
 """Vision transformers, every block an injection point.
 
 References:
-    Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929, section 3.1.
-    Touvron et al., "Training data-efficient image transformers", arXiv 2012.12877, table 1
-    (the tiny and small sizes).
+  Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929, section 3.1.
+  Touvron et al., "Training data-efficient image transformers", arXiv 2012.12877, table 1
+  (the tiny and small sizes).
 """
 
 import functools
@@ -28,21 +28,21 @@ class ViT(base.StagedModel):
     `ViT_Ti16` has 5,717,416 and `ViT_S16` 22,050,664 parameters.
 
     Attributes:
-        patch: Side of a patch in pixels; must divide the image's height and width.
-        width: Features of a token.
-        depth: Number of blocks.
-        heads: Number of attention heads; must divide `width`.
-        mlp_ratio: Hidden features of a block's MLP, in units of `width`.
-        dropout: Rate of the dropout after the embedding and after every layer of a block.
-        norm_epsilon: Added to the variance in the layer norms.
+      patch: Side of a patch in pixels; must divide the image's height and width.
+      width: Features of a token.
+      depth: Number of blocks.
+      heads: Number of attention heads; must divide `width`.
+      mlp_ratio: Hidden features of a block's MLP, in units of `width`.
+      dropout: Rate of the dropout after the embedding and after every layer of a block.
+      norm_epsilon: Added to the variance in the layer norms.
 
     Raises:
-        ValueError: An attribute is outside its range, or the images do not divide into patches.
+      ValueError: An attribute is outside its range, or the images do not divide into patches.
 
     Example:
-        >>> from lpa_jax import models
-        >>> models.ViT(num_classes=10, patch=4, width=32, depth=2, heads=2).layers
-        ('input', 'embed', 'block1', 'block2', 'pool', 'logits')
+      >>> from lpa_jax import models
+      >>> models.ViT(num_classes=10, patch=4, width=32, depth=2, heads=2).layers
+      ('input', 'embed', 'block1', 'block2', 'pool', 'logits')
     """
 
     patch: int = 16
@@ -96,7 +96,7 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns tokens `[B, 1 + H*W/patch^2, width]`, the class token first."""
+        """Tokens `[B, 1 + H*W/patch^2, width]`, the class token first."""
         batch, height, width, _ = x.shape
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns tokens of the shape of `x`, `[B, 1 + N, width]`."""
+        """Tokens of the shape of `x`, `[B, 1 + N, width]`."""
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype)
         dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
         dense = functools.partial(
@@ -159,7 +159,7 @@ class ClassToken(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `[B, width]`; the norm acts on each token alone, so one suffices."""
+        """`[B, width]`; the norm acts on each token alone, so one suffices."""
         del train
         return nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name="norm")(x[:, 0])
 

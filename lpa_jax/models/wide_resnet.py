@@ -1,7 +1,7 @@
 """Wide residual networks, every stage an injection point.
 
 References:
-    Zagoruyko and Komodakis, "Wide Residual Networks", arXiv 1605.07146: table 1 and section 2.
+  Zagoruyko and Komodakis, "Wide Residual Networks", arXiv 1605.07146: table 1 and section 2.
 """
 
 import functools
@@ -20,23 +20,23 @@ class WideResNet(base.NormalizedModel):
     factor; a block adds conv3x3(dropout(relu(norm(conv3x3(relu(norm(x))))))) to x. Where the
     number of features or the resolution changes, the shortcut is a 1x1 convolution of
     relu(norm(x)). Layers: `input`, `stem`, `stage1`, `stage2`, `stage3`, `pool`, `logits`; the
-    last norm and relu stand between `stage3` and `pool`.
+    last norm and relu are between `stage3` and `pool`.
 
     `WRN_16_8` has 10,961,370 and `WRN_28_10` 36,479,194 parameters at 10 classes (the
     paper prints 11.0M and 36.5M).
 
     Attributes:
-        depth: Number of convolutional layers as the paper counts them, 6n + 4.
-        width: Width factor k.
-        dropout: Rate of the dropout between the convolutions of a block (the paper uses 0.3).
+      depth: Number of convolutional layers as the paper counts them, 6n + 4.
+      width: Width factor k.
+      dropout: Rate of the dropout between the convolutions of a block (the paper uses 0.3).
 
     Raises:
-        ValueError: An attribute is outside its range.
+      ValueError: An attribute is outside its range.
 
     Example:
-        >>> from lpa_jax import models
-        >>> models.WideResNet(num_classes=10, depth=40, width=2, dropout=0.3).layers
-        ('input', 'stem', 'stage1', 'stage2', 'stage3', 'pool', 'logits')
+      >>> from lpa_jax import models
+      >>> models.WideResNet(num_classes=10, depth=40, width=2, dropout=0.3).layers
+      ('input', 'stem', 'stage1', 'stage2', 'stage3', 'pool', 'logits')
     """
 
     depth: int = 28
@@ -85,7 +85,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `[B, H, W, features]`."""
+        """`[B, H, W, features]`."""
         del train
         return self.primitives.conv(x, self.features, 3, name="conv")
 
@@ -100,7 +100,7 @@ class PreactivationBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `[B, H/stride, W/stride, features]`."""
+        """`[B, H/stride, W/stride, features]`."""
         conv, norm = self.primitives.conv, functools.partial(self.primitives.norm, train=train)
         y = nn.relu(norm(x, name="norm1"))
         if self.stride != 1 or x.shape[-1] != self.features:
@@ -117,7 +117,7 @@ class NormReluPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns `[B, F]`."""
+        """`[B, F]`."""
         x = nn.relu(self.primitives.norm(x, train=train, name="norm"))
         return layers.global_average_pool(x, train)
 

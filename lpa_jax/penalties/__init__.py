@@ -1,4 +1,4 @@
-"""What is added to the training objective: one method a file, one interface, one registry."""
+"""Penalties: what is added to the training objective."""
 
 from lpa_jax.penalties.base import (
     Observed,

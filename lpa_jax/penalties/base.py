@@ -27,16 +27,16 @@ class Observed:
     Attributes:
       losses: loss_i, [B].
       logits: z_i, [B, C].
-      targets: soft targets as the perturbations left them, [B, C].
-      labels: classes y_i, [B] integers.
-      domain: each example's domain, [B] integers in 0..D-1, or None if the batch names none.
-      features: activation at each layer that the penalty names, [B, *S], as the pass goes on from
-        it (perturbed, where a perturbation stands there).
+      targets: Soft targets as the perturbations left them, [B, C].
+      labels: Classes y_i, [B] integers.
+      domain: Each example's domain, [B] integers in 0..D-1, or None if the batch names none.
+      features: Activation at each layer that the penalty names, [B, *S], as the layers
+        above get it (perturbed, if a perturbation acts there).
       decode: (layer, activation at that layer) -> logits of the network above it, in evaluation
         mode.
       loss: (logits, targets) -> [B], the training loss.
-      step: steps taken so far, a scalar integer.
-      axis_name: mapped axis over which the global batch is spread, or None.
+      step: Steps taken so far, a scalar integer.
+      axis_name: Mapped axis over which the global batch is spread, or None.
     """
 
     losses: Array
@@ -63,8 +63,8 @@ class Penalty(NamedTuple):
     which together with psum's own transpose gives the gradient of that scalar.
 
     Attributes:
-      name: the penalty's name in the registry.
-      layers: the layers whose features it needs.
+      name: The penalty's name in the registry.
+      layers: The layers whose features it needs.
       init: (shapes of the features by layer, num_classes) -> state, a pytree of arrays.
       apply: (state, observed) -> (scalar, next state); the next state is equal on all devices.
     """

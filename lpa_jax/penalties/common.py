@@ -17,8 +17,9 @@ def stateless(
 ) -> Penalty:
     """A penalty without state from a function observed -> scalar.
 
-    >>> stateless("energy", lambda observed: jnp.sum(observed.logits**2)).init({}, 10)
-    ()
+    Example:
+      >>> stateless("energy", lambda observed: jnp.sum(observed.logits**2)).init({}, 10)
+      ()
     """
     return Penalty(
         name,
@@ -31,8 +32,9 @@ def stateless(
 def zero(name: str) -> Penalty:
     """The penalty that adds exactly zero: what a method of zero strength returns.
 
-    >>> zero("coral").layers
-    ()
+    Example:
+      >>> zero("coral").layers
+      ()
     """
     return stateless(name, lambda observed: jnp.zeros((), jnp.float32))
 
@@ -40,8 +42,9 @@ def zero(name: str) -> Penalty:
 def annealed(weight: float, anneal_steps: int, step: Array) -> Array:
     """1 in the first `anneal_steps` steps, `weight` from then on, as DomainBed has it.
 
-    >>> [float(annealed(100.0, 2, jnp.asarray(step))) for step in range(3)]
-    [1.0, 1.0, 100.0]
+    Example:
+      >>> [float(annealed(100.0, 2, jnp.asarray(step))) for step in range(3)]
+      [1.0, 1.0, 100.0]
     """
     return jnp.where(step >= anneal_steps, weight, 1.0)
 
@@ -91,7 +94,7 @@ def domains(observed: Observed, num_domains: int, name: str) -> Array:
     """Each example's domain, [B].
 
     Raises:
-      ValueError: the batch has no `domain`, or (outside jit) one outside 0..num_domains-1.
+      ValueError: The batch has no `domain`, or (outside jit) one outside 0..num_domains-1.
     """
     domain = observed.domain
     if domain is None:

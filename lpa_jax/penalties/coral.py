@@ -31,18 +31,20 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
     Args:
       num_domains: D (of one there is nothing to compare, the penalty is 0).
         The batch names each example's domain under `domain`.
-      layer: the layer of the features, vectors [B, F]: the last hidden one in the publication.
+      layer: The layer of the features, vectors [B, F]: the last hidden one in the publication.
       weight: DomainBed's mmd_gamma, >= 0. 0 is no penalty.
 
     Raises:
-      ValueError: an option out of range; from `init`, features that are not vectors; from `apply`,
+      ValueError: An option out of range; from `init`, features that are not vectors; from `apply`,
         no `domain` in the batch or (outside jit) one outside 0..D-1.
 
-    Source: Sun and Saenko, ECCV 2016 workshops (arXiv 1607.01719), between all pairs of domains and
-    with the means, normalised as in DomainBed.
+    Example:
+      >>> coral(num_domains=3, layer="pool").layers
+      ('pool',)
 
-    >>> coral(num_domains=3, layer="pool").layers
-    ('pool',)
+    References:
+      Sun and Saenko, ECCV 2016 workshops (arXiv 1607.01719), between all pairs of domains and
+      with the means, normalised as in DomainBed.
     """
     checks.integer("num_domains", num_domains, 1)
     checks.number("weight", weight)

@@ -25,18 +25,20 @@ def group_dro(num_domains: int, eta: float = 1e-2) -> Penalty:
     Args:
       num_domains: D (of one its weight is 1, plain training).
         The batch names each example's domain under `domain`.
-      eta: step size of the weights, >= 0. 0 keeps them uniform, which is the mean of the domains'
+      eta: Step size of the weights, >= 0. 0 keeps them uniform, which is the mean of the domains'
         risks, not ERM, where domains differ in size.
 
     Raises:
-      ValueError: an option out of range; from `apply`, no `domain` in the batch or (outside jit)
+      ValueError: An option out of range; from `apply`, no `domain` in the batch or (outside jit)
         one outside 0..D-1.
 
-    Source: Sagawa et al., ICLR 2020 (arXiv 1911.08731), algorithm 1; eta as in DomainBed.
+    Example:
+      >>> state = group_dro(num_domains=4).init({}, 10)
+      >>> jnp.exp(state["log_q"]).tolist()
+      [0.25, 0.25, 0.25, 0.25]
 
-    >>> state = group_dro(num_domains=4).init({}, 10)
-    >>> jnp.exp(state["log_q"]).tolist()
-    [0.25, 0.25, 0.25, 0.25]
+    References:
+      Sagawa et al., ICLR 2020 (arXiv 1911.08731), algorithm 1; eta as in DomainBed.
     """
     checks.integer("num_domains", num_domains, 1)
     checks.number("eta", eta)

@@ -1,4 +1,4 @@
-"""IRM: a classifier that is optimal in every domain at once, asked of a scale on the logits."""
+"""IRM: one classifier, reduced to a scale on the logits, that is optimal in every domain."""
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +26,21 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
       num_domains: D (of one it is that domain's penalty alone).
         The batch names each example's domain under `domain`.
       weight: lambda after annealing, >= 0. 0 is no penalty, before annealing either.
-      anneal_steps: steps with lambda = 1, >= 0. DomainBed also resets Adam's moments at the end of
-        them, since the objective jumps; the step does not. Who wants that calls
+      anneal_steps: Steps with lambda = 1, >= 0. DomainBed also resets Adam's moments at the end of
+        them, since the objective jumps; the step does not. To do so, call
         `state.replace(opt_state=state.optimizer.init(state.params))` before step `anneal_steps`.
 
     Raises:
-      ValueError: an option out of range; from `apply`, no `domain` in the batch or (outside jit)
+      ValueError: An option out of range; from `apply`, no `domain` in the batch or (outside jit)
         one outside 0..D-1.
 
-    Source: Arjovsky et al. 2019 (arXiv 1907.02893), equation IRMv1; the two halves, the weight and
-    annealing as in DomainBed.
+    Example:
+      >>> irm(num_domains=3).name
+      'irm'
 
-    >>> irm(num_domains=3).name
-    'irm'
+    References:
+      Arjovsky et al. 2019 (arXiv 1907.02893), equation IRMv1; the two halves, the weight and
+      annealing as in DomainBed.
     """
     checks.integer("num_domains", num_domains, 1)
     checks.number("weight", weight)
@@ -66,7 +68,7 @@ def _slopes(observed: Observed) -> Array:
 
 
 def _places(domain: Array, num_domains: int, axis_name: str | None) -> Array:
-    """How many examples of its own domain stand before each example in the global batch, [B]."""
+    """How many examples of its own domain precede each example in the global batch, [B]."""
     members = jax.nn.one_hot(domain, num_domains, dtype=jnp.int32)
     before = jnp.cumsum(members, axis=0) - members
     if axis_name is not None:

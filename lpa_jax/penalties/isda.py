@@ -44,22 +44,25 @@ def isda(layer: str, total_steps: int, strength: float = 0.5, diagonal: bool = F
     Sigma_{y_i} are those of the unmixed label: the bound holds for one-hot targets only.
 
     Args:
-      layer: the layer that feeds the linear head, vectors [B, F].
+      layer: The layer that feeds the linear head, vectors [B, F].
       total_steps: T >= 1, steps of the whole training, over which lambda grows.
       strength: lambda_0, >= 0. 0 is no penalty.
-      diagonal: keep the variances only, as the publication does for ImageNet: C F numbers, not
+      diagonal: Keep the variances only, as the publication does for ImageNet: C F numbers, not
         C F^2.
 
     Raises:
-      ValueError: an option out of range; from `init`, features that are not vectors.
+      ValueError: An option out of range; from `init`, features that are not vectors.
 
-    Source: Wang et al., NeurIPS 2019 (arXiv 1909.12220), equations of the loss bound and of the
-    online covariance; lambda grows by steps, in the released code by epochs.
+    Example:
+      >>> penalty = isda(layer="pool", total_steps=1000)
+      >>> shapes = {"pool": jax.ShapeDtypeStruct((32, 64), jnp.float32)}
+      >>> state = penalty.init(shapes, num_classes=10)
+      >>> state["covariance"].shape
+      (10, 64, 64)
 
-    >>> penalty = isda(layer="pool", total_steps=1000)
-    >>> state = penalty.init({"pool": jax.ShapeDtypeStruct((32, 64), jnp.float32)}, num_classes=10)
-    >>> state["covariance"].shape
-    (10, 64, 64)
+    References:
+      Wang et al., NeurIPS 2019 (arXiv 1909.12220), equations of the loss bound and of the
+      online covariance; lambda grows by steps, in the released code by epochs.
     """
     checks.integer("total_steps", total_steps, 1)
     checks.number("strength", strength)

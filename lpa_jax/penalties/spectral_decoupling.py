@@ -1,4 +1,4 @@
-"""Spectral decoupling: small logits, so that one easy feature cannot starve the others."""
+"""Spectral decoupling: small logits, so that one easy feature does not keep others unlearned."""
 
 from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Penalty, register
@@ -20,11 +20,13 @@ def spectral_decoupling(weight: float = 0.1) -> Penalty:
     Raises:
       ValueError: `weight` out of range.
 
-    Source: Pezeshki et al., NeurIPS 2021 (arXiv 2011.09468), with the mean over classes and the
-    weight of DomainBed.
+    Example:
+      >>> spectral_decoupling().name
+      'spectral_decoupling'
 
-    >>> spectral_decoupling().name
-    'spectral_decoupling'
+    References:
+      Pezeshki et al., NeurIPS 2021 (arXiv 2011.09468), with the mean over classes and the
+      weight of DomainBed.
     """
     checks.number("weight", weight)
     if checks.vanishes(weight):

@@ -1,4 +1,4 @@
-"""V-REx: the variance of the domains' risks, so that no domain is bought at another's cost."""
+"""V-REx: the variance of the domains' risks, so that no domain improves at another's cost."""
 
 from lpa_jax import checks
 from lpa_jax.penalties.base import Penalty, register
@@ -24,20 +24,22 @@ def vrex(num_domains: int, weight: float = 10.0, anneal_steps: int = 500) -> Pen
     Args:
       num_domains: D (of one there is nothing to compare, the penalty is 0).
         The batch names each example's domain under `domain`.
-      weight: beta after annealing, >= 0. 0 is no penalty, before annealing either.
-      anneal_steps: steps with beta = 1, >= 0. DomainBed also resets Adam's moments at the end of
-        them; the step does not. Who wants that calls
+      weight: Beta after annealing, >= 0. 0 is no penalty, before annealing either.
+      anneal_steps: Steps with beta = 1, >= 0. DomainBed also resets Adam's moments at the end of
+        them; the step does not. To do so, call
         `state.replace(opt_state=state.optimizer.init(state.params))` before step `anneal_steps`.
 
     Raises:
-      ValueError: an option out of range; from `apply`, no `domain` in the batch or (outside jit)
+      ValueError: An option out of range; from `apply`, no `domain` in the batch or (outside jit)
         one outside 0..D-1.
 
-    Source: Krueger et al., ICML 2021 (arXiv 2003.00688), equation of V-REx; weight, annealing and
-    the variance over D, not D - 1, as in DomainBed.
+    Example:
+      >>> vrex(num_domains=3).name
+      'vrex'
 
-    >>> vrex(num_domains=3).name
-    'vrex'
+    References:
+      Krueger et al., ICML 2021 (arXiv 2003.00688), equation of V-REx; weight, annealing and
+      the variance over D, not D - 1, as in DomainBed.
     """
     checks.integer("num_domains", num_domains, 1)
     checks.number("weight", weight)

@@ -20,18 +20,20 @@ def domain_mixup(alpha: float = 0.2, *, num_domains: int) -> Perturbation:
     several devices each is a batch of its own. One domain alone is left as it is.
 
     Args:
-      alpha: shape of the Beta distribution, >= 0. 0 is no perturbation, bitwise.
+      alpha: Shape of the Beta distribution, >= 0. 0 is no perturbation, bitwise.
       num_domains: D, of which `batch["domain"]` names 0..D-1.
 
     Raises:
-      ValueError: an option out of range, or (when the step is compiled) a batch that names no
+      ValueError: An option out of range, or (when the step is compiled) a batch that names no
         domains or whose size on a device is no multiple of D.
 
-    Source: Mixup of DomainBed (Gulrajani and Lopez-Paz, ICLR 2021), which mixes images this way,
-    with alpha = 0.2; after Zhang et al., ICLR 2018 (arXiv 1710.09412).
+    Example:
+      >>> domain_mixup(num_domains=3).name
+      'domain_mixup'
 
-    >>> domain_mixup(num_domains=3).name
-    'domain_mixup'
+    References:
+      Mixup of DomainBed (Gulrajani and Lopez-Paz, ICLR 2021), which mixes images this way,
+      with alpha = 0.2; after Zhang et al., ICLR 2018 (arXiv 1710.09412).
     """
     checks.number("alpha", alpha)
     checks.integer("num_domains", num_domains, 1)

@@ -16,16 +16,18 @@ def dropout(rate: float = 0.5) -> Perturbation:
         h~_i = h_i * m_i / (1 - rate),    m_i ~ Bernoulli(1 - rate), one for every unit
 
     Args:
-      rate: probability p of zeroing a unit, in [0, 1). 0 is no perturbation, bitwise.
+      rate: Probability p of zeroing a unit, in [0, 1). 0 is no perturbation, bitwise.
 
     Raises:
       ValueError: `rate` out of range.
 
-    Source: Srivastava et al., JMLR 15 (2014), in the inverted form that leaves evaluation alone.
-    The default is that of the publication for hidden layers; it takes 0.2 at the input.
+    Example:
+      >>> dropout(0.5).name
+      'dropout'
 
-    >>> dropout(0.5).name
-    'dropout'
+    References:
+      Srivastava et al., JMLR 15 (2014), in the inverted form that leaves evaluation alone.
+      The default is that of the publication for hidden layers; it takes 0.2 at the input.
     """
     checks.number("rate", rate, 0.0, 1.0, open_high=True)
     if checks.vanishes(rate):
@@ -43,12 +45,13 @@ def inverted_dropout(activation: Array, dropped: Array, keep_probability: Array 
 
     Args:
       activation: h_i, [B, *S].
-      dropped: booleans that broadcast over `activation` at the same rank.
+      dropped: Booleans that broadcast over `activation` at the same rank.
       keep_probability: E[m], a scalar or an array that broadcasts over `activation`. In bfloat16
         its rounding would bias every unit the same way, hence the wider type.
 
-    >>> inverted_dropout(jnp.array([[1.0, 2.0]]), jnp.array([[True, False]]), 0.5).tolist()
-    [[0.0, 4.0]]
+    Example:
+      >>> inverted_dropout(jnp.array([[1.0, 2.0]]), jnp.array([[True, False]]), 0.5).tolist()
+      [[0.0, 4.0]]
     """
     dtype = tables.perturbation_dtype(activation)
     kept = activation.astype(dtype) / jnp.asarray(keep_probability, dtype)

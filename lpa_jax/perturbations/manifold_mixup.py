@@ -26,19 +26,20 @@ def manifold_mixup(alpha: float = 2.0) -> Perturbation:
     stays within it, so nothing is communicated. At the injection point `input` this is input Mixup.
 
     Args:
-      alpha: shape of the Beta distribution, >= 0: 1 is uniform, small values keep lambda near 0 or
+      alpha: Shape of the Beta distribution, >= 0: 1 is uniform, small values keep lambda near 0 or
         1. 0 is no perturbation, bitwise.
 
     Raises:
       ValueError: `alpha` out of range.
 
-    Source: Verma et al., ICML 2019 (arXiv 1806.05236), with alpha = 2 for CIFAR, the default. The
-    published method also draws the layer at random in every step; here that belongs to the training
-    step, not to the perturbation. At the input: Zhang et al., ICLR 2018 (arXiv 1710.09412), with
-    alpha = 1 for CIFAR and 0.2 in DomainBed.
+    Example:
+      >>> manifold_mixup(alpha=2.0).name
+      'manifold_mixup'
 
-    >>> manifold_mixup(alpha=2.0).name
-    'manifold_mixup'
+    References:
+      Verma et al., ICML 2019 (arXiv 1806.05236), with alpha = 2 for CIFAR, the default. The
+      published method also draws the layer at random in every step. At the input: Zhang et al.,
+      ICLR 2018 (arXiv 1710.09412), with alpha = 1 for CIFAR and 0.2 in DomainBed.
     """
     checks.number("alpha", alpha)
     if checks.vanishes(alpha):
@@ -62,7 +63,7 @@ def interpolate(values: Array, partners: Array, shares: Array) -> Array:
     Args:
       values: [B, ...].
       partners: [B] integers, places in the batch.
-      shares: of the partner, [] or [B].
+      shares: Shares of the partner, [] or [B].
     """
     wide = tables.at_least_float32(values)
     shares = shares.astype(wide.dtype)
@@ -80,12 +81,13 @@ def partner_share(rng: Array, alpha: float, shape: tuple[int, ...] = ()) -> Arra
     1994). `jax.random.beta` rejects in a loop, which takes four times as long to compile.
 
     Args:
-      rng: a key.
-      alpha: shape of the Beta distribution, > 0.
-      shape: how many to draw.
+      rng: A key.
+      alpha: Shape of the Beta distribution, > 0.
+      shape: How many to draw.
 
-    >>> bool(0.0 < partner_share(jax.random.key(0), 1.0) < 1.0)
-    True
+    Example:
+      >>> bool(0.0 < partner_share(jax.random.key(0), 1.0) < 1.0)
+      True
     """
     radial, angular = jax.random.uniform(rng, (2, *shape))
     cosine = jnp.cos(2.0 * jnp.pi * angular)

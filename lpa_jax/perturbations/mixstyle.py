@@ -28,19 +28,21 @@ def mixstyle(alpha: float = 0.1, probability: float = 0.5) -> Perturbation:
     device's batch. A batch is restyled as a whole with the given probability, else left alone.
 
     Args:
-      alpha: shape of the Beta distribution, >= 0. 0 is no perturbation, bitwise.
-      probability: chance that a batch is restyled, in [0, 1]. 0 is no perturbation, bitwise.
+      alpha: Shape of the Beta distribution, >= 0. 0 is no perturbation, bitwise.
+      probability: Chance that a batch is restyled, in [0, 1]. 0 is no perturbation, bitwise.
 
     Raises:
       ValueError: `alpha` or `probability` out of range, or (from `init`) an activation without
         positions, [B, channels].
 
-    Source: Zhou et al., ICLR 2021 (arXiv 2104.02008), with pi over all domains.
+    Example:
+      >>> mixstyle().init(jax.ShapeDtypeStruct((32, 64), jnp.float32), 10)
+      Traceback (most recent call last):
+          ...
+      ValueError: mixstyle needs an activation [B, positions..., channels], got shape (32, 64)
 
-    >>> mixstyle().init(jax.ShapeDtypeStruct((32, 64), jnp.float32), 10)
-    Traceback (most recent call last):
-        ...
-    ValueError: mixstyle needs an activation [B, positions..., channels], got shape (32, 64)
+    References:
+      Zhou et al., ICLR 2021 (arXiv 2104.02008), with pi over all domains.
     """
     checks.number("alpha", alpha)
     checks.number("probability", probability, 0.0, 1.0)

@@ -18,16 +18,18 @@ def gaussian_noise(sigma: float = 0.1) -> Perturbation:
     meaning at every layer, and a network cannot escape it by scaling its activation up.
 
     Args:
-      sigma: standard deviation of the noise in units of rms(h), >= 0. 0 is no perturbation,
+      sigma: Standard deviation of the noise in units of rms(h), >= 0. 0 is no perturbation,
         bitwise.
 
     Raises:
       ValueError: `sigma` out of range.
 
-    Source: Bishop, Neural Computation 7 (1995), noise at the input; relative scale chosen here.
+    Example:
+      >>> gaussian_noise(0.1).name
+      'gaussian_noise'
 
-    >>> gaussian_noise(0.1).name
-    'gaussian_noise'
+    References:
+      Bishop, Neural Computation 7 (1995), noise at the input; relative scale chosen here.
     """
     checks.number("sigma", sigma)
     if checks.vanishes(sigma):

@@ -120,7 +120,7 @@ def adapt(
       unperturbed: Logits without the perturbation, [B, C].
       perturbed: h~_i, [B, *S]. If nothing above is perturbed, its logits cost nothing: they are
         those of the training pass, which XLA computes once.
-      target: Of the positive classes, in nats.
+      target: Target of the positive classes, in nats.
       negative_scale: Factor on the target of the negative ones.
     """
     targets = jax.lax.stop_gradient(site.targets)

@@ -29,17 +29,19 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
     step is compiled. It costs two forward passes and one backward pass above the injection point.
 
     Args:
-      drop_f: share of an example's units to mute, in [0, 1]. 0 is no perturbation, bitwise.
-      drop_b: share of the batch to mute them in, in [0, 1]. 0 is no perturbation, bitwise.
+      drop_f: Share of an example's units to mute, in [0, 1]. 0 is no perturbation, bitwise.
+      drop_b: Share of the batch to mute them in, in [0, 1]. 0 is no perturbation, bitwise.
 
     Raises:
       ValueError: `drop_f` or `drop_b` out of range.
 
-    Source: Huang et al., ECCV 2020 (arXiv 2007.02454), equations 1 to 4 and section 3.3, in the
-    version and with the shares of DomainBed: single units, no schedule.
+    Example:
+      >>> rsc(drop_f=0.5).name
+      'rsc'
 
-    >>> rsc(drop_f=0.5).name
-    'rsc'
+    References:
+      Huang et al., ECCV 2020 (arXiv 2007.02454), equations 1 to 4 and section 3.3, in the
+      version and with the shares of DomainBed: single units, no schedule.
     """
     checks.number("drop_f", drop_f, 0.0, 1.0)
     checks.number("drop_b", drop_b, 0.0, 1.0)

@@ -30,20 +30,22 @@ def spatial_dropout(rate: float = 0.1, *, block_size: int | None = None) -> Pert
     plain dropout. In between, blocks overlap and the dropped share is a little below `rate`.
 
     Args:
-      rate: probability of zeroing a value, up to the overlap of blocks, in [0, 1). 0 is no
+      rate: Probability of zeroing a value, up to the overlap of blocks, in [0, 1). 0 is no
         perturbation, bitwise.
-      block_size: side of a block, in positions; None is the whole map.
+      block_size: Side of a block, in positions; None is the whole map.
 
     Raises:
       ValueError: `rate` or `block_size` out of range.
 
-    Source: Tompson et al., CVPR 2015 (arXiv 1411.4280), whole channels; Ghiasi et al., NeurIPS 2018
-    (arXiv 1810.12890), blocks and gamma. DropBlock rescales by the share that survived in the
-    batch; dividing by its expectation instead is this library's choice and needs no communication.
-    The default rate is that of DropBlock's ResNet-50 on ImageNet, whose `keep_prob` is 0.9.
+    Example:
+      >>> spatial_dropout(0.1, block_size=7).name
+      'spatial_dropout'
 
-    >>> spatial_dropout(0.1, block_size=7).name
-    'spatial_dropout'
+    References:
+      Tompson et al., CVPR 2015 (arXiv 1411.4280), whole channels; Ghiasi et al., NeurIPS 2018
+      (arXiv 1810.12890), blocks and gamma. DropBlock rescales by the share that survived in the
+      batch. Dividing by its expectation is this library's choice and needs no communication. The
+      default rate is that of DropBlock's ResNet-50 on ImageNet, whose `keep_prob` is 0.9.
     """
     checks.number("rate", rate, 0.0, 1.0, open_high=True)
     if block_size is not None:

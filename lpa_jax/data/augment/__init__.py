@@ -25,23 +25,23 @@ def create(
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0),
     grayscale_probability: float = 0.1,
 ) -> Augmentation:
-    """Returns the augmentation of a name, several joined by "+".
+    """The augmentation of a name, several joined by "+".
 
     Args:
       name: "none", or a chain of the other `NAMES` such as "resized_crop+flip+jitter+grayscale",
         applied from the left.
-      padding: for "crop", pixels.
-      cutout_size: for "cutout", side in pixels.
-      scale: for "resized_crop", the range of the area that is kept, a share of the image's.
-      jitter: for "jitter", the strengths of brightness, contrast, saturation and hue.
-      grayscale_probability: for "grayscale".
+      padding: For "crop", pixels.
+      cutout_size: For "cutout", side in pixels.
+      scale: For "resized_crop", the range of the area that is kept, a share of the image's.
+      jitter: For "jitter", the strengths of brightness, contrast, saturation and hue.
+      grayscale_probability: For "grayscale".
 
     Returns:
       augment(rng, images [B, H, W, ch], positions int [B]) -> images; `positions` are those in the
       global batch (the "position" of `batches`), `rng` is the step's key.
 
     Raises:
-      ValueError: an unknown name, "none" in a chain, or a number out of range.
+      ValueError: An unknown name, "none" in a chain, or a number out of range.
 
     Example:
       >>> import jax

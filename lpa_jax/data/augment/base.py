@@ -12,10 +12,10 @@ Augmentation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def keys_of(rng: jax.Array, images: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns one key an example, fold_in(rng, position), [B].
+    """One key an example, fold_in(rng, position), [B].
 
     Raises:
-      ValueError: images that are not [B, H, W, ch], or positions that are not one for each.
+      ValueError: Images that are not [B, H, W, ch], or positions that are not one for each.
     """
     if images.ndim != 4:
         raise ValueError(f"images must be [B, H, W, ch], got shape {images.shape}")
@@ -27,7 +27,7 @@ def keys_of(rng: jax.Array, images: jax.Array, positions: jax.Array) -> jax.Arra
 
 
 def none() -> Augmentation:
-    """Returns the identity.
+    """The identity.
 
     Example:
       >>> none()(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.arange(1)).shape
@@ -37,7 +37,7 @@ def none() -> Augmentation:
 
 
 def compose(*augmentations: Augmentation) -> Augmentation:
-    """Returns the augmentations one after the other, the k-th with the stream fold_in(rng, k).
+    """The augmentations one after the other, the k-th with the stream fold_in(rng, k).
 
     Example:
       >>> nothing = jax.jit(compose(none(), none()))
@@ -54,10 +54,10 @@ def compose(*augmentations: Augmentation) -> Augmentation:
 
 
 def as_unit(images: jax.Array) -> jax.Array:
-    """Returns images as floating numbers in [0, 1], of at least float32: uint8 divided by 255.
+    """Images as floating numbers in [0, 1], of at least float32: uint8 divided by 255.
 
     Raises:
-      ValueError: images of another rank or type, or (outside jit) floating ones outside [0, 1].
+      ValueError: Images of another rank or type, or (outside jit) floating ones outside [0, 1].
 
     Example:
       >>> as_unit(jnp.full((1, 1, 1, 1), 51, jnp.uint8)).ravel()
@@ -78,7 +78,7 @@ def as_unit(images: jax.Array) -> jax.Array:
 
 
 def as_before(images: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns images of `as_unit` in the type that they had; uint8 is rounded.
+    """Images of `as_unit` in the type that they had; uint8 is rounded.
 
     Example:
       >>> as_before(jnp.full((1, 1, 1, 1), 0.3), jnp.dtype("uint8")).ravel()

@@ -18,10 +18,10 @@ class Jitter(NamedTuple):
     """How the colours of one image change.
 
     Attributes:
-      factors: of brightness, contrast and saturation, [3]; 1 changes nothing.
-      order: in which they are applied, a permutation of 0..2.
-      turn: of the hue, in turns.
-      place: after how many of them the hue is turned, 0..3.
+      factors: Factors of brightness, contrast and saturation, [3]; 1 changes nothing.
+      order: In which they are applied, a permutation of 0..2.
+      turn: Turn of the hue, in turns.
+      place: After how many of them the hue is turned, 0..3.
     """
 
     factors: Array
@@ -33,7 +33,7 @@ class Jitter(NamedTuple):
 def color_jitter(
     brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.0
 ) -> Augmentation:
-    r"""Returns the colour jitter: four changes of each image in a random order.
+    r"""The colour jitter: four changes of each image in a random order.
 
     With x in [0, 1], g(x) = 0.299 R + 0.587 G + 0.114 B, and f ~ U(max(0, 1 - s), 1 + s) for each
     strength s, the first three are blends f x + (1 - f) o, clipped to [0, 1]:
@@ -49,13 +49,13 @@ def color_jitter(
     hue change nothing. Strengths of 0 change nothing.
 
     Args:
-      brightness: strength, at least 0.
-      contrast: strength, at least 0.
-      saturation: strength, at least 0.
-      hue: largest turn, in [0, 1/2].
+      brightness: Strength, at least 0.
+      contrast: Strength, at least 0.
+      saturation: Strength, at least 0.
+      hue: Largest turn, in [0, 1/2].
 
     Raises:
-      ValueError: a strength out of range; when called, images without 1 or 3 channels, of another
+      ValueError: A strength out of range; when called, images without 1 or 3 channels, of another
         type than uint8 or floating, or (outside jit) floating ones outside [0, 1].
 
     Example:
@@ -84,7 +84,7 @@ def color_jitter(
 
 
 def draw_jitters(keys: Array, strengths: tuple[float, float, float], hue: float) -> Jitter:
-    """Returns one random jitter a key, with a leading axis [B] in every field.
+    """One random jitter a key, with a leading axis [B] in every field.
 
     Example:
       >>> @jax.jit
@@ -110,12 +110,12 @@ def draw_jitters(keys: Array, strengths: tuple[float, float, float], hue: float)
 
 
 def jitter_colors(images: Array, jitters: Jitter, turns: bool = True) -> Array:
-    """Returns the images with their colours changed.
+    """The images with their colours changed.
 
     Args:
-      images: in [0, 1], [B, H, W, ch] with 1 or 3 channels.
-      jitters: one an image.
-      turns: whether any hue is turned; without, that part is not computed.
+      images: In [0, 1], [B, H, W, ch] with 1 or 3 channels.
+      jitters: One an image.
+      turns: Whether any hue is turned; without, that part is not computed.
 
     Returns:
       [B, H, W, ch] in [0, 1].
@@ -146,15 +146,15 @@ def jitter_colors(images: Array, jitters: Jitter, turns: bool = True) -> Array:
 
 
 def grayscale(probability: float = 0.1) -> Augmentation:
-    """Returns the augmentation that makes an image grey with a probability.
+    """The augmentation that makes an image grey with a probability.
 
     Every channel becomes 0.299 R + 0.587 G + 0.114 B; images of one channel stay as they are.
 
     Args:
-      probability: in [0, 1]; 0 changes nothing.
+      probability: In [0, 1]; 0 changes nothing.
 
     Raises:
-      ValueError: a probability out of range; when called, images without 1 or 3 channels, of
+      ValueError: A probability out of range; when called, images without 1 or 3 channels, of
         another type than uint8 or floating, or (outside jit) floating ones outside [0, 1].
 
     Example:

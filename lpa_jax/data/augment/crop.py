@@ -8,16 +8,16 @@ from lpa_jax.data.augment.base import Augmentation, keys_of
 
 
 def crop(padding: int = 4) -> Augmentation:
-    """Returns the random crop: pad each side with zeros, cut the original size out anywhere.
+    """The random crop: pad each side with zeros, cut the original size out anywhere.
 
     Every one of the (2 padding + 1)^2 offsets is equally likely; the same as a shift by up to
     `padding` pixels each way with zeros moving in.
 
     Args:
-      padding: pixels, at least 0 (0 changes nothing).
+      padding: Pixels, at least 0 (0 changes nothing).
 
     Raises:
-      ValueError: padding is not a non-negative integer.
+      ValueError: `padding` is not a non-negative integer.
 
     Example:
       >>> images = jnp.ones((2, 4, 4, 1))

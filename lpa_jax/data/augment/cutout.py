@@ -8,16 +8,16 @@ from lpa_jax.data.augment.base import Augmentation, keys_of
 
 
 def cutout(size: int = 8) -> Augmentation:
-    """Returns cutout: a square of zeros, centred on any pixel and cut off at the border.
+    """Cutout: a square of zeros, centred on any pixel and cut off at the border.
 
     The square covers rows r - floor(size/2) .. r + ceil(size/2) - 1, the columns likewise, with the
     centre (r, c) uniform over the image.
 
     Args:
-      size: side of the square in pixels, at least 1.
+      size: Side of the square in pixels, at least 1.
 
     Raises:
-      ValueError: size is not a positive integer.
+      ValueError: `size` is not a positive integer.
 
     Example:
       >>> images = jnp.ones((1, 3, 3, 1), jnp.uint8)

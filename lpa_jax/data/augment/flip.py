@@ -7,7 +7,7 @@ from lpa_jax.data.augment.base import Augmentation, keys_of
 
 
 def flip() -> Augmentation:
-    """Returns the left-right flip of each image with probability 1/2.
+    """The left-right flip of each image with probability 1/2.
 
     Example:
       >>> images = jnp.arange(4.0).reshape(1, 1, 4, 1)

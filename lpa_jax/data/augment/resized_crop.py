@@ -29,7 +29,7 @@ class Boxes(NamedTuple):
 def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
 ) -> Augmentation:
-    r"""Returns the random resized crop: a box anywhere in the image, resized to the image's size.
+    r"""The random resized crop: a box anywhere in the image, resized to the image's size.
 
     Of an image of H x W pixels,
 
@@ -42,11 +42,11 @@ def random_resized_crop(
     smooth. Scale (1, 1) and ratio (1, 1) leave square images as they are.
 
     Args:
-      scale: lowest and highest share of the area, 0 < low <= high <= 1.
-      ratio: lowest and highest ratio of width to height, 0 < low <= high.
+      scale: Lowest and highest share of the area, 0 < low <= high <= 1.
+      ratio: Lowest and highest ratio of width to height, 0 < low <= high.
 
     Raises:
-      ValueError: not such a range.
+      ValueError: Not such a range.
 
     Example:
       >>> images = jnp.ones((2, 4, 4, 3), jnp.uint8)
@@ -70,7 +70,7 @@ def random_resized_crop(
 def draw_boxes(
     keys: Array, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Boxes:
-    """Returns one random box a key, inside images of `height` x `width` pixels.
+    """One random box a key, inside images of `height` x `width` pixels.
 
     Example:
       >>> @jax.jit
@@ -102,11 +102,11 @@ def draw_boxes(
 
 
 def resize_boxes(images: Array, boxes: Boxes) -> Array:
-    """Returns each image's box, resized to the image's size; integers are rounded.
+    """Each image's box, resized to the image's size; integers are rounded.
 
     Args:
       images: [B, H, W, ch].
-      boxes: one inside each image.
+      boxes: One inside each image.
 
     Returns:
       [B, H, W, ch] of the same dtype.
@@ -144,8 +144,9 @@ def _interpolation(start: Array, length: Array, size: int) -> Array:
 def central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Height and width of the largest box with a ratio in the range.
 
-    >>> central_box(10, 40, (3 / 4, 2.0)), central_box(30, 30, (3 / 4, 4 / 3))
-    ((10, 20), (30, 30))
+    Example:
+      >>> central_box(10, 40, (3 / 4, 2.0)), central_box(30, 30, (3 / 4, 4 / 3))
+      ((10, 20), (30, 30))
     """
     if width / height < ratio[0]:
         return round(width / ratio[0]), width
@@ -155,10 +156,10 @@ def central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[in
 
 
 def checked_range(argument: str, value: tuple[float, float], highest: float) -> tuple[float, float]:
-    """Returns the two numbers.
+    """The two numbers.
 
     Raises:
-      ValueError: not two numbers, 0 < low <= high <= highest; names the argument.
+      ValueError: Not two numbers, 0 < low <= high <= highest; names the argument.
     """
     allowed = "two numbers, 0 < low <= high" + (f" <= {highest:g}" if highest == 1 else "")
     try:

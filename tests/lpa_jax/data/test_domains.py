@@ -316,7 +316,7 @@ def _empty(place):
         (lambda root: (root / "photo/horse/more").mkdir(), "'.*/horse/more' is no image file"),
         (
             lambda root: (root / "photo/stray.png").write_bytes(b""),
-            r"'.*/photo/stray\.png' stands beside the class folders",
+            r"'.*/photo/stray\.png' must be in a class folder, got it beside",
         ),
         (
             lambda root: (root / "photo/horse/a.png").symlink_to("/etc/passwd"),

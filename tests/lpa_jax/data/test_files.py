@@ -233,7 +233,7 @@ def test_files_beyond_the_limit_are_not_read_into_memory(tree):
         (3, "train/b b/3.png 3", "line 3: label '3' must be in 0..2"),
         (3, "train/b b/3.png ٣", "must be in 0..2"),
         (3, "train/b b/3.png 99999999999999", "must be in 0..2"),
-        (4, "train/a/1.jpg 1", "line 4: image 'train/a/1.jpg' stands in line 1 already"),
+        (4, "train/a/1.jpg 1", "line 4: image 'train/a/1.jpg' is in line 1 already"),
         (5, "val/5.png 1", "class 2 has no image (1 of 3 classes have none)"),
         (4, "train/b b/9.jpg 1", "line 4: image 'train/b b/9.jpg': no such file in"),
         (4, "train/c/4.jpg 1", "(1 of 5 files are missing)"),
