@@ -179,6 +179,21 @@ def check_penalties(penalties: Penalties, layers: Sequence[str]) -> None:
             injection.check_layer(layers, layer)
 
 
+def check_given(
+    perturbations: Perturbations | None, penalties: Penalties | None, state: TrainState
+) -> None:
+    """Raises ValueError for a step without what the state was created with, unless it says so."""
+    for name, given, created in (
+        ("perturbations", perturbations, state.perturbation_state),
+        ("penalties", penalties, state.penalty_state),
+    ):
+        if given is None and created:
+            raise ValueError(
+                f"{name} must be those that the state was created with ({', '.join(created)}), or "
+                "{} for a step without, got None"
+            )
+
+
 def check_states(plan: Sequence[PlannedSite], penalties: Penalties, state: TrainState) -> None:
     """Raises ValueError if the state was created without a layer's or a penalty's state."""
     for layer in (layer for site in plan for layer in site.layers):

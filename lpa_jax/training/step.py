@@ -24,6 +24,7 @@ from lpa_jax.training.state import (
     Perturbations,
     PlannedSite,
     TrainState,
+    check_given,
     check_penalties,
     check_states,
     plan_sites,
@@ -58,7 +59,8 @@ def lpa_step(
       batch: `{"image": [B, ...], "label": [B] integers}`; this device's share on a mapped axis.
         `"position"` [B], the examples' positions in the global batch, is derived if missing.
       perturbations: Layer -> perturbation. With a tuple of layers as key, every step draws one of
-        them uniformly (as in Manifold Mixup): all are computed, one is used.
+        them uniformly (as in Manifold Mixup): all are computed, one is used. A step without them
+        on a state that was created with some needs `perturbations={}`; so do `penalties`.
       penalties: Name -> penalty, a scalar added to the objective. Penalties over domains read
         `batch["domain"]`, [B] integers.
       loss: (logits [B, C], targets [B, C]) -> [B].
@@ -70,9 +72,11 @@ def lpa_step(
       value of each penalty, `penalty/name`, as (sum, count) pairs over the global batch.
 
     Raises:
-      ValueError: An unknown or repeated layer, or one that the state was not created with; outside
-        jit, a label outside 0..C-1.
+      ValueError: An unknown or repeated layer, one that the state was not created with, or no
+        perturbations or penalties for a state that was created with them; outside jit, a label
+        outside 0..C-1.
     """
+    check_given(perturbations, penalties, state)
     plan, penalties = plan_sites(perturbations or {}, state.network.layers), penalties or {}
     check_penalties(penalties, state.network.layers)
     check_labels(batch["label"], state.num_classes)

@@ -230,6 +230,20 @@ def test_perturbation_that_the_state_does_not_know_is_refused():
         lpa_jax.lpa_step(run("cold").state, toy.batch(), perturbations={"hidden2": LPA})
 
 
+def test_a_step_without_what_the_state_was_created_with_is_refused_unless_it_says_so():
+    state = run("cold").state
+    message = (
+        r"^perturbations must be those that the state was created with \(hidden1\), or \{\} for"
+    )
+    with pytest.raises(ValueError, match=message):
+        lpa_jax.lpa_step(state, toy.batch())
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lpa_jax.lpa_step)(state, toy.batch())
+    plain, _ = lpa_jax.lpa_step(state, toy.batch(), perturbations={})
+    erm, _ = lpa_jax.lpa_step(state.replace(perturbation_state={}), toy.batch())
+    assert jax.tree.all(jax.tree.map(np.array_equal, plain.params, erm.params))
+
+
 def test_integer_activation_is_refused():
     batch = {**toy.batch(), "image": toy.batch()["image"].astype(np.uint8)}
     with pytest.raises(
