@@ -1,11 +1,12 @@
-"""Many hosts: how processes find each other, and which part of a batch is whose.
+"""Many hosts: how processes find each other, and which part of a batch belongs to which.
 
 Everything else about several hosts lies in the mapped step (`lpa_jax.parallel`), which is the same
 on one host and on many: the mapped axis runs over the devices of all of them.
 """
 
 import jax
-import numpy as np
+
+from lpa_jax import checks
 
 
 def connect(
@@ -37,17 +38,13 @@ def connect(
         environment does not supply them, or a call after JAX has started.
     """
     given = (coordinator_address, num_processes, process_id)
-    for name, value in (
-        ("initialization_timeout", initialization_timeout),
-        ("heartbeat_timeout", heartbeat_timeout),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be a whole number of seconds >= 1, got {value!r}")
-    if num_processes is not None and num_processes < 1:
-        raise ValueError(f"num_processes must be >= 1, got {num_processes!r}")
-    if process_id is not None and not 0 <= process_id < (num_processes or np.inf):
-        last = "" if num_processes is None else f"..{num_processes - 1}"
-        raise ValueError(f"process_id must lie in 0{last}, got {process_id!r}")
+    checks.integer("initialization_timeout", initialization_timeout, 1)
+    checks.integer("heartbeat_timeout", heartbeat_timeout, 1)
+    if num_processes is not None:
+        checks.integer("num_processes", num_processes, 1)
+    if process_id is not None:
+        last = checks.LARGEST if num_processes is None else num_processes - 1
+        checks.integer("process_id", process_id, 0, last)
     if coordinator_address is not None and not _is_host_and_port(coordinator_address):
         raise ValueError(f"coordinator_address must be host:port, got {coordinator_address!r}")
     try:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import metrics
+from lpa_jax import checks, metrics
 from lpa_jax.checkpoints import arrays as array_files
 from lpa_jax.checkpoints import manifest
 from lpa_jax.checkpoints.manifest import DamagedError, Manifest
@@ -94,8 +94,7 @@ class Checkpoints:
         Raises:
           ValueError: Keep < 1, or the folder is a symbolic link.
         """
-        if keep < 1:
-            raise ValueError(f"keep must be >= 1, got {keep}")
+        checks.integer("keep", keep, 1)
         self._folder = pathlib.Path(folder).absolute()
         if self._folder.is_symlink():
             raise ValueError(f"folder must not be a symbolic link: {self._folder}")
@@ -280,8 +279,7 @@ def every_steps(count: int) -> Callable[[int], bool]:
       >>> [step for step in range(1, 8) if every_steps(3)(step)]
       [3, 6]
     """
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+    checks.integer("count", count, 1)
     return lambda step: step % count == 0
 
 
@@ -295,8 +293,7 @@ def every_seconds(
       >>> [due(step) for step in range(1, 5)]
       [False, True, False, True]
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds must be > 0, got {seconds}")
+    checks.number("seconds", seconds, open_low=True)
     last = clock()
 
     def due(step: int) -> bool:

@@ -111,13 +111,13 @@ def test_a_process_that_never_comes_is_not_waited_for_longer_than_asked():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("here:1", 2, 2), "process_id must lie in 0..1, got 2"),
-        (("here:1", 2, -1), "process_id must lie in 0..1, got -1"),
-        (("here:1", 0, 0), "num_processes must be >= 1, got 0"),
+        (("here:1", 2, 2), "process_id must be a whole number in 0..1, got 2"),
+        (("here:1", 2, -1), "process_id must be a whole number in 0..1, got -1"),
+        (("here:1", 0, 0), "num_processes must be a whole number >= 1, got 0"),
         (("here", 2, 0), "coordinator_address must be host:port, got 'here'"),
         (("here:99999", 2, 0), "coordinator_address must be host:port, got 'here:99999'"),
-        (("here:1", 2, 0, 0), "initialization_timeout must be a whole number of seconds >= 1"),
-        (("here:1", 2, 0, 1, 0), "heartbeat_timeout must be a whole number of seconds >= 1"),
+        (("here:1", 2, 0, 0), "initialization_timeout must be a whole number >= 1"),
+        (("here:1", 2, 0, 1, 0), "heartbeat_timeout must be a whole number >= 1"),
         # JAX has started already; a call that got as far as it would wait for process 1.
         (("here:1", 2, 0), "the processes cannot be joined: jax.distributed.initialize"),
     ],

@@ -335,7 +335,7 @@ def test_only_the_writer_writes(tmp_path):
 
 
 def test_at_least_one_checkpoint_is_kept():
-    with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="keep must be a whole number >= 1, got 0"):
         Checkpoints("anywhere", keep=0)
 
 
