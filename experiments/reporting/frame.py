@@ -134,7 +134,9 @@ def selections(frame: pd.DataFrame) -> list[str | None]:
     return list(frame["selection"].dropna().unique()) or [None]
 
 
-def values_of(frame: pd.DataFrame, selection: str | None = None) -> tuple[pd.DataFrame, list[str]]:
+def values_of(
+    frame: pd.DataFrame, selection: str | None = None, domains: Sequence[str] | None = None
+) -> tuple[pd.DataFrame, list[str]]:
     """What a table compares: one row a method, seed and measure.
 
     With test domains, the accuracy of a seed is the mean over them, and they are its groups; a
@@ -143,11 +145,12 @@ def values_of(frame: pd.DataFrame, selection: str | None = None) -> tuple[pd.Dat
     Args:
       frame: of `tidy`.
       selection: of the model; None takes each run's own accuracy.
+      domains: test domains in the order of their columns; None for the order of the rows.
 
     Returns:
       The columns method, seed, measure and value; and a line for each run that is left out.
     """
-    domains = sorted(frame["domain"].dropna().unique(), key=natural)
+    domains = list(frame["domain"].dropna().unique()) if domains is None else domains
     if not domains:
         sizes = frame.groupby(["method", "measure"])["seed"].transform("nunique")
         whole = frame[sizes == frame.groupby("method")["seed"].transform("nunique")]

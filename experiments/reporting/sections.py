@@ -99,8 +99,9 @@ def sections(
         every = frame.tidy(setting.results)
         # The baseline first; the sort is stable.
         ordered = every.sort_values("method", key=lambda name: name != baseline, kind="stable")
+        domains = sorted(every["domain"].dropna().unique(), key=runs.natural)
         for selection in frame.selections(every):
-            values, left_out = frame.values_of(ordered, selection)
+            values, left_out = frame.values_of(ordered, selection, domains)
             if values.empty:
                 continue
             section = _section(setting, selection, values, left_out, baseline, pairs)

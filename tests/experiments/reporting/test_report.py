@@ -254,6 +254,31 @@ def test_the_short_table_keeps_its_columns_and_the_long_one_its_legend(tmp_path,
     assert "lpa vs erm, paired: +10.00\n" in printed
 
 
+def test_a_comparison_has_a_table_a_selection_that_all_made_and_domains_in_their_order(
+    tmp_path, capsys
+):
+    results = {
+        method: [
+            {"seed": 0, "accuracy": value, "test_domain": domain,
+             "selections": {"oracle": value, "training_domain_validation": value - 0.25,
+                            "leave_one_domain_out": value if method == "erm" else None}}
+            for domain, value in (("+90%", 0.5), ("+80%", 0.75))
+        ]
+        for method in ("erm", "lpa")
+    }  # fmt: skip
+    tables.write_comparison("A title", results, tmp_path)
+    text, printed = (tmp_path / "table.md").read_text(), capsys.readouterr().out
+    headings = [line for line in text.splitlines() if line.startswith("### ")]
+    assert [line.partition("selection: ")[2][:8] for line in headings] == ["training", "oracle ("]
+    assert "| lpa | 1 | 37.50 | +0.00 |  |  |  | 25.00 | 50.00 |" in text
+    assert text.index("+90%") < text.index("+80%") and tables.DOMAIN_LEGEND in text
+    assert "average %" in printed and "leave-one" not in printed
+    with (tmp_path / "table.csv").open() as file:
+        rows = [(row["selection"], row["method"]) for row in csv.DictReader(file)]
+    assert rows == [(name, method) for name in ("training_domain_validation", "oracle")
+                    for method in ("erm", "lpa")]  # fmt: skip
+
+
 def test_runs_csv_has_one_line_a_run(made):
     _, output = made
     with (output / "runs.csv").open() as file:
