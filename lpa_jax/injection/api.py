@@ -1,19 +1,21 @@
 """Cutting a network, and running the parts below and above an injection point."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
-from flax import nnx
 
 from lpa_jax.injection.base import INPUT, LOGITS, Array, Network, Pass, Variables, check_layer
 from lpa_jax.injection.functions import CutFunctions
 from lpa_jax.injection.linen_module import inject_linen
-from lpa_jax.injection.nnx_module import inject_nnx
 from lpa_jax.injection.staged import StagedNetwork
 
+if TYPE_CHECKING:
+    from flax import nnx
 
-def inject(module: nn.Module | nnx.Module, *paths: str, **options: Any) -> Network:
+
+def inject(module: "nn.Module | nnx.Module", *paths: str, **options: Any) -> Network:
     """Cuts an existing Linen or NNX module at named submodules, without editing it.
 
     The output of each named submodule becomes an injection point. The module's running statistics
@@ -51,11 +53,26 @@ def inject(module: nn.Module | nnx.Module, *paths: str, **options: Any) -> Netwo
     repeated = [path for path in paths if paths.count(path) > 1 or path in (INPUT, LOGITS)]
     if repeated:
         raise ValueError(f"paths must be distinct and not input or logits, got {repeated[0]!r}")
-    if isinstance(module, nnx.Module):
+    if _is_nnx(module):
+        from lpa_jax.injection.nnx_module import inject_nnx
+
         return inject_nnx(module, *paths, **options)
     if not isinstance(module, nn.Module):
         raise ValueError(f"module must be a Linen or NNX module, got {type(module).__name__}")
     return inject_linen(module, *paths, **options)
+
+
+def nnx_submodule_paths(module: "nnx.Module") -> tuple[str, ...]:
+    """Paths of all callable submodules of an NNX module."""
+    from lpa_jax.injection import nnx_module
+
+    return nnx_module.submodule_paths(module)
+
+
+def _is_nnx(module: Any) -> bool:
+    # flax.nnx takes as long to import as the rest of this package; an NNX module brings it along.
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(module, nnx.Module)
 
 
 def as_network(model: Any) -> Network:

@@ -125,12 +125,12 @@ def _submodule(module: nnx.Module, path: str) -> nnx.Module:
     if not (isinstance(node, nnx.Module) and callable(node)):
         raise ValueError(
             f"{type(module).__name__} has no callable submodule {path!r}; "
-            f"it has: {', '.join(nnx_submodule_paths(module))}"
+            f"it has: {', '.join(submodule_paths(module))}"
         )
     return node
 
 
-def nnx_submodule_paths(module: nnx.Module) -> tuple[str, ...]:
+def submodule_paths(module: nnx.Module) -> tuple[str, ...]:
     """Paths of all callable submodules of an NNX module."""
     return tuple(
         "/".join(map(str, path))
