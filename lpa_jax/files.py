@@ -52,6 +52,24 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         raise
 
 
+def read_bytes(path: str | os.PathLike, limit: int = 2**30) -> bytes:
+    """The content of a file that is not larger than a limit, which a device may be.
+
+    Args:
+      path: The file to read.
+      limit: Most bytes to read.
+
+    Raises:
+      ValueError: The file is larger.
+      OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"file {os.fspath(path)!r} must have at most {limit} bytes, got more")
+    return content
+
+
 class LockedError(RuntimeError):
     """Another process uses the folder; the message names it."""
 

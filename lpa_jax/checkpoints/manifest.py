@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lpa_jax.files import write_text
+from lpa_jax.files import read_bytes, write_text
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -80,7 +80,7 @@ def _read(folder: pathlib.Path) -> Manifest:
     if not path.exists():
         raise DamagedError(f"{NAME!r} is missing")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     # Deep nesting exhausts the parser's stack.
     except (OSError, ValueError, RecursionError):
         raise DamagedError(f"{NAME!r} cannot be read") from None

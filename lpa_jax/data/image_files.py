@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lpa_jax import checks
-from lpa_jax.data import optional
+from lpa_jax.data import file_paths, optional
 from lpa_jax.data.file_crops import FileCrop
 
 if TYPE_CHECKING:
@@ -286,70 +286,8 @@ def open_image_files(
         list_file=None if list_file is None else os.fspath(list_file),
         lines=None if lines is None else np.asarray(lines, np.int64),
     )
-    _check_files(files)
-    return files
-
-
-def _check_files(files: ImageFiles) -> None:
-    """Refuses files that are missing or lie outside the root.
-
-    Each folder is listed once: half a million single look-ups take minutes on a network disk.
-    """
-    root = os.path.realpath(files.root)
-    if not os.path.isdir(root):
-        raise ValueError(f"root={files.root!r}: no such folder")
-    listings: dict[str, dict[str, bool]] = {}
-    missing = []
-    for index, path in enumerate(files.paths):
-        if not _is_inner(path):
-            raise ValueError(f"{_named(files, index)}: must be a path within {files.root!r}")
-        folder, _, file = path.rpartition("/")
-        if folder not in listings:
-            listings[folder] = _listing(files, index, root, folder)
-        is_link = listings[folder].get(file)
-        if is_link is None:
-            missing.append(index)
-        elif is_link:
-            target = os.path.join(root, path)
-            _check_within(files, index, root, target)
-            if not os.path.isfile(target):
-                missing.append(index)
-    if missing:
-        raise ValueError(
-            f"{_named(files, missing[0])}: no such file in {files.root!r} "
-            f"({len(missing)} of {len(files)} files are missing)"
-        )
-
-
-def _is_inner(path: str) -> bool:
-    """Whether a path, as it is written, stays within the folder that it starts from."""
-    parts = path.split("/")
-    return not (os.path.isabs(path) or "\0" in path or {"", ".", ".."} & set(parts))
-
-
-def _listing(files: ImageFiles, index: int, root: str, folder: str) -> dict[str, bool]:
-    """The files of a folder: {name: whether it is a link}; none if there is no such folder."""
-    place = os.path.join(root, folder)
-    _check_within(files, index, root, place)
-    try:
-        with os.scandir(place) as entries:
-            return {
-                entry.name: entry.is_symlink()
-                for entry in entries
-                if entry.is_symlink() or entry.is_file()
-            }
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise ValueError(f"folder {place!r}: cannot be read ({error.strerror})") from None
-
-
-def _check_within(files: ImageFiles, index: int, root: str, place: str) -> None:
-    target = os.path.realpath(place)
-    if os.path.commonpath([root, target]) != root:
-        raise ValueError(
-            f"{_named(files, index)}: leads through a link out of {files.root!r} to {target!r}"
-        )
+    found = file_paths.resolve(files.paths, root, functools.partial(_named, files))
+    return dataclasses.replace(files, paths=found)
 
 
 def _named(files: ImageFiles, index: int) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lpa_jax import checks
 from lpa_jax.data.image_files import ImageFiles, open_image_files
+from lpa_jax.files import read_bytes
 
 # A typing error must not allocate a table of counts larger than the memory.
 _MOST_CLASSES = 2**24
@@ -59,7 +60,8 @@ def read_list(
     """Opens the images that a list file names.
 
     Each line is `path label`: a path within image_root, which may hold spaces, and the number of
-    the class. Blank lines are passed over.
+    the class. Blank lines are skipped. A byte order mark, `./`, `//`, absolute paths below
+    image_root, Windows separators and names in another Unicode form than the file's are understood.
 
     Args:
       list_file: A text file in UTF-8.
@@ -101,7 +103,7 @@ def read_list(
             f"{list_file}: class {empty[0]} has no image ({len(empty)} of {num_classes} classes "
             "have none)"
         )
-    return open_image_files(
+    files = open_image_files(
         name or os.path.splitext(os.path.basename(list_file))[0],
         image_root,
         paths,
@@ -112,6 +114,13 @@ def read_list(
         list_file=list_file,
         lines=lines,
     )
+    line_of: dict[str, int] = {}
+    for path, line in zip(files.paths, lines, strict=True):
+        if line_of.setdefault(path, line) != line:
+            raise ValueError(
+                f"{list_file}, line {line}: image {path!r} is in line {line_of[path]} already"
+            )
+    return files
 
 
 def _parse(
@@ -119,18 +128,18 @@ def _parse(
 ) -> tuple[list[str], list[int], list[int]]:
     """Paths, labels and line numbers."""
     try:
-        with open(list_file, encoding="utf-8") as file:
-            rows = file.read().split("\n")
+        # utf-8-sig, because editors of Windows begin a file with a byte order mark
+        text = read_bytes(list_file).decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"list file {list_file!r}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"list file {list_file!r}: must be text in UTF-8") from None
+    rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     limit, reason = _MOST_CLASSES if num_classes is None else num_classes, ""
     if num_classes is None and all_classes:
         limit = min(limit, sum(bool(row.strip()) for row in rows))
         reason = f", as every class must have one of the {limit} images"
-    line_of: dict[str, int] = {}
-    labels = []
+    paths, labels, lines = [], [], []
     for line, row in enumerate(rows, start=1):
         if not row.strip():
             continue
@@ -140,15 +149,16 @@ def _parse(
             raise ValueError(f"{place}: must be `path label`, got {row[:80]!r}")
         path, label = parts
         # isdecimal alone would let other scripts' digits through
-        if not (label.isascii() and label.isdecimal() and int(label[:10]) < limit):
+        if not (label.isascii() and label.isdecimal()):
+            raise ValueError(f"{place}: label must be a whole number, got {label[:20]!r}")
+        if int(label[:10]) >= limit:
             raise ValueError(f"{place}: label {label[:20]!r} must be in 0..{limit - 1}{reason}")
-        if path in line_of:
-            raise ValueError(f"{place}: image {path!r} is in line {line_of[path]} already")
-        line_of[path] = line
+        paths.append(path)
         labels.append(int(label))
+        lines.append(line)
     if not labels:
         raise ValueError(f"{list_file}: names no image")
-    return list(line_of), labels, list(line_of.values())
+    return paths, labels, lines
 
 
 def open_published(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from lpa_jax import checks
 from lpa_jax.data import random_order, splits
-from lpa_jax.files import write_text
+from lpa_jax.files import read_bytes, write_text
 
 _FORMAT = "lpa_jax.indices.v1"
 
@@ -207,7 +206,7 @@ def load_indices(path: str | os.PathLike, labels: ArrayLike) -> tuple[np.ndarray
     """
     labels = checks.label_array(labels)
     try:
-        content = json.loads(pathlib.Path(path).read_bytes())
+        content = json.loads(read_bytes(path))
     except ValueError:
         content = None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:

@@ -129,7 +129,7 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
         )
     images, labels = None, np.empty(size, np.int32)
     for start in range(0, size, _READ_AT_A_TIME):
-        with _tamed_tfds() if isinstance(source, ImageSource) else contextlib.nullcontext():
+        with _quiet_log():
             examples = source.__getitems__(range(start, min(size, start + _READ_AT_A_TIME)))
         for i, example in enumerate(examples, start):
             image = fitted(example["image"], image_size) if fit else example["image"]
@@ -231,7 +231,7 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
 
     data_dir = None if data_dir is None else os.fspath(data_dir)
     try:
-        with _tamed_tfds():
+        with _quiet_log(), _quiet_preparation():
             if name in BUILDERS:
                 return BUILDERS[name](data_dir=data_dir)
             return tfds.builder(name, data_dir=data_dir)
@@ -275,7 +275,7 @@ def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
         )
     failure = None
     try:
-        with _tamed_tfds():
+        with _quiet_log(), _quiet_preparation():
             builder.download_and_prepare(file_format="array_record")
     # whatever went wrong, TensorFlow's own errors included, the set may exist: another process
     # was first, and the rename of our folder failed
@@ -292,7 +292,7 @@ def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
 
 
 def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
-    with _tamed_tfds():
+    with _quiet_log():
         return builder.is_prepared()
 
 
@@ -306,12 +306,26 @@ def _first_line(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def _tamed_tfds() -> Iterator[None]:
-    """TFDS without prints, progress bars, log records below errors, and imports of foreign modules.
+def _quiet_log() -> Iterator[None]:
+    """Drops TFDS's log records below errors: it warns of every folder that does not exist yet."""
 
-    It warns of every folder that does not exist yet. And it imports the modules that a folder's
-    features.json names, which may lie in the folder itself where that can be imported from the
-    working directory: only TFDS's own features and modules that are imported already are let in.
+    def keep(record: logging.LogRecord) -> bool:
+        return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.ERROR
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _quiet_preparation() -> Iterator[None]:
+    """TFDS without prints, progress bars, and imports of the modules that a features.json names.
+
+    Such a module may lie in the folder itself, where that can be imported from the working
+    directory. Only TFDS's own features and modules that are imported already are let in.
     """
     from tensorflow_datasets.core.features.feature import FeatureConnector
     from tensorflow_datasets.core.utils import tqdm_utils
@@ -324,12 +338,7 @@ def _tamed_tfds() -> Iterator[None]:
             raise ValueError(f"features.json names {class_name!r}, which is no feature of TFDS")
         return look_up.__func__(cls, class_name)
 
-    def keep(record: logging.LogRecord) -> bool:
-        return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.ERROR
-
-    logger = logging.getLogger("absl")
     bars_were_on = getattr(tqdm_utils, "_active", True)
-    logger.addFilter(keep)
     tqdm_utils.display_progress_bar(enable=False)
     FeatureConnector.cls_from_name = classmethod(look_up_known)
     try:
@@ -338,4 +347,3 @@ def _tamed_tfds() -> Iterator[None]:
     finally:
         FeatureConnector.cls_from_name = look_up
         tqdm_utils.display_progress_bar(enable=bars_were_on)
-        logger.removeFilter(keep)

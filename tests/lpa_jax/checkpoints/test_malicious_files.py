@@ -189,7 +189,7 @@ class LpaTestPlanted(tfds.core.GeneratorBasedBuilder):
 def prepared(tmp_path_factory):
     """A data_dir with a set that TFDS knows by its files alone."""
     folder = tmp_path_factory.mktemp("prepared")
-    with sources._tamed_tfds():
+    with sources._quiet_log(), sources._quiet_preparation():
         LpaTestPlanted(data_dir=str(folder)).download_and_prepare(file_format="array_record")
     old, new = "lpa_test_planted", "set_of_a_stranger"
     (folder / old).rename(folder / new)

@@ -1,13 +1,15 @@
 """Image files: decoding, list files, reading ahead, and one clear line for every bad file."""
 
+import os
 import threading
+import unicodedata
 import warnings
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from lpa_jax import data, metrics
+from lpa_jax import data, files, metrics
 from lpa_jax.data import image_files, list_files
 
 
@@ -227,11 +229,11 @@ def test_files_beyond_the_limit_are_not_read_into_memory(tree):
     [
         (2, "train/a/2.png", "line 2: must be `path label`"),
         (2, "7", "line 2: must be `path label`, got '7'"),
-        (3, "train/b b/3.png x", "line 3: label 'x' must be in 0..2"),
-        (3, "train/b b/3.png 1.0", "line 3: label '1.0' must be in 0..2"),
-        (3, "train/b b/3.png -1", "line 3: label '-1' must be in 0..2"),
+        (3, "train/b b/3.png x", "line 3: label must be a whole number, got 'x'"),
+        (3, "train/b b/3.png 1.0", "line 3: label must be a whole number, got '1.0'"),
+        (3, "train/b b/3.png -1", "line 3: label must be a whole number, got '-1'"),
         (3, "train/b b/3.png 3", "line 3: label '3' must be in 0..2"),
-        (3, "train/b b/3.png ٣", "must be in 0..2"),
+        (3, "train/b b/3.png ٣", "label must be a whole number, got '٣'"),
         (3, "train/b b/3.png 99999999999999", "must be in 0..2"),
         (4, "train/a/1.jpg 1", "line 4: image 'train/a/1.jpg' is in line 1 already"),
         (5, "val/5.png 1", "class 2 has no image (1 of 3 classes have none)"),
@@ -242,7 +244,8 @@ def test_files_beyond_the_limit_are_not_read_into_memory(tree):
         (1, "../images/train/a/1.jpg 0", "line 1: image '../images/train/a/1.jpg': must be a p"),
         (1, "train/../train/a/1.jpg 0", "must be a path within"),
         (1, "/etc/passwd 0", "line 1: image '/etc/passwd': must be a path within"),
-        (1, "train//a/1.jpg 0", "must be a path within"),
+        (4, "./train//a/1.jpg 1", "line 4: image 'train/a/1.jpg' is in line 1 already"),
+        (1, "..\\images\\1.jpg 0", "image '..\\\\images\\\\1.jpg': no such file"),
         (1, "train/a/\0.jpg 0", "must be a path within"),
     ],
 )
@@ -251,6 +254,56 @@ def test_a_bad_line_is_named(tree, line, row, message):
     with pytest.raises(ValueError, match=r"train\.txt") as error:
         _read(tree, num_classes=3, all_classes=True)
     assert message in _one_line(error)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "./train/a/1.jpg",
+        "train//a/./1.jpg",
+        "train\\a\\1.jpg",
+        ".\\train\\a\\1.jpg",
+        "{root}/train/a/1.jpg",
+    ],
+)
+def test_paths_are_read_however_programs_write_them(tree, written):
+    _rewrite(tree, 1, written.format(root=tree / "images") + " 0")
+    assert _read(tree).paths[0] == "train/a/1.jpg"
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_list", ["NFC", "NFD"])
+def test_names_are_found_in_either_unicode_form(tree, on_disk, in_list):
+    name = "Zoë/é.png"
+    _save(tree / "images" / unicodedata.normalize(on_disk, name))
+    _rewrite(tree, 1, unicodedata.normalize(in_list, name) + " 0")
+    assert _read(tree).paths[0] == unicodedata.normalize(on_disk, name)
+
+
+def test_a_byte_order_mark_and_old_line_ends_are_no_part_of_a_path(tree):
+    text = (tree / "train.txt").read_text()
+    for ends in ("\r\n", "\r"):
+        (tree / "train.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", ends).encode())
+        assert _read(tree).paths[0] == "train/a/1.jpg" and len(_read(tree)) == 5
+
+
+def test_names_that_are_not_utf8_are_refused_at_the_start(tree):
+    name = os.fsdecode(b"train/a/\xe9.png")
+    try:
+        _save(tree / "images" / name)
+    except OSError:
+        pytest.skip("this file system allows UTF-8 alone")
+    with pytest.raises(ValueError, match=r"must have a name in UTF-8") as error:
+        data.open_image_files("s", tree / "images", [name], [0], 1)
+    assert _one_line(error).isascii()
+
+
+def test_lists_that_never_end_are_refused_by_their_size(tree, monkeypatch):
+    monkeypatch.setattr(files.read_bytes, "__defaults__", (2**20,))
+    with pytest.raises(ValueError, match=r"file '/dev/zero' must have at most 1048576 bytes"):
+        data.read_list("/dev/zero", tree / "images")
+    with pytest.raises(ValueError, match=r"path must be an index file"):
+        data.load_indices("/dev/zero", [0, 1])
 
 
 @pytest.mark.parametrize("label", [5, 2_000_000_000])

@@ -90,7 +90,7 @@ class LpaTestRagged(LpaTestPng):
 
 
 def _prepare_without_tensorflow(builder_class, folder):
-    with sources._tamed_tfds():
+    with sources._quiet_log(), sources._quiet_preparation():
         builder_class(data_dir=str(folder)).download_and_prepare(file_format="array_record")
 
 
