@@ -8,6 +8,7 @@ import socket
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 
 LOCK = "lock"
@@ -82,6 +83,8 @@ def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
     file `lock` stays and names the last holder. The folder itself is locked as well, where its file
     system allows that, so that removing the file lets nobody in.
 
+    A file system without locks gives a RuntimeWarning, and keeps nobody out.
+
     Args:
       folder: Made if it does not exist.
       patience: Seconds to wait for a holder that is about to end.
@@ -105,7 +108,7 @@ def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
     itself = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + patience
-        while not (_locked(descriptor) and _locked(itself)):
+        while not (_locked(descriptor, folder) and _locked(itself, folder)):
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 raise LockedError(f"{folder} is in use by {holder or 'a process'}")
@@ -130,12 +133,18 @@ def refuse_if_held(folder: str | os.PathLike) -> None:
             pass
 
 
-def _locked(descriptor: int) -> bool:
-    """Whether the lock is ours now; a folder that cannot be locked (NFS) keeps nobody out."""
+def _locked(descriptor: int, folder: pathlib.Path) -> bool:
+    """Whether nobody else has the lock, which is ours now where the file system has locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    except OSError as error:
+        # Only the file's lock matters: network file systems lock files, but no folders.
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run out",
+                RuntimeWarning,
+                stacklevel=4,
+            )
     return True
