@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import numpy as np
+import pandas as pd
 import pytest
 from absl import flags
 
@@ -13,6 +14,7 @@ from experiments import report
 from experiments.reporting import figures, frame, paired, runs, sections, tables
 from experiments.runtime import files
 from tests.helpers import made_up_runs
+from tests.helpers.paths import ROOT
 
 FLAGS = flags.FLAGS
 
@@ -316,6 +318,18 @@ def test_a_report_of_its_own_rows_has_the_same_tables_and_rows(tmp_path, command
     assert drawn == {"accuracy.png", "differences.png", "contrasts.png"}
     for path in (tmp_path / "b" / "figures").iterdir():
         assert path.read_bytes() == (tmp_path / "a" / "figures" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [("long_tail/mlp_40_trials", "lpa:lpl,lpa+lpl:lpl,lpa+lpl:lpa"), ("domains/mlp", "")],
+)
+def test_the_committed_rows_give_the_committed_tables(tmp_path, command, name, pairs):
+    message, _, err = command(ROOT / "results" / name, f"--compare={pairs}", f"--output={tmp_path}")
+    assert message is None and not err
+    for table in ("table.csv", "contrasts.csv") if pairs else ("table.csv",):
+        committed, made = (pd.read_csv(of / table) for of in (ROOT / "results" / name, tmp_path))
+        pd.testing.assert_frame_equal(made, committed, rtol=1e-5)
 
 
 def test_rows_without_the_column_setting_are_told_apart_by_their_folders(tmp_path, command):
