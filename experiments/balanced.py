@@ -15,19 +15,19 @@ Flags override single values of it, --recipe=none all of them.
 
 from absl import flags
 
-from experiments.images import compare as comparison
+from experiments.images import compare
 from experiments.runtime import main as entry_point
 
 
 def define_flags() -> None:
     """Flags of this module."""
-    comparison.define_flags("balanced", profile="none")
+    compare.define_flags("balanced", profile="none")
     flags.FLAGS.set_default("assignment", "confidence")
 
 
 def main(argv: list[str]) -> None:
     """Entry point."""
-    comparison.run("balanced", argv)
+    compare.main("balanced", argv)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.images import compare as comparison
+from experiments.images import compare
 from experiments.images import flags as image_flags
 from experiments.measuring import models as trained
 from experiments.measuring.measurements import MEASUREMENTS
@@ -149,7 +149,7 @@ def run(interrupts: Interrupts) -> None:
     settings = image_flags.settings()
     how = measuring(settings.model)
     run_flags.apply_runtime_flags()
-    options = comparison.resolve_options(trained.tuned_hparams(settings))
+    options = compare.resolve_options(trained.tuned_hparams(settings))
     image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     models = trained.train_or_load(settings, options, workdir, interrupts)

@@ -11,18 +11,18 @@ single values of it, --recipe=none all of them):
     python -m experiments.long_tail --dataset=cifar10 --prepare --layer=stage3
 """
 
-from experiments.images import compare as comparison
+from experiments.images import compare
 from experiments.runtime import main as entry_point
 
 
 def define_flags() -> None:
     """Flags of this module."""
-    comparison.define_flags("long_tail", profile="exponential")
+    compare.define_flags("long_tail", profile="exponential")
 
 
 def main(argv: list[str]) -> None:
     """Entry point."""
-    comparison.run("long_tail", argv)
+    compare.main("long_tail", argv)
 
 
 if __name__ == "__main__":

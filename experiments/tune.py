@@ -10,35 +10,31 @@ with --worker=0..n-1 --num_workers=n. Four methods, 40 trials of 3 seeds: about 
 cores.
 """
 
+import dataclasses
+import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from experiments.images import flags as image_flags
-from experiments.images.settings import Settings, TaskSource
+from experiments.images.data import ImageTask, TaskSource
+from experiments.images.job import ImageJob
+from experiments.images.settings import Settings
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import search
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
-from experiments.training import (
-    flags as run_flags,
-)
-from experiments.training import (
-    run as runner,
-)
-from experiments.training import (
-    search_loop,
-)
-from experiments.training import (
-    suggested_radii as radius_center,
-)
-from experiments.training.program import Program, make_program, structure
+from experiments.training import flags as run_flags
+from experiments.training import run, search_loop, suggested_radii
+from experiments.training.program import Programs
+from experiments.training.suggested_radii import Suggestions
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
-from lpa_jax.training import loop as trainer
+from lpa_jax.training.loop import NonFiniteLossError
 
 FLAGS = flags.FLAGS
 
@@ -50,7 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "radius_center",
         "range",
-        list(radius_center.CENTERS),
+        list(suggested_radii.CENTERS),
         "Where the radii of LPA and LPL are drawn: in the fixed range of experiments.search, or "
         "within a factor of 10 around the one that lpa_jax.suggest_radius finds after a short ERM "
         "warm-up on the first seed.",
@@ -63,87 +59,69 @@ def define_flags() -> None:
     FLAGS.set_default("evaluate_on", "validation")
 
 
-def run_trial(
-    method: str,
-    trial: int,
-    settings: Settings,
-    tasks: dict[int, Any],
-    progress: RunProgress,
-    programs: dict[Any, Program],
-    interrupts: Interrupts,
-    suggestions: radius_center.Suggestions | None = None,
-) -> dict[str, Any]:
-    """Trains one draw of options with every seed; a diverged trial scores null.
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Trains draws of options.
 
-    `programs` keeps what is compiled: trials that differ in numbers alone share it.
-
-    Raises:
-      InterruptedRunError: a signal came; nothing is kept of the trial.
+    Attributes:
+      settings: settings of all runs.
+      tasks: by seed.
+      programs: what is compiled; draws that differ in numbers alone share it.
+      interrupts: says whether to stop.
+      suggestions: suggested radii to draw around, or None.
     """
-    drawn = search.draw(
-        method,
-        trial,
-        method_flags.searched_layers(settings.model),
-        FLAGS.search_seed,
-        method_flags.searched_space(),
-    )
-    if suggestions is not None:
-        drawn = suggestions.recentred(method, drawn)
-    options = methods.options_for(method, drawn, method_flags.explicit_options())
-    options |= method_flags.explicit_run_options()
-    accuracies = []
-    try:
-        for seed, task in tasks.items():
-            progress.start(f"{method} trial {trial} seed {seed}")
-            key = method, structure(method, options), task.counts
-            if key not in programs:
-                programs[key] = make_program(method, options, settings, task)
-            program = _scoring(programs[key].with_options(options))
-            result = runner.run(
-                program,
-                task,
-                seed,
-                None,
-                progress.epoch,
-                on_step=progress.step,
-                should_stop=interrupts,
-            )
-            accuracies.append(result["accuracy"])
-            progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
-    except trainer.NonFiniteLossError as error:
-        progress.finish(str(error))
+
+    settings: Settings
+    tasks: Mapping[int, ImageTask]
+    programs: Programs
+    interrupts: Interrupts
+    suggestions: Suggestions | None
+
+    def options(self, method: str, number: int) -> dict[str, Any]:
+        """The options of a draw; flags replace what is drawn."""
+        layers = method_flags.searched_layers(self.settings.model)
+        ranges = method_flags.searched_space()
+        drawn = search.draw(method, number, layers, FLAGS.search_seed, ranges)
+        if self.suggestions is not None:
+            drawn = self.suggestions.recentred(method, drawn)
+        options = methods.options_for(method, drawn, method_flags.explicit_options())
+        return options | method_flags.explicit_run_options()
+
+    def train(self, method: str, number: int, path: pathlib.Path, progress: RunProgress) -> None:
+        """Trains a draw with every seed and writes the outcome; a diverged draw scores null.
+
+        A draw that a worker with another --num_workers has finished meanwhile is not trained.
+
+        Raises:
+          InterruptedRunError: a signal came; nothing is kept of the draw.
+        """
+        if files.read_json(path) is not None:
+            return
+        options = self.options(method, number)
         accuracies = []
-    except InterruptedRunError:
-        raise InterruptedRunError("stopped, and finished trials are kept") from None
-    score = float(np.mean(accuracies)) if accuracies else None
-    return {"method": method, "trial": trial, "options": options, "score": score,
-            "accuracies": accuracies}  # fmt: skip
-
-
-def _scoring(program: Program) -> Program:
-    """The program without what a score does not need, which would have to be compiled, too."""
-    return program._replace(effect=None)
-
-
-def trial_path(workdir: pathlib.Path, method: str, trial: int) -> pathlib.Path:
-    """Where a trial's outcome stands."""
-    return workdir / "trials" / method / f"{trial:04d}.json"
-
-
-def choose(workdir: pathlib.Path, names: list[str], trials: int) -> dict[str, Any] | None:
-    """The best trial of every method, or None while a trial is missing."""
-    chosen = {}
-    for method in names:
-        outcomes = [files.read_json(trial_path(workdir, method, t)) for t in range(trials)]
-        if any(outcome is None for outcome in outcomes):
-            return None
-        chosen[method] = search_loop.choice(
-            {outcome["trial"]: outcome["score"] for outcome in outcomes},
-            {outcome["trial"]: outcome["options"] for outcome in outcomes},
-        )
-        if chosen[method] is None:
-            raise ValueError(f"--methods: every trial of {method} diverged")
-    return chosen
+        try:
+            for seed, task in self.tasks.items():
+                progress.start(f"{method} trial {number} seed {seed}")
+                program = self.programs.program(method, options, task)
+                result = run.run(
+                    # The score does not need the effects, which would have to be compiled.
+                    ImageJob(program, task, seed, measure_effects=False),
+                    None,
+                    on_epoch=progress.epoch,
+                    on_step=progress.step,
+                    should_stop=self.interrupts,
+                )
+                accuracies.append(result["accuracy"])
+                progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
+        except NonFiniteLossError as error:
+            progress.finish(str(error))
+            accuracies = []
+        except InterruptedRunError:
+            raise InterruptedRunError("stopped, and finished trials are kept") from None
+        score = float(np.mean(accuracies)) if accuracies else None
+        outcome = {"method": method, "trial": number, "options": options, "score": score,
+                   "accuracies": accuracies}  # fmt: skip
+        files.write_json(path, outcome)
 
 
 def describe(settings: Settings, seeds: list[int]) -> dict[str, Any]:
@@ -168,48 +146,13 @@ def describe(settings: Settings, seeds: list[int]) -> dict[str, Any]:
     if FLAGS.space:
         setting["space"] = sorted(FLAGS.space)
     if FLAGS.radius_center == "suggest":
-        radius_center.check_ranges(ranges)
+        suggested_radii.check_ranges(ranges)
         setting["radius_center"] = FLAGS.radius_center
     return files.plain(setting)
 
 
-def run_missing(
-    settings: Settings, tasks: dict[int, Any], workdir: pathlib.Path, interrupts: Interrupts
-) -> None:
-    """Runs this worker's missing trials.
-
-    Raises:
-      InterruptedRunError: a signal came.
-      lpa_jax.files.LockedError: another process runs this share, or a trial of it.
-    """
-    suggestions = None
-    if FLAGS.radius_center == "suggest":
-        first = min(tasks)
-        explicit = method_flags.explicit_options() | method_flags.explicit_run_options()
-        suggestions = radius_center.Suggestions(settings, tasks[first], first, explicit)
-    todo = [
-        (method, trial)
-        for trial in range(FLAGS.trials)
-        for method in FLAGS.methods
-        if search_loop.is_mine(trial)
-        and files.read_or_say(trial_path(workdir, method, trial), run_flags.say) is None
-    ]
-    programs: dict[Any, Program] = {}
-    progress = RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet)
-    with interrupts, progress:
-        for method, trial in todo:
-            path = trial_path(workdir, method, trial)
-            with search_loop.held(workdir, workdir / "locks" / method / path.stem):
-                # A worker that was told another --num_workers may have run it meanwhile.
-                if files.read_json(path) is None:
-                    outcome = run_trial(
-                        method, trial, settings, tasks, progress, programs, interrupts, suggestions
-                    )
-                    files.write_json(path, outcome)
-
-
 def tune(interrupts: Interrupts) -> None:
-    """Runs this worker's missing trials; writes the choice when no trial is missing."""
+    """Trains this worker's missing trials; writes the choice if no trial is missing."""
     settings = image_flags.settings()
     run_flags.apply_runtime_flags()
     if settings.evaluate_on != "validation":
@@ -220,19 +163,24 @@ def tune(interrupts: Interrupts) -> None:
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
     setting = describe(settings, list(tasks))
-    earlier = files.read_or_say(workdir / "setting.json", run_flags.say)
-    if earlier not in (None, setting):
-        raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
-    with search_loop.held(workdir, search_loop.share(workdir)):
-        files.write_json(workdir / "setting.json", setting)
-        run_missing(settings, tasks, workdir, interrupts)
-    chosen = choose(workdir, FLAGS.methods, FLAGS.trials)
-    if chosen is None:
-        search_loop.say_incomplete()
-        return
-    for method, entry in chosen.items():
-        search_loop.say_choice(method, entry)
-    search_loop.write(setting, chosen)
+    search_loop.check_setting(workdir, setting)
+    suggestions = None
+    if FLAGS.radius_center == "suggest":
+        first = min(tasks)
+        suggestions = Suggestions(settings, tasks[first], first, setting["fixed_options"])
+    shared = Search(settings, tasks, Programs(settings), interrupts, suggestions)
+    trials = []
+    for number in range(FLAGS.trials):
+        for method in FLAGS.methods:
+            path = workdir / "trials" / method / f"{number:04d}.json"
+            lock = workdir / "locks" / method / path.stem
+            find = functools.partial(files.read_or_say, path, run_flags.say)
+            train = functools.partial(shared.train, method, number, path)
+            trials.append(search_loop.Trial(method, number, None, lock, find, train))
+    todo = search_loop.missing(trials)
+    progress = RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet)
+    search_loop.run(workdir, todo, progress, interrupts, setting)
+    search_loop.finish(trials, setting)
 
 
 def main(argv: list[str]) -> None:

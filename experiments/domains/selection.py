@@ -19,7 +19,7 @@ ORACLE = "oracle"
 Record = Mapping[str, Any]
 
 
-class Training(NamedTuple):
+class Trained(NamedTuple):
     """One trained network.
 
     Attributes:
@@ -49,11 +49,11 @@ class Selected(NamedTuple):
     step: int
 
 
-def training_domain_validation(trainings: Iterable[Training], test: str) -> Selected | None:
+def training_domain_validation(trainings: Iterable[Trained], test: str) -> Selected | None:
     """Draw and step with the highest mean accuracy on the holdouts of the training domains.
 
     >>> records = [{"step": 1, "in": {"a": 0.3}, "out": {"a": 0.0, "b": 0.8}}]
-    >>> training_domain_validation([Training(frozenset("a"), 0, records)], "a")
+    >>> training_domain_validation([Trained(frozenset("a"), 0, records)], "a")
     Selected(accuracy=0.3, validation=0.8, draw=0, step=1)
     """
     return _best(
@@ -64,7 +64,7 @@ def training_domain_validation(trainings: Iterable[Training], test: str) -> Sele
 
 
 def leave_one_domain_out(
-    trainings: Sequence[Training], test: str, domains: Sequence[str]
+    trainings: Sequence[Trained], test: str, domains: Sequence[str]
 ) -> Selected | None:
     """Draw and step with the highest mean accuracy on training domains that were left out, too.
 
@@ -90,14 +90,14 @@ def leave_one_domain_out(
     return _best(candidates())
 
 
-def oracle(trainings: Iterable[Training], test: str) -> Selected | None:
+def oracle(trainings: Iterable[Trained], test: str) -> Selected | None:
     """Draw with the highest accuracy on the test domain's holdout after the last step.
 
     The test domain chooses the hyperparameters here, so this is no result on an unseen domain; no
     checkpoint but the last is looked at.
 
     >>> records = [{"step": s, "in": {"a": 0.3 / s}, "out": {"a": 0.2}} for s in (1, 2)]
-    >>> oracle([Training(frozenset("a"), 0, records)], "a")
+    >>> oracle([Trained(frozenset("a"), 0, records)], "a")
     Selected(accuracy=0.15, validation=0.2, draw=0, step=2)
     """
     return _best(
@@ -110,7 +110,7 @@ def oracle(trainings: Iterable[Training], test: str) -> Selected | None:
 
 
 def select(
-    trainings: Sequence[Training], test: str, domains: Sequence[str]
+    trainings: Sequence[Trained], test: str, domains: Sequence[str]
 ) -> dict[str, Selected | None]:
     """All three by name; None where the networks that a selection needs are not there."""
     rules: dict[str, Callable[[], Selected | None]] = {
@@ -127,7 +127,17 @@ def holdout_accuracy(record: Record, held_out: Iterable[str]) -> float:
     return float(np.mean([value for d, value in record["out"].items() if d not in held_out]))
 
 
-def _testing(trainings: Iterable[Training], test: str) -> list[Training]:
+def best_validation(records: Iterable[Record], held_out: Iterable[str]) -> float | None:
+    """`holdout_accuracy` at the best checkpoint; None if the network diverged.
+
+    >>> best_validation([{"out": {"b": 0.5}}, {"out": {"b": 0.7}}], held_out=["a"])
+    0.7
+    """
+    held_out = set(held_out)
+    return max((holdout_accuracy(record, held_out) for record in records), default=None)
+
+
+def _testing(trainings: Iterable[Trained], test: str) -> list[Trained]:
     return [training for training in trainings if training.held_out == {test}]
 
 

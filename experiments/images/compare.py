@@ -1,6 +1,6 @@
-"""Comparing methods with paired seeds: what `long_tail` and `balanced` share.
+"""The comparison of methods with paired seeds that `long_tail` and `balanced` run.
 
-Trains every method with every seed, skipping what is finished, prints one table, and writes it with
+Trains every method with every seed, except finished runs, prints one table, and writes it with
 figures, logs and the configuration.
 """
 
@@ -11,7 +11,9 @@ from typing import Any
 from absl import flags
 
 from experiments.images import flags as image_flags
-from experiments.images.settings import Settings, TaskSource
+from experiments.images.data import TaskSource
+from experiments.images.job import ImageJob
+from experiments.images.settings import Settings
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import tuned as tuned_file
@@ -20,10 +22,9 @@ from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
-from experiments.training import folder as run_folder
-from experiments.training import run as runner
+from experiments.training import folder, run
 from experiments.training.log import TENSORBOARD, Logging
-from experiments.training.program import make_program
+from experiments.training.program import Programs
 from lpa_jax import data, multihost
 from lpa_jax.files import refuse_if_held
 from lpa_jax.interrupts import Interrupts
@@ -79,77 +80,92 @@ def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     }
 
 
+def jobs(
+    settings: Settings, options: Mapping[str, Mapping[str, Any]], source: TaskSource
+) -> list[ImageJob]:
+    """Every method with every seed; seeds outermost, so that an interrupted job leaves pairs.
+
+    Raises:
+      ValueError: a flag or option that does not fit.
+    """
+    programs = Programs(settings, FLAGS.layer)
+    tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
+    return [
+        ImageJob(
+            programs.program(method, options[method], task),
+            task,
+            seed,
+            class_batches=FLAGS.class_geometry_batches,
+        )
+        for seed, task in tasks.items()
+        for method in options
+    ]
+
+
+def folder_of(workdir: pathlib.Path, method: str, seed: int) -> pathlib.Path:
+    """The folder of a run."""
+    return workdir / "runs" / method / f"seed_{seed}"
+
+
 def train_all(
     settings: Settings,
     options: Mapping[str, Mapping[str, Any]],
     workdir: pathlib.Path,
     interrupts: Interrupts,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Trains every method with every seed, skipping runs whose results are there."""
+    """Trains every method with every seed, except finished runs; returns results by method."""
     first = multihost.is_first_host()
     if first:
         refuse_if_held(workdir)  # before data are read
     saving = run_flags.saving()
     logging = Logging(FLAGS.class_geometry_batches, FLAGS.tensorboard)
-    seeds = run_flags.seeds(FLAGS.seeds)
     source = TaskSource(settings)
-    tasks = {seed: source.task(seed) for seed in seeds}
     # Every program is built before the first run, so that a bad option stops everything at once.
-    programs = {
-        (method, tasks[seed].counts): make_program(
-            method, options[method], settings, tasks[seed], FLAGS.layer
-        )
-        for method in options
-        for seed in seeds
-    }
-    with run_folder.held(workdir), interrupts:
-        for method in options:
-            for seed in seeds:
-                config = runner.configuration(
-                    programs[method, tasks[seed].counts], seed, tasks[seed]
-                )
-                folder = workdir / "runs" / method / f"seed_{seed}"
-                run_folder.check_inside(workdir, folder)
-                run_folder.finished_result(folder, config)
-        run_folder.check_inside(workdir, workdir / "splits")
+    planned = jobs(settings, options, source)
+    progress = RunProgress(len(planned), settings.epochs, FLAGS.quiet or not first)
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
+    with folder.held(workdir), interrupts:
+        for job in planned:
+            place = folder_of(workdir, job.program.method, job.seed)
+            folder.check_inside(workdir, place)
+            folder.finished_result(place, job.configuration())
+        folder.check_inside(workdir, workdir / "splits")
         files.write_json(workdir / "flags.json", run_flags.resolved())
-        for seed, task in tasks.items():
-            meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}
-            path = workdir / "splits" / f"seed_{seed}.json"
-            if first:
-                data.save_indices(path, task.train_indices, source.pool.labels, meta)
-        results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
-        with RunProgress(
-            len(options) * len(seeds), settings.epochs, FLAGS.quiet or not first
-        ) as progress:
-            # Seeds outermost: an interrupted job leaves complete pairs.
-            for seed in seeds:
-                for method in options:
-                    progress.start(f"{method} seed {seed}")
-                    folder = workdir / "runs" / method / f"seed_{seed}"
-                    result = runner.run(
-                        programs[method, tasks[seed].counts],
-                        tasks[seed],
-                        seed,
-                        folder,
-                        progress.epoch,
-                        on_step=progress.step,
-                        saving=saving,
-                        logging=logging,
-                        should_stop=interrupts,
-                        say=progress.say,
-                    )
-                    progress.finish(
-                        f"{settings.evaluate_on} accuracy {100 * result['accuracy']:.2f} %"
-                    )
-                    results[method].append(result)
+        if first:
+            _write_splits(planned, settings, source, workdir)
+        with progress:
+            for job in planned:
+                method = job.program.method
+                progress.start(f"{method} seed {job.seed}")
+                result = run.run(
+                    job,
+                    folder_of(workdir, method, job.seed),
+                    on_epoch=progress.epoch,
+                    on_step=progress.step,
+                    saving=saving,
+                    logging=logging,
+                    should_stop=interrupts,
+                    say=progress.say,
+                )
+                progress.finish(f"{settings.evaluate_on} accuracy {100 * result['accuracy']:.2f} %")
+                results[method].append(result)
     return results
+
+
+def _write_splits(
+    planned: Sequence[ImageJob], settings: Settings, source: TaskSource, workdir: pathlib.Path
+) -> None:
+    """Writes which training examples every seed has."""
+    for seed, task in {job.seed: job.task for job in planned}.items():
+        meta = {"dataset": settings.dataset, "seed": seed, "counts": list(task.counts)}
+        path = workdir / "splits" / f"seed_{seed}.json"
+        data.save_indices(path, task.train_indices, source.pool.labels, meta)
 
 
 def report(
     results: frame.Results, settings: Settings, workdir: pathlib.Path, notes: Sequence[str]
 ) -> None:
-    """Prints the table and writes it with the figures; the first host does."""
+    """Prints the table and writes it with the figures, on the first host."""
     if not multihost.is_first_host():
         return
     figures.per_class_accuracy(results, workdir / "per_class_accuracy.png")
@@ -159,8 +175,8 @@ def report(
     tables.write_comparison(title, results, workdir, notes, pair=("lpa", "lpl"))
 
 
-def run(experiment: str, argv: list[str]) -> None:
-    """Does what the flags say; exits with one line where they are wrong or the user interrupts."""
+def main(experiment: str, argv: list[str]) -> None:
+    """Does what the flags say; exits with one line if they are wrong or the user interrupts."""
 
     def compare(interrupts):
         settings = image_flags.settings()

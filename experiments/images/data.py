@@ -1,23 +1,124 @@
-"""Where the images of a classification run come from: TFDS and embedded sets, or list files."""
+"""The data of a classification run: TFDS and embedded sets, or images that list files name."""
 
-from typing import TYPE_CHECKING
+import dataclasses
 
+import numpy as np
+
+from experiments.images.settings import Settings
+from experiments.training.task import (
+    LARGEST_EVALUATION_BATCH,
+    Images,
+    Length,
+    Task,
+    evaluation_batches,
+    read_ahead,
+    rounded_up,
+)
 from lpa_jax import data, multihost
-
-if TYPE_CHECKING:
-    from experiments.images.settings import Settings
 
 # Image files whose decoded images take at most this many bytes are read into memory once.
 _READ_INTO_MEMORY = 2 * 2**30
 
-Images = data.Dataset | data.ImageFiles
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask(Task):
+    """The data of one run.
+
+    Attributes:
+      train: training set, long-tailed if the settings say so.
+      evaluation: test or validation set.
+      normalization: of the images, the same for all seeds.
+      train_indices: positions of the training examples in the training split.
+    """
+
+    train: Images
+    evaluation: Images
+    normalization: data.Normalization
+    train_indices: np.ndarray
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.train.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels)."""
+        return self.train.image_shape
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Training examples of each class, [C]."""
+        return tuple(int(count) for count in self.train.counts)
+
+    def length(self, settings: Settings) -> Length:
+        """Epochs are passes over the training set."""
+        steps_per_epoch = -(-len(self.train) // settings.batch_size)
+        return Length(settings.epochs, steps_per_epoch, settings.evaluate_every)
+
+    def train_batches(self, settings: Settings, seed: int) -> data.Batches | data.Prefetched:
+        """This host's training batches by step."""
+        batches = data.batches(
+            self.train, seed, settings.batch_size, host_slice=multihost.host_slice()
+        )
+        return read_ahead(batches, files=isinstance(self.train, data.ImageFiles))
+
+    def evaluation_batches(self) -> dict[str, data.EvaluationBatches | data.Prefetched]:
+        """This host's batches of the one set, named "evaluation"."""
+        size = rounded_up(min(len(self.evaluation), LARGEST_EVALUATION_BATCH))
+        return {"evaluation": evaluation_batches(self.evaluation, size)}
 
 
-def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
-    """The training split and the evaluation split; None where it is to be carved from training.
+class TaskSource:
+    """Loads a data set once and makes the task of every seed from it.
 
-    A validation list is opened where one is published. The test split is opened only when the run
-    is evaluated on it.
+    With `evaluate_on="validation"` the test split is never opened. If no validation list is
+    published, a validation set is taken from the training split first, and the long-tailed training
+    set from the rest.
+    """
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._pool, self._evaluation = open_splits(settings)
+        self._normalization = normalization(self._pool, settings)
+
+    @property
+    def pool(self) -> Images:
+        """The whole training split."""
+        return self._pool
+
+    def task(self, seed: int) -> ImageTask:
+        """The task of a seed; its split follows the seed unless `--split_seed` fixes it."""
+        settings, labels = self._settings, self._pool.labels
+        split_seed = seed if settings.split_seed is None else settings.split_seed
+        available = np.arange(len(labels))
+        evaluation = self._evaluation
+        if evaluation is None:
+            available, held_out = data.validation_split(
+                labels, fraction=settings.validation_fraction, seed=split_seed
+            )
+            evaluation = self._pool.subset(held_out)
+        if settings.per_class is not None:
+            kept = data.reduced_indices(labels[available], settings.per_class, seed=split_seed)
+            available = available[kept]
+        if settings.profile != "none":
+            chosen = data.long_tail_indices(
+                labels[available],
+                num_classes=self._pool.num_classes,
+                profile=settings.profile,
+                imbalance=settings.imbalance,
+                seed=split_seed,
+            )
+            available = available[chosen]
+        train = self._pool.subset(available)
+        return ImageTask(train, evaluation, self._normalization, available)
+
+
+def open_splits(settings: Settings) -> tuple[Images, Images | None]:
+    """The training and the evaluation split; None if it must be taken from the training split.
+
+    A published validation list is opened. The test split is opened only if the run is evaluated on
+    it.
     """
     if settings.train_list is not None:
         return _listed(settings)
@@ -33,28 +134,14 @@ def open_splits(settings: "Settings") -> tuple[Images, Images | None]:
     return train, data.load(name, split, settings.data_dir, size)
 
 
-def normalization(train: Images, settings: "Settings") -> data.Normalization:
-    """That of the training split; of ImageNet for image files, which need not be read for it."""
+def normalization(train: Images, settings: Settings) -> data.Normalization:
+    """Fitted to the training split; ImageNet's for image files, which need not be read for it."""
     if settings.of_files:
         return data.IMAGENET_NORMALIZATION
     return data.Normalization.fit(train.images)
 
 
-def train_batches(dataset: Images, seed: int, batch_size: int) -> data.Batches | data.Prefetched:
-    """This host's training batches by step, read ahead where they come from files."""
-    batches = data.batches(dataset, seed, batch_size, host_slice=multihost.host_slice())
-    return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
-
-
-def evaluation_batches(
-    dataset: Images, batch_size: int
-) -> data.EvaluationBatches | data.Prefetched:
-    """This host's evaluation batches by number, read ahead where they come from files."""
-    batches = data.evaluation_batches(dataset, batch_size, host_slice=multihost.host_slice())
-    return batches if isinstance(dataset, data.Dataset) else data.read_ahead(batches)
-
-
-def _listed(settings: "Settings") -> tuple[Images, Images | None]:
+def _listed(settings: Settings) -> tuple[Images, Images | None]:
     train = data.read_list(
         settings.train_list,
         settings.image_root,
@@ -74,7 +161,7 @@ def _listed(settings: "Settings") -> tuple[Images, Images | None]:
     return _to_train_on(train, settings), _kept(evaluation)
 
 
-def _published(settings: "Settings") -> tuple[Images, Images | None]:
+def _published(settings: Settings) -> tuple[Images, Images | None]:
     def opened(split: str) -> data.ImageFiles:
         return data.open_published(
             settings.dataset,
@@ -89,8 +176,8 @@ def _published(settings: "Settings") -> tuple[Images, Images | None]:
     return train, _kept(opened(settings.evaluate_on)) if has_split else None
 
 
-def _to_train_on(files: data.ImageFiles, settings: "Settings") -> Images:
-    """Files that are cropped at their own size are decoded whenever they are asked for."""
+def _to_train_on(files: data.ImageFiles, settings: Settings) -> Images:
+    """Files that are cropped at their own size are decoded in every epoch."""
     crop = settings.file_crop
     return _kept(files) if crop is None else files.cropped(crop)
 

@@ -1,14 +1,16 @@
 """What defines a classification run, apart from its method and seed: data, training, loss."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Self
 
-import numpy as np
+import jax
+import optax
 
-from experiments.images import data as task_data
 from experiments.runtime.fields import setting
 from experiments.training.settings import RunSettings
-from lpa_jax import data, losses, metrics
+from experiments.training.task import Length
+from lpa_jax import data, losses, optimizers
 from lpa_jax.data import long_tail
 
 EVALUATION_SPLITS = ("test", "validation")
@@ -116,90 +118,27 @@ class Settings(RunSettings):
             )
         return self
 
+    def rate_schedule(self, rate: float | jax.Array, length: Length) -> optax.Schedule:
+        """The learning rate by step, whose highest value is `rate`."""
+        return optimizers.schedule(
+            self.schedule,
+            rate,
+            total_steps=length.total_steps,
+            warmup_steps=round(self.warmup_epochs * length.steps_per_epoch),
+            milestones=self.milestones,
+            factor=self.decay_factor,
+        )
+
+    def default_loss(self, counts: Sequence[int]) -> losses.Loss:
+        """The loss of methods without one of their own."""
+        return losses.create(self.loss, counts)
+
+    @property
+    def loss_needs_counts(self) -> bool:
+        """Whether `default_loss` depends on its counts."""
+        return self.loss != "cross_entropy"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name, as `RunSettings.as_dict` gives them."""
         # Runs made while there was a setting of this name can be resumed.
         return super().as_dict() | {"drw_epoch": None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """The data of one run.
-
-    Attributes:
-      train: training set, long-tailed if the settings say so.
-      evaluation: test or validation set.
-      normalization: the same for all seeds.
-      train_indices: where the training examples stand in the training split.
-    """
-
-    train: task_data.Images
-    evaluation: task_data.Images
-    normalization: data.Normalization
-    train_indices: np.ndarray
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Training examples of each class."""
-        return tuple(int(count) for count in self.train.counts)
-
-
-class TaskSource:
-    """Loads a data set once and cuts the task of every seed from it.
-
-    With `evaluate_on="validation"` the test split is never opened: where no validation list is
-    published, a validation set is carved from the training split first, and the long-tailed
-    training set is cut from what is left.
-    """
-
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        self._pool, self._evaluation = task_data.open_splits(settings)
-        self._normalization = task_data.normalization(self._pool, settings)
-
-    @property
-    def pool(self) -> task_data.Images:
-        """The whole training split."""
-        return self._pool
-
-    def task(self, seed: int) -> Task:
-        """The task of a seed; its split follows the seed unless `--split_seed` fixes it."""
-        settings, labels = self._settings, self._pool.labels
-        split_seed = seed if settings.split_seed is None else settings.split_seed
-        available = np.arange(len(labels))
-        evaluation = self._evaluation
-        if evaluation is None:
-            available, held_out = data.validation_split(
-                labels, fraction=settings.validation_fraction, seed=split_seed
-            )
-            evaluation = self._pool.subset(held_out)
-        if settings.per_class is not None:
-            kept = data.reduced_indices(labels[available], settings.per_class, seed=split_seed)
-            available = available[kept]
-        if settings.profile != "none":
-            chosen = data.long_tail_indices(
-                labels[available],
-                num_classes=self._pool.num_classes,
-                profile=settings.profile,
-                imbalance=settings.imbalance,
-                seed=split_seed,
-            )
-            available = available[chosen]
-        train = self._pool.subset(available)
-        return Task(train, evaluation, self._normalization, available)
-
-
-def shot_groups(counts: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Many/medium/few classes by the usual thresholds, by thirds where one group would be empty.
-
-    Classes of equal size fall into no groups.
-
-    >>> shot_groups((50, 50))
-    {}
-    """
-    if len(set(counts)) == 1:
-        return {}
-    groups = metrics.shot_groups(counts)
-    if all(members.any() for members in groups.values()):
-        return groups
-    return metrics.shot_groups_by_thirds(counts)

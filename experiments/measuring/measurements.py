@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.images import data as task_data
 from experiments.measuring import models as trained
 from experiments.measuring.models import Model
 from experiments.measuring.settings import Batches, Measuring
 from experiments.methods import names as methods
 from experiments.methods.build import assemble
+from experiments.training.task import evaluation_batches
 from lpa_jax import diagnostics, metrics, pgd, tables
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.injection import INPUT, LOGITS, Pass
@@ -290,7 +290,7 @@ def _corrupted(model: Model, name: str, severity: int):
     """Evaluation batches whose images are corrupted before they are normalised."""
     task, start = model.task, 0
     size = min(500, len(task.evaluation))
-    for batch in task_data.evaluation_batches(task.evaluation, size):
+    for batch in evaluation_batches(task.evaluation, size):
         positions = np.arange(start, start + size)
         images = _corruption(name, severity)(jax.random.key(_KEY), batch["image"], positions)
         start += size

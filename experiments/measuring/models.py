@@ -15,16 +15,17 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments.images import compare as comparison
-from experiments.images import data as task_data
-from experiments.images.settings import Settings, Task, TaskSource
+from experiments.images import compare
+from experiments.images.data import ImageTask, TaskSource
+from experiments.images.job import ImageJob
+from experiments.images.settings import Settings
 from experiments.methods import build as assembly
 from experiments.methods import tuned as tuned_file
 from experiments.runtime import files
 from experiments.training import flags as run_flags
 from experiments.training import folder as run_folder
-from experiments.training import run as runner
-from experiments.training.program import make_program
+from experiments.training.program import Program
+from experiments.training.task import Images, evaluation_batches
 from lpa_jax.checkpoints.checkpoints import Checkpoints
 from lpa_jax.injection import LOGITS, Network, Pass
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
@@ -50,7 +51,7 @@ class Model(NamedTuple):
     seed: int
     network: Network
     variables: Mapping[str, Any]
-    task: Task
+    task: ImageTask
     adjust_logits: Callable[[Array], Array] | None
 
 
@@ -68,13 +69,13 @@ class Models:
 
     settings: Settings
     options: Mapping[str, Mapping[str, Any]]
-    tasks: Mapping[int, Task]
+    tasks: Mapping[int, ImageTask]
     workdir: pathlib.Path
     results: Mapping[str, list[dict[str, Any]]]
 
     def folder(self, method: str, seed: int) -> pathlib.Path:
         """A run's folder."""
-        return _folder(self.workdir, method, seed)
+        return compare.folder_of(self.workdir, method, seed)
 
     def load(self, method: str, seed: int) -> Model:
         """A model as its last training step left it.
@@ -84,8 +85,8 @@ class Models:
           CheckpointError: its checkpoints are damaged.
         """
         task, options = self.tasks[seed], self.options[method]
-        program = make_program(method, options, self.settings, task, FLAGS.layer)
-        config = runner.configuration(program, seed, task)
+        program = Program(method, options, self.settings, task, FLAGS.layer)
+        config = ImageJob(program, task, seed).configuration()
         folder = self.folder(method, seed)
         checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config=config)
         restored = checkpoints.restore(program.init(seed))
@@ -129,7 +130,7 @@ class Models:
 
 def define_flags(experiment: str) -> None:
     """Flags of a comparison whose models are kept to be measured."""
-    comparison.define_flags(experiment, profile="exponential")
+    compare.define_flags(experiment, profile="exponential")
     FLAGS.set_default("keep_finished_checkpoints", True)
 
 
@@ -165,11 +166,11 @@ def train_or_load(
     seeds = run_flags.seeds(FLAGS.seeds)
     for method in options:
         for seed in seeds:
-            folder = _folder(workdir, method, seed)
+            folder = compare.folder_of(workdir, method, seed)
             result = files.read_json(folder / run_folder.RESULT)
             if isinstance(result, dict) and not result.get("checkpoints_kept", True):
                 raise ValueError(_without_weights(folder))
-    results = comparison.train_all(settings, options, workdir, interrupts)
+    results = compare.train_all(settings, options, workdir, interrupts)
     source = TaskSource(settings)
     return Models(settings, options, {seed: source.task(seed) for seed in seeds}, workdir, results)
 
@@ -181,7 +182,7 @@ def go_on(interrupts: Interrupts) -> None:
 
 
 def batches(
-    task: Task, dataset: task_data.Images, size: int, count: int | None = None
+    task: ImageTask, dataset: Images, size: int, count: int | None = None
 ) -> list[dict[str, Array]]:
     """Batches as networks take them: normalised, the last one padded and masked.
 
@@ -195,7 +196,7 @@ def batches(
     if count is not None:
         shuffled = np.random.default_rng(0).permutation(len(dataset))
         dataset = dataset.subset(shuffled[: count * size])
-    found = task_data.evaluation_batches(dataset, min(size, len(dataset)))
+    found = evaluation_batches(dataset, min(size, len(dataset)))
     normalize = task.normalization.apply
     return [{**batch, "image": jax.device_put(normalize(batch["image"]))} for batch in found]
 
@@ -234,10 +235,6 @@ def _forward(network, variables, images):
     features, _ = network.run(Pass(variables, images), {}, last)
     logits, _ = network.run(Pass(variables, images), {last: features}, LOGITS)
     return logits, features
-
-
-def _folder(workdir: pathlib.Path, method: str, seed: int) -> pathlib.Path:
-    return workdir / "runs" / method / f"seed_{seed}"
 
 
 def _without_weights(folder: pathlib.Path) -> str:

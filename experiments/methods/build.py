@@ -111,10 +111,6 @@ def build(
     return Built(parts, optimizer, parts.loss_stages or loss_stages)
 
 
-# Names that the two programs still use.
-Mixed, mixed = Built, build
-
-
 def assemble(
     method: str,
     options: Mapping[str, Any],

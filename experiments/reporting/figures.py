@@ -109,15 +109,6 @@ def per_class_accuracy(results: Results, path: pathlib.Path) -> bool:
     return True
 
 
-def class_accuracy_figure(accuracy: np.ndarray) -> Figure:
-    """Bars of one model's accuracy by class, [C]; the caller closes it."""
-    figure, axis = plt.subplots(figsize=(max(4.0, min(12.0, 0.35 * len(accuracy))), 2.6))
-    axis.bar(range(len(accuracy)), 100 * np.nan_to_num(accuracy), color=COLORS[5])
-    axis.set(xlabel="class", ylabel="accuracy %", ylim=(0, 100))
-    figure.tight_layout()
-    return figure
-
-
 def _class_bars(values: Mapping[str, np.ndarray], names: Sequence[str], path: pathlib.Path) -> None:
     positions = np.arange(len(names))
     figure, axis = plt.subplots(figsize=(max(7.0, 0.45 * len(names) + 3), 4.2))

@@ -1,4 +1,4 @@
-"""A run's log: JSON lines and TensorBoard events, one record an epoch."""
+"""The log of a run: JSON lines and TensorBoard events, one record for each epoch."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from experiments.reporting import figures as plots
 from experiments.runtime import files
 
 TENSORBOARD = ("scalars", "full")
@@ -19,12 +19,12 @@ TENSORBOARD = ("scalars", "full")
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """What a run logs beyond its scalars, at every evaluation.
+    """What a run logs in addition to its scalars, at every evaluation.
 
     Attributes:
-      class_batches: training batches on which to measure what the perturbations do to every class.
-      tensorboard: scalars, or full: with histograms (of weights, and of what is logged by class)
-        and the figure of the classes' accuracy.
+      class_batches: training batches on which to measure what the perturbations do to each class.
+      tensorboard: "scalars"; or "full", which adds histograms (of the weights and of everything
+        that is logged by class) and a figure of the accuracy of each class.
 
     Raises:
       ValueError: naming the flag that is out of range.
@@ -42,13 +42,18 @@ class Logging:
 
 
 class RunLog:
-    """Writes records to `metrics.jsonl` and TensorBoard events; without a folder, nowhere.
+    """Writes records to `metrics.jsonl` and as TensorBoard events.
 
-    A record holds scalars, and vectors with a number a class.
+    A record holds scalars, and vectors with one number for each class.
 
-    What an earlier, interrupted run left in the folder is replaced by `rows`: those of its records
-    that the checkpoint holds from which this run goes on. So no epoch is there twice or not at all,
-    but for the weights' histograms and the figures, which begin where the run goes on.
+    A run that resumes replaces what it left in the folder by `rows`, the records in its checkpoint.
+    So every epoch is logged exactly once. Only the histograms of weights and the figures of the
+    epochs before the checkpoint are lost.
+
+    Args:
+      folder: of the run; None writes nothing.
+      rows: records of earlier epochs.
+      logging: what to log.
 
     Attributes:
       rows: all records so far, as plain values.
@@ -95,7 +100,7 @@ class RunLog:
           step: of the run.
           values: scalars and vectors by name.
           weights: parameters, whose histograms go to TensorBoard alone.
-          class_accuracy: [C], whose figure does.
+          class_accuracy: [C], whose figure goes to TensorBoard alone.
         """
         row = files.plain({**values, "step": step})
         self.rows.append(row)
@@ -108,7 +113,7 @@ class RunLog:
                 self._add_histogram(name, leaf, step)
             if class_accuracy is not None:
                 self._add_histogram("evaluation/class_accuracy", class_accuracy, step)
-                figure = plots.class_accuracy_figure(class_accuracy)
+                figure = _class_accuracy_figure(class_accuracy)
                 self._events.add_figure("evaluation/class_accuracy", figure, step)
 
     def _add_events(self, row: Mapping[str, Any]) -> None:
@@ -124,6 +129,16 @@ class RunLog:
         values = values[np.isfinite(values)]  # absent classes are NaN
         if values.size:
             self._events.add_histogram(_tag(name), values, step)
+
+
+def _class_accuracy_figure(accuracy: np.ndarray) -> Figure:
+    """Bars of one model's accuracy by class, [C]."""
+    figure = Figure(figsize=(max(4.0, min(12.0, 0.35 * len(accuracy))), 2.6))
+    axis = figure.subplots()
+    axis.bar(range(len(accuracy)), 100 * np.nan_to_num(accuracy), color="#0072B2")
+    axis.set(xlabel="class", ylabel="accuracy %", ylim=(0, 100))
+    figure.tight_layout()
+    return figure
 
 
 def _tag(name: str) -> str:

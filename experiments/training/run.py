@@ -1,157 +1,191 @@
-"""One run: a method on a task with a seed, from the first step to a complete result file."""
+"""One run of any protocol, from the first step to a complete result file."""
 
+import abc
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from experiments.images import data as task_data
-from experiments.images.settings import Task
-from experiments.runtime import files
-from experiments.training import run_rows
-from experiments.training.folder import RunFolder
+from experiments.training.folder import USUAL, Names, RunFolder
 from experiments.training.log import Logging, RunLog
 from experiments.training.program import Program
 from experiments.training.saving import Saving
-from lpa_jax import data, multihost, parallel
+from experiments.training.task import Task
+from lpa_jax import metrics, multihost, parallel
 from lpa_jax.data.prefetch import Prefetched
 from lpa_jax.interrupts import InterruptedRunError
-from lpa_jax.training import loop as trainer
+from lpa_jax.training import loop
+from lpa_jax.training.step import TrainState
 
 DEFAULT_SAVING = Saving()
 DEFAULT_LOGGING = Logging()
 
 
-def configuration(program: Program, seed: int, task: Task) -> dict[str, Any]:
-    """Everything that decides a run's result, as plain values."""
-    settings = program.settings.as_dict()
-    for folder in ("data_dir", "image_root"):
-        settings.pop(folder)
-    return files.plain(
-        {
-            "method": program.method,
-            "seed": seed,
-            "options": dict(program.options),
-            "settings": settings,
-            "train_counts": task.counts,
-        }
-    )
+class Job(abc.ABC):
+    """A network to train, and what its files hold: each protocol defines its own.
+
+    Attributes:
+      program: the compiled method.
+      task: the data.
+      seed: of the initial parameters and of the order of the data.
+      names: names of the files.
+    """
+
+    program: Program
+    task: Task
+    seed: int
+    names: Names = USUAL
+
+    @abc.abstractmethod
+    def configuration(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain values."""
+
+    @abc.abstractmethod
+    def evaluation(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics of an evaluation, from those of every evaluation set."""
+
+    @abc.abstractmethod
+    def row(self, state: TrainState, record: loop.EpochRecord) -> dict[str, Any]:
+        """The line of the log after an epoch."""
+
+    @abc.abstractmethod
+    def score(self, evaluation: Mapping[str, Any]) -> float:
+        """The accuracy by which the best checkpoint is chosen."""
+
+    @abc.abstractmethod
+    def result(
+        self, rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What the result file holds, from all lines of the log and the last evaluation."""
+
+    def diverged(self, error: loop.NonFiniteLossError) -> dict[str, Any]:
+        """What the result file holds if the loss diverged; by default that is no result."""
+        raise error
 
 
 def run(
-    program: Program,
-    task: Task,
-    seed: int,
+    job: Job,
     folder: pathlib.Path | None,
-    on_epoch: Callable[[trainer.EpochRecord], None] = lambda record: None,
     *,
-    on_step: Callable[[int, float, trainer.Totals], None] = lambda step, epochs, totals: None,
+    on_epoch: Callable[[loop.EpochRecord], None] = lambda record: None,
+    on_step: Callable[[int, float, loop.Totals], None] = lambda step, epochs, totals: None,
     saving: Saving = DEFAULT_SAVING,
     logging: Logging = DEFAULT_LOGGING,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Trains and evaluates; writes log, configuration and result into `folder` (None: nowhere).
+    """Trains and evaluates; writes configuration, log and result.
 
-    A folder that holds the complete result of the same run is read instead. One that holds its
-    checkpoints goes on from the newest intact one, to the same result bit for bit.
+    If the folder holds the complete result of the same run, the result is read instead. If it holds
+    checkpoints of it, the run resumes from the newest intact one, to the same result bit for bit.
 
     Args:
-      program: from `make_program`.
-      task: data.
-      seed: decides the initial parameters and the order of the data.
-      folder: of this run alone.
+      job: what to train.
+      folder: of this run alone; None writes nothing.
       on_epoch: called after every epoch.
-      on_step: called after the steps between, with their number, the same in epochs and the sums of
-        the epoch's metrics, which may still be computed.
-      saving: when to save checkpoints, and which remain.
-      logging: what is logged beyond scalars; it changes no number of the run.
-      should_stop: asked after every step and before every evaluation batch; True saves and raises.
-        Several hosts must get the same answer at the same time, as `Interrupts` gives it.
+      on_step: called after all other steps with the number of steps, the same in epochs, and the
+        sums of the epoch's metrics; reading these waits for the devices.
+      saving: when to save checkpoints, and how many to keep.
+      logging: what to log beyond scalars; changes no result.
+      should_stop: called after every step and before every evaluation batch; True saves a
+        checkpoint and raises. Several hosts must get the same answer at the same time, as
+        `Interrupts` gives it.
       say: called with a line for each damaged checkpoint or file.
 
     Returns:
-      The result: final accuracy, per-class accuracy, group accuracies, curves, seconds.
+      What the result file holds: that of the job, and "complete", "seconds", "environment".
 
     Raises:
       ValueError: the folder holds another run.
-      trainer.NonFiniteLossError: the loss diverged; nothing counts as a result then.
-      CheckpointError: no room to save, or no intact checkpoint to go on from.
-      hosts.DifferingHostsError: processes would not go on from the same.
-      InterruptedRunError: `should_stop` said so; the same call goes on from there.
+      NonFiniteLossError: the loss diverged, and the job takes this for no result.
+      CheckpointError: a checkpoint cannot be written, or none is intact.
+      hosts.DifferingHostsError: the processes would not start from the same state.
+      InterruptedRunError: `should_stop` returned True; the same call resumes the run.
     """
-    run_folder = RunFolder(folder, configuration(program, seed, task), saving)
+    run_folder = RunFolder(folder, job.configuration(), saving, job.names)
     earlier = run_folder.result(say)
     if earlier is not None:
         return earlier
     if should_stop():
         raise InterruptedRunError("stopped before the run began")
-    settings = program.settings
-    started = time.perf_counter()
+    program, task, seed = job.program, job.task, job.seed
     restored = run_folder.begin(program.init(seed), say)
-    started -= restored.notes.get("seconds", 0.0)
-    train_batches = task_data.train_batches(task.train, seed, settings.batch_size)
-    eval_batches = task_data.evaluation_batches(
-        task.evaluation, _evaluation_batch_size(len(task.evaluation))
-    )
-    # The same for all hosts; nobody's share of the global batch.
-    probes = data.batches(task.train, seed, settings.batch_size)
-    steps_per_epoch = train_batches.steps_per_epoch
+    started = time.perf_counter() - restored.notes.get("seconds", 0.0)
+    length, batches = program.length, task.train_batches(program.settings, seed)
+    evaluated = task.evaluation_batches()
+    log_folder = folder if multihost.is_first_host() else None
     record = None
     with (
-        RunLog(
-            folder if multihost.is_first_host() else None, restored.notes.get("rows", ()), logging
-        ) as log,
-        Prefetched(train_batches, program.place) as train_batches,
+        RunLog(log_folder, restored.notes.get("rows", ()), logging) as log,
+        Prefetched(batches, program.place) as batches,
     ):
 
         def notes():
             return {"rows": log.rows, "seconds": time.perf_counter() - started}
 
-        for state, record in trainer.train(
-            restored.state,
-            program.stages,
-            train_batches,
-            settings.epochs,
-            evaluate=lambda s: trainer.evaluate_batches(
-                program.evaluate, s, eval_batches, should_stop
-            ),
-            evaluate_every=settings.evaluate_every,
-            totals=restored.totals,
-            save=lambda state, totals: run_folder.save(state, totals, notes()),
-            should_save=saving.schedule(steps_per_epoch, settings.epochs * steps_per_epoch),
-            should_stop=should_stop,
-            watch=lambda done, totals: on_step(done, done / steps_per_epoch, totals),
-            block_every_step=parallel.must_block(),
-        ):
-            scalars = run_rows.scalars(record)
-            if record.evaluation is not None:
-                scalars |= run_rows.effects(program, state, probes[0])
-                count = min(logging.class_batches, steps_per_epoch)
-                scalars |= run_rows.classes(program, state, [probes[step] for step in range(count)])
-            log.write(record.step, scalars, **run_rows.details(logging, state, record))
-            if record.evaluation is not None:
-                run_folder.score(state, record.evaluation["accuracy"], notes())
-            on_epoch(record)
-    if record is None or record.epoch < settings.epochs:
-        raise InterruptedRunError("stopped, and what was done is saved")
-    return run_folder.finish(
-        {
-            "complete": True,
-            "method": program.method,
-            "seed": seed,
-            "seconds": time.perf_counter() - started,
-            "evaluated_on": settings.evaluate_on,
-            "train_counts": task.counts,
-            **run_rows.final_metrics(record.evaluation, task.counts),
-            "curve": log.rows,
-        }
-    )
+        try:
+            for state, record in loop.train(
+                restored.state,
+                program.stages,
+                batches,
+                length.epochs,
+                evaluate=lambda state: evaluate(job, state, evaluated, should_stop),
+                evaluate_every=length.evaluate_every,
+                totals=restored.totals,
+                save=lambda state, totals: run_folder.save(state, totals, notes()),
+                should_save=saving.schedule(length.steps_per_epoch, length.total_steps),
+                should_stop=should_stop,
+                watch=lambda done, totals: on_step(done, done / length.steps_per_epoch, totals),
+                block_every_step=parallel.must_block(),
+            ):
+                log.write(record.step, job.row(state, record), **_details(logging, state, record))
+                if record.evaluation is not None:
+                    run_folder.score(state, job.score(record.evaluation), notes())
+                on_epoch(record)
+            if record is None or record.epoch < length.epochs:
+                raise InterruptedRunError("stopped, and what was done is saved")
+            result = job.result(log.rows, record.evaluation)
+        except loop.NonFiniteLossError as error:
+            result = job.diverged(error)
+    seconds = time.perf_counter() - started
+    return run_folder.finish({"complete": True, **result, "seconds": seconds})
 
 
-def _evaluation_batch_size(size: int) -> int:
-    """At most 500 (activations of larger batches fall out of cache), a multiple of the devices."""
-    devices = jax.device_count()
-    return -(-min(size, 500) // devices) * devices
+def evaluate(
+    job: Job,
+    state: TrainState,
+    evaluated: Mapping[str, Sequence[Any]],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """The metrics of all evaluation sets, each example counted once; None if asked to stop."""
+    totals = {}
+    for name, batches in evaluated.items():
+        for number in range(len(batches)):
+            if should_stop():
+                return None
+            pairs = job.program.evaluate(state, batches[number])
+            totals[name] = metrics.add(totals[name], pairs) if name in totals else pairs
+    # The host waits once for all sets.
+    return job.evaluation(metrics.compute(totals))
+
+
+def _details(logging: Logging, state: TrainState, record: loop.EpochRecord) -> dict[str, Any]:
+    """What TensorBoard alone gets at evaluations."""
+    if logging.tensorboard != "full" or record.evaluation is None:
+        return {}
+    weights, per_class = jax.device_get(state.params), record.evaluation["per_class_accuracy"]
+    return {"weights": weights, "class_accuracy": per_class}
+
+
+def adapted_radii(state: TrainState) -> dict[str, float]:
+    """Factors on the radii of perturbations with a `radius_target`, by layer and sign group."""
+    kept = jax.tree_util.tree_leaves_with_path(dict(state.perturbation_state))
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in kept}
+    return {
+        f"effect/{name}/{group}": float(factor)
+        for name, factors in named.items()
+        if name.endswith("/radius_scale")
+        for group, factor in zip(("positive", "negative"), jax.device_get(factors), strict=True)
+    }

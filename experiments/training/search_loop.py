@@ -1,17 +1,42 @@
-"""What the random searches share: flags, shares of workers, the best trial, the file of choices."""
+"""The random search of both protocols: flags, workers that share the trials, and the choice."""
 
 import contextlib
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from experiments.runtime import files
+from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import folder as run_folder
+from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
+SETTING = "setting.json"
+
+
+class Trial(NamedTuple):
+    """A part of a search that one process trains as a whole.
+
+    Attributes:
+      method: its name.
+      number: of the draw of options; a worker has all parts of a draw.
+      test: the domain that the score is without; None if the data have no domains.
+      lock: folder that a process holds while it trains.
+      find: () -> {"options": ..., "score": validation accuracy or None if it diverged}, or None if
+        the trial is missing.
+      train: (progress) -> None: trains, and keeps what `find` reads.
+    """
+
+    method: str
+    number: int
+    test: str | None
+    lock: pathlib.Path
+    find: Callable[[], Mapping[str, Any] | None]
+    train: Callable[[RunProgress], None]
 
 
 def define_flags(trials: int, seeds: str) -> None:
@@ -20,16 +45,16 @@ def define_flags(trials: int, seeds: str) -> None:
     flags.DEFINE_list(
         "seeds",
         [seeds],
-        f"{run_flags.SEEDS}; every trial is averaged over them, keep test seeds out.",
+        f"{run_flags.SEEDS}; every trial is averaged over them. Do not use test seeds.",
     )
     flags.DEFINE_integer("search_seed", 0, "Seed of the random search.")
-    flags.DEFINE_string("output", "", "File for the chosen hyperparameters; not written if empty.")
-    flags.DEFINE_integer("worker", 0, "Which share of the trials this process runs.")
-    flags.DEFINE_integer("num_workers", 1, "Processes that share the trials.")
+    flags.DEFINE_string("output", "", "File for the chosen hyperparameters; empty writes none.")
+    flags.DEFINE_integer("worker", 0, "Number of the share of the trials that this process runs.")
+    flags.DEFINE_integer("num_workers", 1, "Number of processes that share the trials.")
 
 
 def check_flags() -> None:
-    """Refuses what no search can do.
+    """Refuses flags that are out of range.
 
     Raises:
       ValueError: naming the flag.
@@ -45,28 +70,145 @@ def check_flags() -> None:
         files.check_writable("output", FLAGS.output)
 
 
-def is_mine(trial: int) -> bool:
-    """Whether a trial is in this worker's share."""
-    return trial % FLAGS.num_workers == FLAGS.worker
-
-
-def held(workdir: pathlib.Path, folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-    """Keeps other processes out of a folder of the workdir.
-
-    Workers share a workdir, so it is not locked itself: a worker holds its `share`, and each trial
-    while it trains, since workers that were told different --num_workers have trials in common.
+def check_setting(workdir: pathlib.Path, setting: Mapping[str, Any]) -> None:
+    """Refuses a workdir whose trials were made with other settings.
 
     Raises:
-      ValueError: a symbolic link leads out of the workdir.
-      lpa_jax.files.LockedError: another process holds the folder.
+      ValueError: naming the flag.
     """
+    earlier = files.read_or_say(workdir / SETTING, run_flags.say)
+    if earlier not in (None, setting):
+        raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
+
+
+def missing(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials of this worker's share that are not finished."""
+    return [
+        trial
+        for trial in trials
+        if trial.number % FLAGS.num_workers == FLAGS.worker and trial.find() is None
+    ]
+
+
+def run(
+    workdir: pathlib.Path,
+    trials: Sequence[Trial],
+    progress: RunProgress,
+    interrupts: Interrupts,
+    setting: Mapping[str, Any] | None = None,
+) -> None:
+    """Trains trials, each by one process at a time.
+
+    Workers share a workdir, so that none may lock it as a whole. A worker locks its share, and each
+    trial while it trains: workers with different --num_workers have trials in common.
+
+    Args:
+      workdir: folder of everything that is written.
+      trials: see `missing`.
+      progress: shows how far they are.
+      interrupts: says whether to stop.
+      setting: what all trials have in common, for `check_setting`.
+
+    Raises:
+      InterruptedRunError: a signal came.
+      lpa_jax.files.LockedError: another process runs this share, or one of the trials.
+    """
+    share = workdir / "locks" / f"worker_{FLAGS.worker}"
+    with _held(workdir, share), interrupts, progress:
+        if setting is not None:
+            files.write_json(workdir / SETTING, setting)
+        for trial in trials:
+            with _held(workdir, trial.lock):
+                trial.train(progress)
+
+
+def _held(workdir: pathlib.Path, folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     run_folder.check_inside(workdir, folder)
     return run_folder.held(folder)
 
 
-def share(workdir: pathlib.Path) -> pathlib.Path:
-    """What stands for this worker's share: a folder that holds nothing but its lock."""
-    return workdir / "locks" / f"worker_{FLAGS.worker}"
+def finish(trials: Sequence[Trial], setting: Mapping[str, Any]) -> None:
+    """Prints the choice of every method and writes it to --output, if no trial is missing.
+
+    Args:
+      trials: all trials, of all workers.
+      setting: how was searched, for the record.
+
+    Raises:
+      ValueError: every trial of a method diverged.
+    """
+    outcomes = [trial.find() for trial in trials]
+    if None in outcomes:
+        print("Trials of other workers are missing; run any worker again when they are done.")
+        return
+    chosen = {}
+    for method in dict.fromkeys(trial.method for trial in trials):
+        of_method = [number for number, trial in enumerate(trials) if trial.method == method]
+        entry = choose([(trials[i].number, trials[i].test, outcomes[i]) for i in of_method])
+        if entry is None:
+            where = "" if trials[of_method[0]].test is None else " for some test domain"
+            raise ValueError(f"--methods: every trial of {method} diverged{where}")
+        chosen[method] = entry
+        print(f"{method}: {100 * entry['validation_accuracy']:.2f} %  {entry['chosen']}")
+        for test, found in entry.get("by_test_domain", {}).items():
+            accuracy = 100 * found["validation_accuracy"]
+            print(f"  without {test}: {accuracy:.2f} %  trial {found['trial']}")
+    if FLAGS.output:
+        search = {**setting, "trials": FLAGS.trials}
+        files.write_json(FLAGS.output, {"search": search, "methods": chosen})
+        print(f"Written to {FLAGS.output}")
+
+
+def choose(
+    outcomes: Sequence[tuple[int, str | None, Mapping[str, Any]]],
+) -> dict[str, Any] | None:
+    """A method's best trial: on average, and for each test domain if there are any.
+
+    Args:
+      outcomes: (number of the trial, test domain or None, what its `find` returns); of equal trials
+        and domains the score is the mean.
+
+    Returns:
+      The method's entry in the file of choices; None if all trials diverged, for a test domain or
+      on average.
+
+    >>> outcomes = [(0, None, {"options": {}, "score": 0.5}),
+    ...             (1, None, {"options": {"lpa.steps": 2}, "score": 0.7})]
+    >>> choose(outcomes)["chosen"]
+    {'lpa.steps': 2}
+    """
+    options = {number: found["options"] for number, _, found in outcomes}
+    by_test: dict[str | None, dict[int, list[float | None]]] = {}
+    for number, test, found in outcomes:
+        by_test.setdefault(test, {}).setdefault(number, []).append(found["score"])
+    means = {
+        test: {number: _mean(scores) for number, scores in of_test.items()}
+        for test, of_test in by_test.items()
+    }
+    best_by_test = {test: best(scores) for test, scores in means.items()}
+    average = {number: _mean([scores[number] for scores in means.values()]) for number in options}
+    chosen = best(average)
+    if chosen is None or None in best_by_test.values():
+        return None
+    entry = {
+        "chosen": options[chosen],
+        "trial": chosen,
+        "validation_accuracy": average[chosen],
+        "all_scores": sorted((s for s in average.values() if s is not None), reverse=True),
+        "diverged": sum(score is None for score in average.values()),
+    }
+    if None in means:
+        return entry
+    return entry | {
+        "by_test_domain": {
+            test: {
+                "options": options[number],
+                "trial": number,
+                "validation_accuracy": means[test][number],
+            }
+            for test, number in best_by_test.items()
+        }
+    }
 
 
 def best(scores: Mapping[int, float | None]) -> int | None:
@@ -79,46 +221,5 @@ def best(scores: Mapping[int, float | None]) -> int | None:
     return max(scored, key=scored.__getitem__, default=None)
 
 
-def choice(
-    scores: Mapping[int, float | None], options: Mapping[int, Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    """What a method's entry in the file of choices says; None if all trials diverged.
-
-    Args:
-      scores: validation accuracy by trial; None if the trial diverged.
-      options: by trial.
-    """
-    chosen = best(scores)
-    if chosen is None:
-        return None
-    return {
-        "chosen": options[chosen],
-        "trial": chosen,
-        "validation_accuracy": scores[chosen],
-        "all_scores": sorted((s for s in scores.values() if s is not None), reverse=True),
-        "diverged": sum(score is None for score in scores.values()),
-    }
-
-
-def say_incomplete() -> None:
-    """Says that this worker is through and others are not."""
-    print("Trials of other workers are missing; run any worker again when they are done.")
-
-
-def say_choice(method: str, entry: Mapping[str, Any]) -> None:
-    """A line with what was chosen for a method."""
-    print(f"{method}: {100 * entry['validation_accuracy']:.2f} %  {entry['chosen']}")
-
-
-def write(search: Mapping[str, Any], chosen: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the file that the experiments take as --hparams, if --output names one.
-
-    Args:
-      search: how was searched, for the record.
-      chosen: entries by method.
-    """
-    if not FLAGS.output:
-        return
-    content = {"search": {**search, "trials": FLAGS.trials}, "methods": chosen}
-    files.write_json(FLAGS.output, content)
-    print(f"Written to {FLAGS.output}")
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import numpy as np
+import optax
 
 from experiments.runtime import fields
 from experiments.runtime.fields import named, setting
-from lpa_jax import data, models, optimizers, parallel
+from experiments.training.task import Length
+from lpa_jax import data, losses, models, optimizers, parallel
 from lpa_jax.data import augment
 from lpa_jax.injection.accumulation import accumulate
 from lpa_jax.models.base import HEADS
@@ -192,6 +195,23 @@ class RunSettings:
         if self.pretrained is None:
             return None
         return named("pretrained", lambda: _converted(self.pretrained, model, image_shape))
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """These settings with what a method's options replace; by default nothing."""
+        return self
+
+    def rate_schedule(self, rate: float | jax.Array, length: Length) -> optax.Schedule:
+        """The learning rate by step, whose highest value is `rate`."""
+        return optimizers.schedule(self.schedule, rate, total_steps=length.total_steps)
+
+    def default_loss(self, counts: Sequence[int]) -> losses.Loss:
+        """The loss of methods without one of their own."""
+        return losses.cross_entropy
+
+    @property
+    def loss_needs_counts(self) -> bool:
+        """Whether `default_loss` depends on its counts."""
+        return False
 
     def transform(self, image_shape: tuple[int, ...]) -> augment.Augmentation:
         """The augmentation.

@@ -5,17 +5,18 @@ either wide or wrong. `--radius_center=suggest` moves the range of LPA's and LPL
 a factor of 10 around `lpa_jax.suggest_radius`.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 
-from experiments.images import data as task_data
-from experiments.images.settings import Settings, Task
 from experiments.methods import names as methods
 from experiments.methods import search
 from experiments.methods.build import assemble
-from experiments.training.program import make_program
+from experiments.training.program import Program
+from experiments.training.settings import RunSettings
+from experiments.training.task import Task
 from lpa_jax import models, parallel
 from lpa_jax.diagnostics import suggest_radius
 from lpa_jax.injection import LOGITS
@@ -50,7 +51,7 @@ class Suggestions:
     """Suggested radii by part and layer, each measured once: a pure function of task and seed."""
 
     def __init__(
-        self, settings: Settings, task: Task, seed: int, explicit: Mapping[str, Any]
+        self, settings: RunSettings, task: Task, seed: int, explicit: Mapping[str, Any]
     ) -> None:
         """Measures nothing yet.
 
@@ -61,7 +62,7 @@ class Suggestions:
           explicit: options from flags, which hold in every trial.
         """
         self._settings, self._task, self._seed, self._explicit = settings, task, seed, explicit
-        self._layers = models.create(settings.model, task.train.num_classes).layers
+        self._layers = models.create(settings.model, task.num_classes).layers
         self._hidden = search.hidden_layers(settings.model)
         self._warm = None
         self._centers: dict[tuple[str, str], float] = {}
@@ -107,8 +108,9 @@ class Suggestions:
             return assembled.perturbations[layer]
 
         state = self._warm_state()
-        examples = min(_BATCH_SIZE, len(self._task.train))
-        batch = task_data.train_batches(self._task.train, self._seed, examples)[0]
+        examples = min(_BATCH_SIZE, sum(self._task.counts))
+        settings = dataclasses.replace(self._settings, batch_size=examples)
+        batch = self._task.train_batches(settings, self._seed)[0]
         image = self._task.normalization.apply(batch["image"])
         try:
             return suggest_radius(
@@ -119,13 +121,12 @@ class Suggestions:
 
     def _warm_state(self):
         if self._warm is None:
-            settings, train = self._settings, self._task.train
-            program = make_program(methods.ERM, {}, settings, self._task)
-            batches = task_data.train_batches(train, self._seed, settings.batch_size)
-            state = program.init(self._seed)
-            epochs = max(1, round(WARMUP * settings.epochs))
-            for step in range(epochs * batches.steps_per_epoch):
-                state, _ = program.stages[0][1](state, batches[step])
+            program = Program(methods.ERM, {}, self._settings, self._task)
+            batches = self._task.train_batches(self._settings, self._seed)
+            state, train_step = program.init(self._seed), program.stages[0][1]
+            epochs = max(1, round(WARMUP * program.length.epochs))
+            for step in range(epochs * program.length.steps_per_epoch):
+                state, _ = train_step(state, batches[step])
                 if parallel.must_block():
                     jax.block_until_ready(state)
             self._warm = jax.device_get(state)

@@ -12,10 +12,9 @@ import time
 from absl import flags
 
 from experiments import long_tail
-from experiments.images import compare as comparison
+from experiments.images import data as image_data
 from experiments.training import run as runner
 from lpa_jax.checkpoints import arrays as array_files
-from lpa_jax.training import loop as trainer
 from tests.helpers.reliability_worker import announce, announce_steps
 
 EVALUATION_BATCH = 40
@@ -23,24 +22,24 @@ EVALUATION_BATCH = 40
 
 def announce_evaluation(pace):
     """Has an evaluation print its begin and its end, and pause before every batch."""
-    evaluate_batches = trainer.evaluate_batches
+    evaluate = runner.evaluate
 
-    def paced(evaluate, state, batches, should_stop):
+    def paced(job, state, evaluated, should_stop):
         def asked():
             time.sleep(pace)
             return should_stop()
 
-        return evaluate_batches(evaluate, state, batches, asked)
+        return evaluate(job, state, evaluated, asked)
 
-    trainer.evaluate_batches = paced
-    runner._evaluation_batch_size = lambda size: EVALUATION_BATCH
-    announce(trainer, "evaluate_batches", "evaluation")
+    runner.evaluate = paced
+    image_data.LARGEST_EVALUATION_BATCH = EVALUATION_BATCH
+    announce(runner, "evaluate", "evaluation")
 
 
 def main(arguments):
     """The experiment's own `main`, in this process."""
     step_pace, evaluation_pace, *experiment_flags = arguments
-    announce(comparison.TaskSource, "task", "data")
+    announce(image_data.TaskSource, "task", "data")
     announce(array_files, "write", "save")
     announce_evaluation(float(evaluation_pace))
     announce_steps(float(step_pace))

@@ -18,17 +18,20 @@ import pathlib
 import re
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import optax
 
 import lpa_jax
-from experiments.images.settings import Settings, Task
+from experiments.images.data import ImageTask
+from experiments.images.job import ImageJob
+from experiments.images.settings import Settings
 from experiments.runtime import files
 from experiments.training import run as runner
-from experiments.training.program import Program
 from experiments.training.saving import Saving
+from experiments.training.task import Length
 from lpa_jax import data, losses, parallel
 from lpa_jax.checkpoints import arrays as array_files
 from lpa_jax.checkpoints import checkpoints as checkpoint
@@ -50,11 +53,11 @@ def make_task():
         data.Dataset("toy", images[part], labels[part].astype(np.int32), toy.CLASSES)
         for part in (slice(EXAMPLES), slice(EXAMPLES, None))
     ]
-    return Task(*sets, data.Normalization.fit(sets[0].images), np.arange(EXAMPLES))
+    return ImageTask(*sets, data.Normalization.fit(sets[0].images), np.arange(EXAMPLES))
 
 
 def make_program():
-    """The program of the run, as `experiments.program.make_program` would return it."""
+    """What a run needs of an `experiments.training.program.Program`."""
     perturbations = {
         "hidden1": lpa_jax.lpa(
             0.1,
@@ -73,7 +76,7 @@ def make_program():
     evaluate = parallel.map_step(lpa_jax.eval_step)
     rate = optax.cosine_decay_schedule(0.1, TOTAL_STEPS)
     example = {"image": np.zeros((BATCH, *toy.IMAGE), np.float32)}
-    return Program(
+    return types.SimpleNamespace(
         method="toy",
         options={},
         settings=Settings(epochs=EPOCHS, batch_size=BATCH, evaluate_every=1),
@@ -89,16 +92,20 @@ def make_program():
         stages=((0, step_with(lpa_jax.cross_entropy)), (2, step_with(losses.focal(2.0)))),
         place=evaluate.place,
         evaluate=evaluate,
-        effect=None,
+        has_effects=False,
+        length=Length(EPOCHS, STEPS_PER_EPOCH),
     )
+
+
+def make_job(seed=0):
+    """The run."""
+    return ImageJob(make_program(), make_task(), seed)
 
 
 def run(folder, every="3steps", **options):
     """Runs in `folder` to the result; (see `runner.run` for the options)."""
     saving = Saving(every, keep=2, keep_finished=True)
-    return runner.run(
-        make_program(), make_task(), 0, pathlib.Path(folder), saving=saving, **options
-    )
+    return runner.run(make_job(), pathlib.Path(folder), saving=saving, **options)
 
 
 def outcome(folder, last_step=TOTAL_STEPS):
@@ -206,7 +213,7 @@ def main(arguments):
     announce(array_files, "write", "save")
     announce(array_files, "read", "restore")
     announce(checkpoint.Checkpoints, "_delete", "delete")
-    announce(trainer, "evaluate_batches", "evaluation")
+    announce(runner, "evaluate", "evaluation")
     announce(files, "write_json", "file")
     announce_steps(flags.pace)
     slow_down(os, "rmdir", flags.pace_files)

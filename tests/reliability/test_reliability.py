@@ -313,7 +313,7 @@ def test_a_run_that_breaks_keeps_its_last_good_checkpoint_and_calls_no_other_bes
             worker.run(tmp_path)
         kept = checkpoint.Checkpoints(
             tmp_path / "checkpoints",
-            config=runner.configuration(program, 0, worker.make_task()),
+            config=worker.make_job().configuration(),
         )
         restored = kept.restore(program.init(0))
         assert restored.step == 6 and not (tmp_path / "result.json").exists()
@@ -322,7 +322,7 @@ def test_a_run_that_breaks_keeps_its_last_good_checkpoint_and_calls_no_other_bes
 
 def test_the_best_evaluation_outlives_the_run_whenever_the_interval_saved(tmp_path):
     whole = runner.run(
-        worker.make_program(), worker.make_task(), 0, tmp_path,
+        worker.make_job(), tmp_path,
         saving=Saving("5steps", keep=1, keep_finished=True),
     )  # fmt: skip
     accuracies = {row["step"]: row["evaluation/accuracy"] for row in whole["curve"]}

@@ -134,7 +134,7 @@ def test_draws_and_pairs_are_selected_as_the_selections_say(run, tmp_path):
     config = read(workdir / "runs/erm/test_+90%/seed_0/config.json")
     draws = [options["learning_rate"] for options in config["drawn_options"]]
     trainings = [
-        domain_selection.Training(
+        domain_selection.Trained(
             frozenset(network["held_out"]),
             draws.index(network["options"]["learning_rate"]),
             network["records"],
@@ -220,13 +220,21 @@ def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_dom
 
 
 def test_a_trial_that_diverged_is_not_chosen():
-    scores = {(0, "a"): 0.9, (0, "b"): None, (1, "a"): 0.5, (1, "b"): 0.4}
     trials = {0: {"learning_rate": 1.0}, 1: {"learning_rate": 0.1}}
-    chosen = domain_tune.choose(scores, trials)
+
+    def choose(scores):
+        return search_loop.choose(
+            [
+                (trial, test, {"options": trials[trial], "score": score})
+                for (trial, test), score in scores.items()
+            ]
+        )
+
+    chosen = choose({(0, "a"): 0.9, (0, "b"): None, (1, "a"): 0.5, (1, "b"): 0.4})
     assert chosen["chosen"] == trials[1] and chosen["validation_accuracy"] == pytest.approx(0.45)
     assert chosen["by_test_domain"]["a"]["options"] == trials[0]
     assert chosen["by_test_domain"]["b"]["options"] == trials[1]
-    assert domain_tune.choose({(0, "a"): 0.9, (0, "b"): None}, {0: trials[0]}) is None
+    assert choose({(0, "a"): 0.9, (0, "b"): None}) is None
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import pytest
 import safetensors.numpy
 
 from experiments import domain_generalization, long_tail
-from experiments.domains.program import Program
-from experiments.domains.settings import DomainSettings, DomainSource
-from experiments.images.settings import Settings, Task
+from experiments.domains.data import DomainSource
+from experiments.domains.settings import DomainSettings
+from experiments.images.data import ImageTask
+from experiments.images.settings import Settings
 from experiments.runtime import fields
-from experiments.training.program import make_program
+from experiments.training.program import Program
 from experiments.training.settings import RunSettings
 from lpa_jax import data, models
 from lpa_jax.models import pretrained
@@ -84,11 +85,11 @@ def test_both_protocols_start_from_the_weights(photos):
               "augmentation": PHOTOS, "batch_size": 2}  # fmt: skip
     settings = DomainSettings(dataset="VLCS", data_dir=str(photos), image_size=SIZE, train_steps=2,
                               evaluate_every=1, **common).check()  # fmt: skip
-    program = Program("erm", {}, settings, DomainSource(settings), 3, (1,) * 5)
+    program = Program("erm", {}, settings, DomainSource(settings).task(0, DOMAINS[:1]))
     images = np.zeros((4, SIZE, SIZE, 3), np.uint8)
     dataset = data.Dataset("small", images, np.arange(4), num_classes=5)
-    task = Task(dataset, dataset, data.IMAGENET_NORMALIZATION, np.arange(4))
-    other = make_program("erm", {}, Settings(profile="none", **common).check(), task)
+    task = ImageTask(dataset, dataset, data.IMAGENET_NORMALIZATION, np.arange(4))
+    other = Program("erm", {}, Settings(profile="none", **common).check(), task)
     for state in (program.init(0), other.init(0)):
         model = getattr(state.network, "model", None) or state.network.network.model
         assert model.frozen_norm

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.domains import selection as domain_selection
-from experiments.domains.selection import Selected, Training
+from experiments.domains.selection import Selected, Trained
 from experiments.reporting import frame
 
 DOMAINS = ("a", "b", "c")
@@ -20,7 +20,7 @@ def record(step, inside, outside):
 # Two draws that were trained on b and c. Mean holdout accuracies of b and c, by draw and step:
 # 0.5, 0.7 and 0.6, 0.65. On the test domain's own holdout draw 1 is the best, after its last step.
 TESTING = [
-    Training(
+    Trained(
         frozenset("a"),
         0,
         [
@@ -28,7 +28,7 @@ TESTING = [
             record(20, (0.12, 0.9, 0.9), (0.20, 0.6, 0.8)),
         ],
     ),
-    Training(
+    Trained(
         frozenset("a"),
         1,
         [
@@ -40,7 +40,7 @@ TESTING = [
 # Without a and b, and without a and c: the `in` accuracies of b and c there decide, by draw and
 # step (0.3 + 0.5) / 2, (0.2 + 0.2) / 2 and (0.8 + 0.1) / 2, (0.3 + 0.3) / 2.
 PAIRS = [
-    Training(
+    Trained(
         frozenset("ab"),
         0,
         [
@@ -48,7 +48,7 @@ PAIRS = [
             record(20, (0.9, 0.2, 0.9), (1.0, 1.0, 1.0)),
         ],
     ),
-    Training(
+    Trained(
         frozenset("ac"),
         0,
         [
@@ -56,7 +56,7 @@ PAIRS = [
             record(20, (0.9, 0.9, 0.2), (1.0, 1.0, 1.0)),
         ],
     ),
-    Training(
+    Trained(
         frozenset("ab"),
         1,
         [
@@ -64,7 +64,7 @@ PAIRS = [
             record(20, (0.9, 0.3, 0.9), (0.0, 0.0, 0.0)),
         ],
     ),
-    Training(
+    Trained(
         frozenset("ac"),
         1,
         [
@@ -98,18 +98,18 @@ def test_leave_one_domain_out_passes_over_draws_that_lack_a_pair():
 
 
 def test_a_diverged_draw_is_never_chosen():
-    trainings = [Training(frozenset("a"), 7, []), *TESTING]
+    trainings = [Trained(frozenset("a"), 7, []), *TESTING]
     assert domain_selection.oracle(trainings, "a").draw == 1
     assert domain_selection.training_domain_validation(trainings, "a").draw == 0
     assert domain_selection.training_domain_validation(trainings[:1], "a") is None
-    pairs = [*PAIRS[:3], Training(frozenset("ac"), 1, [])]
+    pairs = [*PAIRS[:3], Trained(frozenset("ac"), 1, [])]
     found = domain_selection.leave_one_domain_out([*TESTING, *pairs], "a", DOMAINS)
     assert found.draw == 0
 
 
 def test_of_equal_validation_accuracies_the_first_draw_and_checkpoint_win():
     records = [record(step, (step / 100, 1, 1), (1, 0.5, 0.5)) for step in (10, 20)]
-    trainings = [Training(frozenset("a"), draw, records) for draw in (1, 0)]
+    trainings = [Trained(frozenset("a"), draw, records) for draw in (1, 0)]
     found = domain_selection.training_domain_validation(trainings, "a")
     assert found == Selected(0.1, 0.5, 0, 10)
 

@@ -10,9 +10,11 @@ from absl import flags
 from experiments import long_tail
 from experiments.images import data as task_data
 from experiments.images import flags as image_flags
-from experiments.images.settings import Settings, TaskSource
+from experiments.images.data import TaskSource
+from experiments.images.job import ImageJob
+from experiments.images.settings import Settings
 from experiments.training import run as runner
-from experiments.training.program import make_program
+from experiments.training.program import Program
 from lpa_jax import data
 from lpa_jax.data import list_files
 from tests.helpers.module_call import forget_flags
@@ -89,8 +91,8 @@ def test_a_run_from_files_equals_the_run_in_memory(settings, monkeypatch):
         monkeypatch.setattr(task_data, "_READ_INTO_MEMORY", limit)
         task = TaskSource(settings).task(seed=0)
         assert isinstance(task.train, data.Dataset) == (limit > 0)
-        program = make_program("erm", {}, settings, task)
-        results.append(runner.run(program, task, seed=0, folder=None))
+        program = Program("erm", {}, settings, task)
+        results.append(runner.run(ImageJob(program, task, seed=0), folder=None))
     in_memory, from_files = results
     assert from_files["accuracy"] == in_memory["accuracy"]
     assert from_files["loss"] == in_memory["loss"]

@@ -14,19 +14,20 @@ from absl import flags
 
 from experiments import balanced, long_tail, tune
 from experiments.domains.settings import DomainSettings
-from experiments.images import compare as comparison
+from experiments.images import compare
 from experiments.images import flags as image_flags
-from experiments.images.settings import Settings, TaskSource
+from experiments.images.data import TaskSource
+from experiments.images.job import ImageJob
+from experiments.images.settings import Settings
 from experiments.methods import build as assembly
 from experiments.methods import flags as method_flags
 from experiments.runtime import fields
 from experiments.runtime import hosts as distributed
 from experiments.training import flags as run_flags
-from experiments.training import run as runner
 from experiments.training import search_loop
-from experiments.training.program import make_program
+from experiments.training.program import Program
 from experiments.training.saving import Saving
-from lpa_jax import models
+from lpa_jax import models, parallel
 from tests.helpers.module_call import call_by_name, forget_flags, own_flags
 
 FLAGS = flags.FLAGS
@@ -162,9 +163,9 @@ def test_other_settings_in_the_same_workdir_are_refused_by_name(run, job):
 def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
     settings = Settings(dataset="digits", data_dir=str(data_dir), head="normalized")
     task = TaskSource(settings).task(seed=0)
-    program = make_program("ldam_drw", {}, settings, task)
+    program = Program("ldam_drw", {}, settings, task)
     assert set(program.init(0).params["logits"]) == {"kernel"}
-    assert runner.configuration(program, 0, task)["settings"]["head"] == "normalized"
+    assert ImageJob(program, task, 0).configuration()["settings"]["head"] == "normalized"
     # What earlier runs did not write is not asked of them.
     config = json.loads((job[0] / "runs" / "erm" / "seed_0" / "config.json").read_text())
     assert "head" not in config["settings"]
@@ -256,7 +257,7 @@ def test_every_flag_has_a_help_text_and_is_read(request):
             pathlib.Path(m.__file__).read_text()
             for m in (
                 module,
-                comparison,
+                compare,
                 run_flags,
                 method_flags,
                 search_loop,
@@ -412,7 +413,7 @@ def test_accumulation_and_synchronised_batch_norm_reach_the_model(kind):
     # On one device there is no axis to synchronise over.
     assert (network.micro_batches, network.network.model) == (3, plain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.parallel, "batch_axis", lambda: "devices")
+        patch.setattr(parallel, "batch_axis", lambda: "devices")
         network = settings.over_devices(plain, 6)
     assert network.network.model.axis_name == "devices"
     with pytest.raises(

@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 
 from experiments import balanced, layer_sweep, long_tail
-from experiments.images import compare as comparison
+from experiments.images import compare
 from experiments.images import flags as image_flags
 from experiments.methods import data_set_defaults
 from experiments.methods import flags as method_flags
@@ -62,7 +62,7 @@ def options(*arguments, pooled):
         balanced.define_flags()
         FLAGS(["balanced", "--methods=erm,lpl", *arguments])
         image_flags.settings()
-        found = comparison.resolve_options(pooled)
+        found = compare.resolve_options(pooled)
         return {name: value for name, value in found["lpl"].items() if name != "lpl.assignment"}
     finally:
         forget_flags()

@@ -8,7 +8,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from experiments.domains.networks import Network, Trainings
+from experiments.domains.networks import Training, Trainings
 from experiments.domains.settings import DomainSettings
 from experiments.runtime import hosts
 from experiments.runtime.hosts import FINISHED, UNFINISHED, DifferingHostsError, Found
@@ -124,14 +124,14 @@ def test_a_result_that_one_process_alone_sees_is_no_result(tmp_path, second, her
 
 
 def test_trainings_of_domain_generalization_do_not_begin_differently(tmp_path, second, monkeypatch):
-    source = types.SimpleNamespace(splits=lambda seed: {})
+    source = types.SimpleNamespace(task=lambda *_: None)
     trainings = Trainings(DomainSettings(), source, tmp_path)
     program = types.SimpleNamespace(init=lambda seed: STATE)
-    monkeypatch.setattr(trainings, "program", lambda network: program)
+    monkeypatch.setattr(trainings, "program", lambda training: program)
     for at, other in ((UNFINISHED, FINISHED), (0, 50)):
         second(at, step=other)
         with pytest.raises(DifferingHostsError):
-            trainings.run(Network("erm", {}, ("0",), 0), RunProgress(1, 1, quiet=True))
+            trainings.run(Training("erm", {}, ("0",), 0), RunProgress(1, 1, quiet=True))
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 

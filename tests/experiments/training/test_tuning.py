@@ -39,11 +39,11 @@ def test_a_share_of_tuning_and_a_trial_are_run_by_one_process(run, tmp_path):
 def test_a_share_of_tuning_and_a_training_are_run_by_one_process(run, tmp_path, monkeypatch):
     seen = []
 
-    def noticed(trainings, network, *_, **__):
-        for folder in (trainings.place(network), tmp_path / "locks/worker_0"):
+    def noticed(trainings, training, *_, **__):
+        for folder in (trainings.place(training), tmp_path / "locks/worker_0"):
             with pytest.raises(LockedError):
                 refuse_if_held(folder)
-        seen.append(network.held_out)
+        seen.append(training.held_out)
 
     monkeypatch.setattr(Trainings, "run", noticed)
     arguments = (*TINY_DOMAINS, "--methods=erm", "--trials=1", f"--workdir={tmp_path}")

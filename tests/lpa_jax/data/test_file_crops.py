@@ -8,8 +8,10 @@ import PIL.Image
 import pytest
 
 from experiments import long_tail
-from experiments.domains.settings import DomainSettings, DomainSource
-from experiments.images.settings import Settings, TaskSource
+from experiments.domains.data import DomainSource
+from experiments.domains.settings import DomainSettings
+from experiments.images.data import TaskSource
+from experiments.images.settings import Settings
 from lpa_jax import data
 from lpa_jax.data import image_files
 from lpa_jax.data.augment.resized_crop import DRAWS

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments.images import data as task_data
+from experiments.images.data import open_splits
 from experiments.images.settings import Settings
 from lpa_jax import data
 from lpa_jax.data import builders, image_files, sources
@@ -211,9 +211,9 @@ def test_a_set_without_a_test_split_is_evaluated_on_its_validation_split(tmp_pat
     _prepare_without_tensorflow(LpaTestRagged, tmp_path)
     assert data.split_names("lpa_test_ragged", tmp_path) == ("train", "validation")
     settings = Settings(dataset="lpa_test_ragged", data_dir=str(tmp_path), image_size=4)
-    train, evaluation = task_data.open_splits(settings)
+    train, evaluation = open_splits(settings)
     assert train.images.shape == (7, 4, 4, 3) and evaluation.images.shape == (6, 4, 4, 3)
-    assert task_data.open_splits(dataclasses.replace(settings, evaluate_on="validation"))[1] is None
+    assert open_splits(dataclasses.replace(settings, evaluate_on="validation"))[1] is None
 
 
 def test_tfrecord_data_gets_a_readable_error(tmp_path):

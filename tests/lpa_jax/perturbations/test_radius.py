@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.images.settings import Settings, Task
+from experiments.images.data import ImageTask
+from experiments.images.settings import Settings
 from experiments.methods import build as assembly
 from experiments.methods import search
 from experiments.training import suggested_radii as radius_center
@@ -364,7 +365,7 @@ def test_search_looks_around_the_suggested_radius(monkeypatch):
     labels = np.repeat(np.arange(3), [40, 20, 10])
     images = rng.normal(size=(3, 4, 4, 1))[labels] + rng.normal(size=(70, 4, 4, 1))
     train = data.Dataset("toy", images.astype(np.float32), labels, num_classes=3)
-    task = Task(train, train, data.Normalization.fit(train.images), np.arange(70))
+    task = ImageTask(train, train, data.Normalization.fit(train.images), np.arange(70))
     found = {}
 
     def spy(network, variables, batch, layer, **options):

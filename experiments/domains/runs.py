@@ -1,0 +1,201 @@
+"""Runs of the comparison: a method, a seed and a test domain, with the networks that decide it."""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.domains import selection
+from experiments.domains.networks import Training, Trainings
+from experiments.domains.selection import Selected, Trained
+from experiments.domains.settings import DomainSettings
+from experiments.runtime import files, hosts
+from experiments.runtime.progress import RunProgress
+from experiments.training import flags as run_flags
+from experiments.training import folder
+from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.loop import NonFiniteLossError
+
+
+class Run(NamedTuple):
+    """One line of the result.
+
+    Attributes:
+      method: its name.
+      seed: of the run.
+      test: the test domain.
+      draws: options, one set for each draw of hyperparameters.
+    """
+
+    method: str
+    seed: int
+    test: str
+    draws: tuple[Mapping[str, Any], ...]
+
+    def folder(self, workdir: pathlib.Path) -> pathlib.Path:
+        """Folder of its result."""
+        return workdir / "runs" / self.method / f"test_{self.test}" / f"seed_{self.seed}"
+
+    def trainings(self, draw: int, pairs_of: Sequence[str] = ()) -> Iterator[Training]:
+        """The networks of a draw: without the test domain, and without each pair with it.
+
+        Args:
+          draw: number of the draw.
+          pairs_of: all domains in the order of the data set; empty: no pairs.
+        """
+        options = self.draws[draw]
+        yield Training(self.method, options, (self.test,), self.seed)
+        for other in pairs_of:
+            if other != self.test:
+                # In the set's order, so that both domains of a pair share the network.
+                pair = tuple(domain for domain in pairs_of if domain in (self.test, other))
+                yield Training(self.method, options, pair, self.seed)
+
+    def configuration(self, settings: DomainSettings) -> dict[str, Any]:
+        """Everything that decides the result, as plain values."""
+        config = {
+            "method": self.method,
+            "seed": self.seed,
+            "test_domain": self.test,
+            "options": self.draws[0] if len(self.draws) == 1 else {},
+            "settings": settings.as_dict() | {"draws": len(self.draws)},
+        }
+        if len(self.draws) > 1:
+            config["drawn_options"] = list(self.draws)
+        return files.plain(config)
+
+    def result(
+        self, trained: Sequence[tuple[Trained, float]], domains: Sequence[str]
+    ) -> dict[str, Any]:
+        """The result that every model selection chooses.
+
+        Args:
+          trained: all networks of the run, with the seconds that they took.
+          domains: names of all domains.
+
+        Raises:
+          NonFiniteLossError: every draw diverged.
+        """
+        networks = [network for network, _ in trained]
+        selected = selection.select(networks, self.test, domains)
+        chosen = selected[selection.TRAINING_DOMAIN_VALIDATION]
+        if chosen is None:
+            raise NonFiniteLossError(
+                f"every draw of {self.method} diverged without domain {self.test}, seed {self.seed}"
+            )
+        testing = {network.draw: network for network in networks if network.held_out == {self.test}}
+
+        def described(choice: Selected):
+            return choice._asdict() | {"options": self.draws[choice.draw]}
+
+        known = {name: choice for name, choice in selected.items() if choice is not None}
+        result = {
+            "complete": True,
+            "method": self.method,
+            "seed": self.seed,
+            "test_domain": self.test,
+            "options": self.draws[chosen.draw],
+            "accuracy": chosen.accuracy,
+            "selections": dict.fromkeys(selected)
+            | {name: choice.accuracy for name, choice in known.items()},
+            "selected": {name: described(choice) for name, choice in known.items()},
+            "draws": len(self.draws),
+            "diverged": sum(not network.records for network in testing.values()),
+            "records": testing[chosen.draw].records,
+            "seconds": sum(seconds for network, seconds in trained if len(network.held_out) == 1),
+        }
+        return files.plain(result)
+
+
+def train_all(
+    runs: Sequence[Run],
+    trainings: Trainings,
+    settings: DomainSettings,
+    workdir: pathlib.Path,
+    interrupts: Interrupts,
+    *,
+    domains: Sequence[str],
+    leave_two_out: bool,
+    quiet: bool,
+) -> list[dict[str, Any]]:
+    """Trains what is missing and selects; returns the results in the order of the runs.
+
+    Args:
+      runs: all runs.
+      trainings: trains their networks.
+      settings: settings of the runs.
+      workdir: folder of everything that is written.
+      interrupts: says whether to stop.
+      domains: names of all domains.
+      leave_two_out: whether to train without each pair of domains, too.
+      quiet: whether to print no progress.
+    """
+    configs = [run.configuration(settings) for run in runs]
+    results = [
+        _earlier_result(run.folder(workdir), config, leave_two_out)
+        for run, config in zip(runs, configs, strict=True)
+    ]
+    missing = [number for number, result in enumerate(results) if result is None]
+    hosts.check(workdir, [configs[number] for number in missing], hosts.UNFINISHED)
+    pairs_of = domains if leave_two_out else ()
+    todo = _check_all(trainings, [runs[number] for number in missing], pairs_of)
+    progress = RunProgress(todo, settings.intervals, quiet)
+    with folder.held(workdir), interrupts, progress:
+        for place in (workdir / "trainings", *(runs[number].folder(workdir) for number in missing)):
+            folder.check_inside(workdir, place)
+        files.write_json(workdir / "flags.json", run_flags.resolved())
+        for group in _groups(runs, missing):
+            for number in group:
+                config = runs[number].folder(workdir) / folder.CONFIG
+                files.write_json(config, configs[number])
+            trained = {number: [] for number in group}
+            for draw in range(len(runs[group[0]].draws)):
+                for number in group:
+                    for training in runs[number].trainings(draw, pairs_of):
+                        found = trainings.run(
+                            training, progress, may_diverge=len(runs[number].draws) > 1
+                        )
+                        network = Trained(frozenset(training.held_out), draw, found["records"])
+                        trained[number].append((network, found["seconds"]))
+            for number in group:
+                results[number] = runs[number].result(trained[number], domains)
+                files.write_json(runs[number].folder(workdir) / folder.RESULT, results[number])
+    return results
+
+
+def _earlier_result(
+    place: pathlib.Path, config: Mapping[str, Any], leave_two_out: bool
+) -> dict[str, Any] | None:
+    """A complete result, with the cross-validation if that is wanted.
+
+    Raises:
+      ValueError: the folder holds another run.
+    """
+    result = folder.finished_result(place, config, say=run_flags.say)
+    if result is not None and leave_two_out:
+        has_pairs = result["selections"].get(selection.LEAVE_ONE_DOMAIN_OUT) is not None
+        return result if has_pairs else None
+    return result
+
+
+def _check_all(trainings: Trainings, runs: Sequence[Run], pairs_of: Sequence[str]) -> int:
+    """Number of networks to train.
+
+    Raises:
+      ValueError: a network cannot be trained as asked, or its folder holds another one.
+    """
+    places = set()
+    for run in runs:
+        for draw in range(len(run.draws)):
+            for training in run.trainings(draw, pairs_of):
+                if trainings.finished(training) is None:
+                    places.add(trainings.place(training))
+                trainings.program(training)
+    return len(places)
+
+
+def _groups(runs: Sequence[Run], missing: Sequence[int]) -> list[list[int]]:
+    """Numbers of the runs of one method and seed: every draw trains for all test domains."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for number in missing:
+        groups.setdefault((runs[number].method, runs[number].seed), []).append(number)
+    return list(groups.values())

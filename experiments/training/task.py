@@ -1,0 +1,84 @@
+"""What one network is trained and evaluated on: the data of a run, for any protocol."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lpa_jax import data, multihost
+from lpa_jax.training.loop import TrainBatches
+
+Images = data.Dataset | data.ImageFiles
+# Activations of larger batches do not fit into the cache of a CPU.
+LARGEST_EVALUATION_BATCH = 500
+
+
+class Length(NamedTuple):
+    """The length of a run.
+
+    Attributes:
+      epochs: stretches of training, each with a line in the log.
+      steps_per_epoch: training steps of a stretch.
+      evaluate_every: stretches between two evaluations.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    evaluate_every: int = 1
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps of the run."""
+        return self.epochs * self.steps_per_epoch
+
+
+class Task(abc.ABC):
+    """The data of a run.
+
+    Attributes:
+      num_classes: C.
+      image_shape: (H, W, channels).
+      normalization: of the images, the same for all seeds.
+      counts: training examples of each class, [C].
+      num_domains: number of training domains; None if the data have none.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    normalization: data.Normalization
+    counts: tuple[int, ...]
+    num_domains: int | None = None
+
+    @abc.abstractmethod
+    def length(self, settings: Any) -> Length:
+        """The length of a run with these settings."""
+
+    @abc.abstractmethod
+    def train_batches(self, settings: Any, seed: int) -> TrainBatches:
+        """This host's training batches by step."""
+
+    @abc.abstractmethod
+    def evaluation_batches(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """This host's evaluation batches, by the name of the evaluation set."""
+
+
+def read_ahead(batches: Any, *, files: bool) -> Any:
+    """The batches, read by threads while the device computes if the images are files."""
+    return data.read_ahead(batches) if files else batches
+
+
+def evaluation_batches(dataset: Images, batch_size: int) -> Any:
+    """This host's batches of an evaluation set by number, read ahead if the images are files."""
+    batches = data.evaluation_batches(dataset, batch_size, host_slice=multihost.host_slice())
+    return read_ahead(batches, files=isinstance(dataset, data.ImageFiles))
+
+
+def rounded_up(size: int, devices: int | None = None) -> int:
+    """The smallest multiple of the number of devices (None: all) that is not below `size`.
+
+    >>> rounded_up(5, devices=4)
+    8
+    """
+    devices = jax.device_count() if devices is None else devices
+    return -(-size // devices) * devices
