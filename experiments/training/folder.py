@@ -1,4 +1,4 @@
-"""One run's folder: its configuration, its checkpoints, its result."""
+"""The folder of a run: its configuration, its checkpoints and its result."""
 
 import contextlib
 import pathlib
@@ -15,11 +15,11 @@ from lpa_jax.files import hold
 RESULT = "result.json"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-MEASURED = "measured"  # a folder of what `landscape` and `layer_sweep` found of the model
+MEASURED = "measured"  # a folder with what `landscape` and `layer_sweep` measured
 
 
 class Names(NamedTuple):
-    """What the files of a run are called: results that reports count have the usual names."""
+    """The names of a run's files. Reports read results with the usual names."""
 
     config: str = CONFIG
     result: str = RESULT
@@ -40,10 +40,10 @@ def finished_result(
       folder: of the run.
       config: of the run.
       names: of its files.
-      say: called with a line for a file that is there and cannot be read.
+      say: called with a line for a file that cannot be read.
 
     Raises:
-      ValueError: the folder holds a run with another configuration; names what differs.
+      ValueError: the folder holds a run with another configuration; the message names what differs.
     """
     earlier = files.read_or_say(folder / names.config, say)
     if earlier is None:
@@ -70,7 +70,7 @@ def check_inside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def held(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-    """Keeps other processes out of a folder; the first host does, for all hosts.
+    """Locks a folder against other processes; the first host locks it for all hosts.
 
     Raises:
       lpa_jax.files.LockedError: another process holds it, on entry.
@@ -79,7 +79,14 @@ def held(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
 
 
 class RunFolder:
-    """What a run reads from and writes to its folder; without a path, nothing."""
+    """What a run reads from and writes to its folder.
+
+    Args:
+      path: of the folder; None reads and writes nothing.
+      config: everything that decides the result, as plain values.
+      saving: when to save checkpoints, and how many to keep.
+      names: of the files.
+    """
 
     def __init__(
         self,
@@ -99,13 +106,14 @@ class RunFolder:
             )
 
     def result(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """The result if the run has finished; every process must ask.
+        """The result of a finished run, or None. Every process must call this.
 
-        `say` gets a line for a file that is cut short.
+        Args:
+          say: called with a line for a file that cannot be read.
 
         Raises:
           ValueError: the folder holds a run with another configuration.
-          hosts.DifferingHostsError: other processes say otherwise, or ask about another run.
+          hosts.DifferingHostsError: the processes find different things, or run different things.
         """
         if self._path is None:
             return None
@@ -118,14 +126,18 @@ class RunFolder:
         return result
 
     def begin(self, state: Any, say: Callable[[str], None]) -> Restored:
-        """Where to go on from: the newest intact checkpoint, or the state as it is.
+        """The newest intact checkpoint, or `state` if there is none. Every process must call this.
 
-        Every process must ask; all get the same step of the same run, or all get an error.
+        All processes get the same step of the same run, or all of them raise.
+
+        Args:
+          state: the state before the first step.
+          say: called with a line for each damaged checkpoint.
 
         Raises:
           CheckpointError: there are checkpoints, but none is intact.
           ValueError: they are of a run with another configuration.
-          hosts.DifferingHostsError: processes would not go on from the same.
+          hosts.DifferingHostsError: the processes would not start from the same state.
         """
         fresh = Restored(0, state, None, {}, ())
         if self._path is None:
@@ -147,10 +159,10 @@ class RunFolder:
             self._checkpoints.save(int(state.step), state, totals, notes)
 
     def score(self, state: Any, accuracy: float, notes: Mapping[str, Any]) -> None:
-        """Says how good a state is at the end of an epoch, so that the best checkpoint is kept.
+        """Records the accuracy of a state at the end of an epoch, so that the best one is kept.
 
-        If nothing was better and the best is to outlive the run, it is saved: the interval alone
-        would keep the best of the states that it happened to save.
+        If the best checkpoint is kept after the run, the best state so far is saved at once. The
+        interval alone would keep the best among the states that it happened to save.
 
         Raises:
           CheckpointError: it cannot be written.
@@ -163,7 +175,7 @@ class RunFolder:
             self.save(state, None, notes)
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the result; checkpoints go unless they are wanted. Returns it as plain values."""
+        """Writes the result and removes unwanted checkpoints; returns it as plain values."""
         result = files.plain(
             {
                 **result,

@@ -1,8 +1,8 @@
-"""Where a search for a radius looks: around the one that changes the loss by a chosen amount.
+"""Radii to search around, from `lpa_jax.suggest_radius`.
 
-A radius means different things at different layers and models, so one range for all of them is
-either wide or wrong. `--radius_center=suggest` moves the range of LPA's and LPL's radius to within
-a factor of 10 around `lpa_jax.suggest_radius`.
+The effect of a radius differs between layers and models, so that one range for all of them is
+either wide or wrong. With `--radius_center=suggest` a search draws the radii of LPA and LPL within
+a factor of 10 of the suggestion.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from lpa_jax.injection import LOGITS
 
 CENTERS = ("range", "suggest")
 SPREAD = 10.0
-# Before training all classes have the same loss: the network is trained for this share of the
-# epochs by plain ERM first.
+# Before training all classes have the same loss, so that the network is first trained by plain ERM
+# for this share of the epochs.
 WARMUP = 0.1
 _PARTS = ("lpa", "lpl")
 _BATCH_SIZE = 256
 
 
 def check_ranges(ranges: Collection[str]) -> None:
-    """Refuses ranges that would not count, as these radii are moved elsewhere.
+    """Refuses ranges of radii that are drawn around suggestions instead.
 
     Args:
-      ranges: options whose range was given, such as `lpa.radius`.
+      ranges: options whose range is given, such as `lpa.radius`.
 
     Raises:
       ValueError: LPA's or LPL's radius is among them.
@@ -48,18 +48,21 @@ def check_ranges(ranges: Collection[str]) -> None:
 
 
 class Suggestions:
-    """Suggested radii by part and layer, each measured once: a pure function of task and seed."""
+    """Suggested radii by part and layer, each measured once: a pure function of task and seed.
+
+    Nothing is measured before it is needed.
+    """
 
     def __init__(
         self, settings: RunSettings, task: Task, seed: int, explicit: Mapping[str, Any]
     ) -> None:
-        """Measures nothing yet.
+        """Sets what to measure with.
 
         Args:
           settings: of the search.
           task: whose training images the networks see.
           seed: of the warm-up.
-          explicit: options from flags, which hold in every trial.
+          explicit: options from flags, the same in every trial.
         """
         self._settings, self._task, self._seed, self._explicit = settings, task, seed, explicit
         self._layers = models.create(settings.model, task.num_classes).layers
