@@ -175,7 +175,7 @@ class Trainings:
             if is_new:
                 progress.start(str(training))
             outcome = run.run(
-                self._job(training, may_diverge),
+                self.job(training, may_diverge),
                 place,
                 on_epoch=progress.epoch,
                 on_step=progress.step,
@@ -188,7 +188,8 @@ class Trainings:
             self._outcomes[place] = outcome
         return self._outcomes[place]
 
-    def _job(self, training: Training, may_diverge: bool) -> DomainJob:
+    def job(self, training: Training, may_diverge: bool = False) -> DomainJob:
+        """The training as it is run."""
         return DomainJob(
             training,
             self.program(training),

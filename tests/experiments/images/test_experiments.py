@@ -4,41 +4,26 @@ import contextlib
 import csv
 import io
 import json
-import pathlib
 import re
-import shutil
 
 import numpy as np
 import pytest
 from absl import flags
 
-from experiments import balanced, long_tail, tune
 from experiments.domains.settings import DomainSettings
-from experiments.images import compare
-from experiments.images import flags as image_flags
 from experiments.images.data import TaskSource
 from experiments.images.job import ImageJob
 from experiments.images.settings import Settings
 from experiments.methods import build as assembly
-from experiments.methods import flags as method_flags
-from experiments.runtime import fields
-from experiments.runtime import hosts as distributed
 from experiments.training import flags as run_flags
-from experiments.training import search_loop
 from experiments.training.program import Program
-from experiments.training.saving import Saving
 from lpa_jax import models, parallel
-from tests.helpers.module_call import call_by_name, forget_flags, own_flags
+from tests.helpers.module_call import call_by_name
+from tests.helpers.protocols import IMAGES
 
 FLAGS = flags.FLAGS
-# Flags that are made from fields and read into them.
-OF_FIELDS = [
-    flag
-    for settings in (Settings, method_flags.Perturbing, Saving, distributed.Hosts)
-    for flag in fields.flag_names(settings)
-]
 
-TINY = ("--dataset=digits", "--imbalance=10", "--epochs=2", "--evaluate_every=1")
+TINY = IMAGES.tiny
 JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2", "--class_geometry_batches=2",
        "--tensorboard=full", "--option=lpa.radius_target=0.2")  # fmt: skip
 
@@ -52,11 +37,6 @@ def job(data_dir, tmp_path_factory):
         message = call_by_name(data_dir, "long_tail", *TINY, *JOB, f"--workdir={workdir}")
     assert message is None
     return workdir, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture
-def copy_of_job(job, tmp_path):
-    return pathlib.Path(shutil.copytree(job[0], tmp_path / "job"))
 
 
 def test_a_job_prints_one_table_and_writes_everything_it_promises(job):
@@ -131,35 +111,6 @@ def test_what_perturbations_do_to_classes_is_logged_on_request_and_drawn(job):
     assert b"weights/" in events.read_bytes() and b"\x89PNG" in events.read_bytes()
 
 
-def test_finished_runs_are_read_and_a_half_written_one_is_run_again(run, copy_of_job):
-    workdir = copy_of_job
-    paths = sorted(workdir.glob("runs/*/seed_*/result.json"))
-    contents = {path: path.read_text() for path in paths}
-    broken = workdir / "runs" / "erm" / "seed_1" / "result.json"
-    broken.write_text(contents[broken][:50])
-    times = {path: path.stat().st_mtime_ns for path in paths}
-    message, _, err = run("long_tail", *TINY, *JOB, f"--workdir={workdir}")
-    assert message is None
-    assert [line for line in err.splitlines() if ".json" in line] == [
-        f"{broken} is cut short or not JSON: it will be written again"
-    ]
-    for path in paths:
-        assert (path.stat().st_mtime_ns == times[path]) == (path != broken)
-    again, before = json.loads(broken.read_text()), json.loads(contents[broken])
-    for result in (again, before):
-        del result["seconds"]
-        for record in result["curve"]:
-            del record["examples_per_second"]
-    assert again == before, "the same command and seed must give the same numbers"
-
-
-def test_other_settings_in_the_same_workdir_are_refused_by_name(run, job):
-    workdir, *_ = job
-    message, *_ = run("long_tail", *TINY, "--methods=erm", "--learning_rate=0.5",
-                      f"--workdir={workdir}")  # fmt: skip
-    assert "learning_rate: " in message and "choose another --workdir" in message
-
-
 def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
     settings = Settings(dataset="digits", data_dir=str(data_dir), head="normalized")
     task = TaskSource(settings).task(seed=0)
@@ -199,44 +150,17 @@ def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--methods=ermm"], "--methods: unknown method 'ermm'"),
-        (["--methods=erm,erm"], "--methods must name different methods"),
-        (["--methods=lpa@hidden9"], "unknown layer 'hidden9'; the injection points are: input, "),
-        (["--methods=lpa@hidden1|nowhere"], "unknown layer 'nowhere'"),
-        (["--layer=stage1"], "unknown layer 'stage1'"),
-        (["--seeds=-1"], "--seeds must be whole numbers >= 0"),
-        (["--seeds=1,1"], "--seeds must name different seeds"),
         (["--epochs=0"], "--epochs must be a whole number in 1..1000000, got 0"),
-        (["--batch_size=0"], "--batch_size must be a whole number in 1..1048576, got 0"),
-        (["--accumulate=0"], "--accumulate must be a whole number in 1..1048576, got 0"),
         (["--accumulate=7"], "--accumulate=7 must divide the 64 examples that a device takes"),
         (["--imbalance=0.5"], "--imbalance must be finite and >= 1, got 0.5"),
         (["--imbalance=9999"], "imbalance must be at most 128 for class 5"),
-        (["--dataset=nonsense"], "nonsense"),
-        (["--model=resnet99"], "model"),
         (["--per_class=0"], "--per_class must be a whole number >= 1, got 0"),
         (["--per_class=9999"], "per_class must be at most 128, the size of class 0, got 9999"),
-        (["--radius=-1"], "--radius must be finite and >= 0, got -1.0"),
-        (["--geometry=round"], "geometry"),
-        (["--assignment=random"], "assignment"),
-        (["--steps=-2"], "--steps must be a whole number in 0..10000, got -2"),
-        (["--option=lpa.nonsense=1"], "lpa has no option 'nonsense'"),
-        (["--option=radius"], "--option must be PART.OPTION=VALUE"),
-        (["--hparams=/nowhere.json"], "--hparams: cannot read"),
-        (["--augmentation=blur"], "blur"),
         (["--milestones=a"], "--milestones must be numbers"),
         (["--milestones=0.5,inf"], "--milestones must be in (0, 1), got inf"),
         (["--decay_factor=nan"], "--decay_factor must be in (0, 1], got nan"),
         (["--warmup_epochs=inf"], "--warmup_epochs must be in [0, 1e+06], got inf"),
-        (["--ema=-1"], "--ema must be in [0, 1), got -1.0"),
-        (["--lpl_radius=nan"], "--lpl_radius must be finite and >= 0, got nan"),
         ([f"--epochs={10**25}"], "--epochs must be a whole number in 1..1000000, got 10000"),
-        (
-            [f"--evaluate_every={10**25}"],
-            "--evaluate_every must be a whole number >= 1 and below 2**63",
-        ),
-        (["--learning_rate=1e308"], "--learning_rate must be in [0, 1000]"),
-        (["--learning_rate=-1"], "--learning_rate must be in [0, 1000], got -1.0"),
     ],
 )
 def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
@@ -247,29 +171,6 @@ def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
     assert message is not None and expected in message
     assert "\n" not in message.strip() and not out
     assert not workdir.exists()
-
-
-def test_every_flag_has_a_help_text_and_is_read(request):
-    for module in (long_tail, balanced, tune):
-        request.addfinalizer(forget_flags)
-        module.define_flags()
-        sources = "".join(
-            pathlib.Path(m.__file__).read_text()
-            for m in (
-                module,
-                compare,
-                run_flags,
-                method_flags,
-                search_loop,
-                distributed,
-                image_flags,
-            )
-        )
-        for name in own_flags():
-            assert len(FLAGS[name].help) > 8, name
-            read = f"FLAGS.{name}" in sources or name in OF_FIELDS
-            assert read, f"--{name} is never read"
-        forget_flags()
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,10 @@ from experiments.runtime import fields, hosts
 from experiments.training import run as runner
 from lpa_jax.files import LockedError, hold, refuse_if_held
 from lpa_jax.interrupts import InterruptedRunError
-from tests.experiments.domains.test_generalization import DOMAINS
-from tests.experiments.domains.test_generalization import TINY as TINY_DOMAINS
-from tests.experiments.images.test_experiments import TINY
 from tests.helpers.module_call import forget_flags
+from tests.helpers.protocols import DOMAIN, DOMAINS, IMAGES
 
-ONE_TRIAL = (*TINY, "--methods=erm", "--trials=1", "--seeds=100-100")
+ONE_TRIAL = (*IMAGES.tiny, "--methods=erm", "--trials=1", "--seeds=100-100")
 
 
 def test_a_share_of_tuning_and_a_trial_are_run_by_one_process(run, tmp_path):
@@ -46,7 +44,7 @@ def test_a_share_of_tuning_and_a_training_are_run_by_one_process(run, tmp_path, 
         seen.append(training.held_out)
 
     monkeypatch.setattr(Trainings, "run", noticed)
-    arguments = (*TINY_DOMAINS, "--methods=erm", "--trials=1", f"--workdir={tmp_path}")
+    arguments = (*DOMAIN.tiny, "--methods=erm", "--trials=1", f"--workdir={tmp_path}")
     message, out, _ = run("domain_tune", *arguments)
     assert message is None and "missing" in out and seen == [(domain,) for domain in DOMAINS]
     held = tmp_path / "locks/worker_0"
