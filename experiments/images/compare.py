@@ -23,7 +23,7 @@ from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import folder, run
-from experiments.training.log import TENSORBOARD, Logging
+from experiments.training.log import Logging
 from experiments.training.program import Programs
 from lpa_jax import data, multihost
 from lpa_jax.files import refuse_if_held
@@ -48,19 +48,7 @@ def define_flags(experiment: str, profile: str) -> None:
         "File of tuned hyperparameters from experiments.tune; auto takes the one that comes with "
         "the project for this data set and model, none takes the methods' defaults.",
     )
-    flags.DEFINE_integer(
-        "class_geometry_batches",
-        0,
-        "Training batches on which every evaluation measures what the perturbations do to each "
-        "class (norm ratio, cosine, loss change, sign, radius), for figures over epochs.",
-    )
-    flags.DEFINE_enum(
-        "tensorboard",
-        "scalars",
-        TENSORBOARD,
-        "full adds histograms of the weights and of what is logged by class, and a figure of the "
-        "classes' accuracy, at every evaluation.",
-    )
+    fields.define(Logging)
     image_flags.define(profile)
     fields.define(method_flags.Perturbing)
     run_flags.define_runtime_flags()
@@ -118,7 +106,7 @@ def train_all(
     if first:
         refuse_if_held(workdir)  # before data are read
     saving = run_flags.saving()
-    logging = Logging(FLAGS.class_geometry_batches, FLAGS.tensorboard)
+    logging = fields.read(Logging)
     source = TaskSource(settings)
     # Every program is built before the first run, so that a bad option stops everything at once.
     planned = jobs(settings, options, source)

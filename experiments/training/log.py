@@ -12,33 +12,34 @@ import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from experiments.runtime import files
-
-TENSORBOARD = ("scalars", "full")
+from experiments.runtime import fields, files
+from experiments.runtime.fields import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
     """What a run logs in addition to its scalars, at every evaluation.
 
-    Attributes:
-      class_batches: training batches on which to measure what the perturbations do to each class.
-      tensorboard: "scalars"; or "full", which adds histograms (of the weights and of everything
-        that is logged by class) and a figure of the accuracy of each class.
-
     Raises:
-      ValueError: naming the flag that is out of range.
+      ValueError: naming the flag that is out of bounds.
     """
 
-    class_batches: int = 0
-    tensorboard: str = "scalars"
+    class_batches: int = setting(
+        0,
+        "Training batches on which every evaluation measures what the perturbations do to each "
+        "class (norm ratio, cosine, loss change, sign, radius), for figures over epochs.",
+        flag="class_geometry_batches",
+        low=0,
+    )
+    tensorboard: str = setting(
+        "scalars",
+        "full adds histograms of the weights and of what is logged by class, and a figure of the "
+        "accuracy of each class, at every evaluation.",
+        allowed=("scalars", "full"),
+    )
 
     def __post_init__(self):
-        if self.class_batches < 0:
-            raise ValueError(f"--class_geometry_batches must be >= 0, got {self.class_batches}")
-        if self.tensorboard not in TENSORBOARD:
-            known = ", ".join(TENSORBOARD)
-            raise ValueError(f"--tensorboard must be one of {known}, got {self.tensorboard!r}")
+        fields.check(self)
 
 
 class RunLog:
