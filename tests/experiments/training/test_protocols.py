@@ -20,6 +20,7 @@ from experiments.runtime import fields, hosts
 from experiments.training import flags as run_flags
 from experiments.training import run as runner
 from experiments.training import search_loop
+from experiments.training.log import Logging
 from experiments.training.saving import Saving
 from experiments.training.settings import RunSettings
 from lpa_jax import parallel
@@ -155,7 +156,7 @@ def test_every_flag_has_a_help_text_and_is_read(request, module):
     of_fields = {
         flag
         for settings in (Settings, DomainSettings, method_flags.Perturbing,
-                         method_flags.Searching, Saving, hosts.Hosts)
+                         method_flags.Searching, Saving, Logging, hosts.Hosts)
         for flag in fields.flag_names(settings)
     }  # fmt: skip
     for name in own_flags():
