@@ -297,8 +297,8 @@ def test_tuning_refuses_the_test_images(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cause", [("--methods=erm", "--learning_rate=1e30", "--clip_norm=0"),
-              ("--methods=lpa", "--radius=1e38")], ids=("rate", "radius"),
+    "cause", [("--methods=erm", "--learning_rate=1000", "--clip_norm=0"),
+              ("--methods=lpa", "--option=lpa.radius=1e38")], ids=("rate", "radius"),
 )  # fmt: skip
 def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path, cause):
     message, *_ = run("long_tail", *TINY, *cause, "--seeds=1", f"--workdir={tmp_path / 'job'}")
