@@ -26,10 +26,7 @@ class DomainSettings(RunSettings):
         0, "Seed that assigns MNIST's images to domains; the same for all runs.", low=0
     )
     image_size: int | None = setting(
-        None,
-        "Height and width in pixels; unset: DomainBed's, 28 or 224.",
-        low=1,
-        high=2**14,
+        None, "Height and width in pixels; unset: DomainBed's, 28 or 224.", low=1, high=2**14
     )
     images_per_domain: int | None = setting(
         None, "Images of every domain to use; unset: all. For quick trials.", low=1

@@ -52,10 +52,7 @@ class Measuring:
     )
     directions: int = setting(3, "Random lines through the weights.", low=1)
     resolution: int = setting(
-        15,
-        "Points on a side of the plane; a line has twice as many and 1.",
-        low=3,
-        high=1000,
+        15, "Points on a side of the plane; a line has twice as many and 1.", low=3, high=1000
     )
     span: float = setting(1.0, "Length of lines and plane to each side, in filter norms.", above=0)
     probe_radius: float = setting(

@@ -160,11 +160,7 @@ def session(hosts: Hosts | None) -> Iterator[None]:
 
 
 def check(
-    folder: pathlib.Path,
-    run: Any,
-    step: int,
-    checkpoint: str = "",
-    rejected: Sequence[str] = (),
+    folder: pathlib.Path, run: Any, step: int, checkpoint: str = "", rejected: Sequence[str] = ()
 ) -> None:
     """Compares what all processes found; each of them must call this.
 

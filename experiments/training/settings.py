@@ -222,10 +222,7 @@ class RunSettings:
         transform = self._augmentation()
         image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
         position = jax.ShapeDtypeStruct((1,), np.int32)
-        named(
-            "augmentation",
-            lambda: jax.eval_shape(transform, jax.random.key(0), image, position),
-        )
+        named("augmentation", lambda: jax.eval_shape(transform, jax.random.key(0), image, position))
         return transform
 
     def as_dict(self) -> dict[str, Any]:
