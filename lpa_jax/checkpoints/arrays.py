@@ -110,11 +110,11 @@ def _orbax() -> Iterator[Any]:
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
     )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    # Its threads would log what is raised here as well, each with its stack.
+    # It logs how it was set up, and its threads what is raised here as well, each with its stack.
     logger = logging.getLogger("absl")
     disabled, logger.disabled = logger.disabled, True
     try:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:

@@ -5,6 +5,8 @@ import os
 import pathlib
 import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -343,3 +345,22 @@ def test_at_least_one_checkpoint_is_kept():
 def test_a_schedule_needs_a_positive_interval(schedule):
     with pytest.raises(ValueError, match="got 0"):
         schedule(0)
+
+
+def test_nothing_is_logged_of_a_save_and_a_restore(tmp_path):
+    script = f"""
+import absl.logging, jax.numpy as jnp
+from lpa_jax.checkpoints.checkpoints import Checkpoints
+absl.logging.use_absl_handler()
+absl.logging.set_verbosity(absl.logging.INFO)
+Checkpoints({str(tmp_path / "c")!r}).save(1, {{"w": jnp.ones(2)}})
+Checkpoints({str(tmp_path / "c")!r}).restore({{"w": jnp.ones(2)}})
+absl.logging.info("logged")
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0 and ran.stdout == ""
+    lines = [line for line in ran.stderr.splitlines() if "before flag parsing" not in line]
+    assert len(lines) == 1 and lines[0].endswith("] logged"), ran.stderr
