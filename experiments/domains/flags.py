@@ -7,7 +7,7 @@ from absl import flags
 
 from experiments.domains.settings import DomainSettings
 from experiments.methods import flags as method_flags
-from experiments.methods import names as methods
+from experiments.methods import names
 from experiments.methods.search import ADAM_LARGE, ADAM_SMALL, Choice, LogUniform, Space
 from experiments.runtime import fields
 from experiments.training import flags as run_flags
@@ -117,12 +117,12 @@ def options_for(method: str, found: Mapping[str, Any], train_steps: int) -> dict
       ValueError: a flag's option that does not exist, or a penalty that would never reach its
         weight.
     """
-    names = [part.name for part in methods.parse(method)]
-    annealed = [f"{name}.anneal_steps" for name in names if name in ANNEALED]
+    parts = [part.name for part in names.parse(method)]
+    annealed = [f"{name}.anneal_steps" for name in parts if name in ANNEALED]
     usual = dict.fromkeys(annealed, int(ANNEALED_SHARE * train_steps))
-    if methods.MIXUP in names:
-        usual[f"{methods.MIXUP}.alpha"] = MIXUP_ALPHA
-    options = methods.options_for(method, usual | dict(found), method_flags.explicit_options())
+    if names.MIXUP in parts:
+        usual[f"{names.MIXUP}.alpha"] = MIXUP_ALPHA
+    options = names.options_for(method, usual | dict(found), method_flags.explicit_options())
     for key in annealed:
         if isinstance(options[key], int | float) and options[key] >= train_steps:
             raise ValueError(

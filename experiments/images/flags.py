@@ -8,8 +8,7 @@ from typing import Any
 from absl import flags
 
 from experiments.images.settings import Settings
-from experiments.methods import data_set_defaults
-from experiments.methods import names as methods
+from experiments.methods import data_set_defaults, names
 from experiments.runtime import fields
 from lpa_jax import data
 
@@ -43,7 +42,7 @@ def settings() -> Settings:
     # What a method was tuned to comes before a recipe, so that these two flags stay unset.
     given = {
         name: recipe[name]
-        for name in methods.RUN_OPTIONS
+        for name in names.RUN_OPTIONS
         if name in recipe and FLAGS[name].value is None
     }
     if FLAGS.train_list is not None and not FLAGS["dataset"].present:
@@ -57,7 +56,7 @@ def _follow_recipe() -> Mapping[str, Any]:
         return {}
     model = FLAGS.model if FLAGS["model"].present else None
     recipe = data_set_defaults.defaults(FLAGS.dataset, FLAGS.profile, model)
-    for name in set(recipe) - {*methods.RUN_OPTIONS}:
+    for name in set(recipe) - {*names.RUN_OPTIONS}:
         FLAGS.set_default(name, recipe[name])
     return recipe
 
@@ -66,7 +65,7 @@ def recipe_options(method: str) -> dict[str, Any]:
     """Options that `--recipe` gives a method that was not tuned."""
     if FLAGS.recipe == "none":
         return {}
-    parts = {part.name for part in methods.parse(method)}
+    parts = {part.name for part in names.parse(method)}
     known = data_set_defaults.method_options(FLAGS.dataset, FLAGS.profile)
     return {name: value for name, value in known.items() if name.partition(".")[0] in parts}
 

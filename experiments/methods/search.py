@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.methods import names as methods
+from experiments.methods import names
 from lpa_jax import models
 from lpa_jax.injection import activation_shapes, as_network, check_layer
 
@@ -63,11 +63,11 @@ def parse_space(text: str) -> tuple[str, Space]:
     """
     name, _, values = text.partition("=")
     part, _, option = name.rpartition(".")
-    of_part = part in methods.part_names() and option in methods.part_options(part)
-    if not (of_part or name in methods.DOMAIN_RUN_OPTIONS) or not values:
+    of_part = part in names.part_names() and option in names.part_options(part)
+    if not (of_part or name in names.DOMAIN_RUN_OPTIONS) or not values:
         raise ValueError(f"--space: {text!r} is not OPTION=RANGE, such as lpa.radius_target=0.03:2")
     if ":" not in values:
-        return name, Choice(tuple(methods.parsed_value(value) for value in values.split("|")))
+        return name, Choice(tuple(names.parsed_value(value) for value in values.split("|")))
     try:
         low, high = (float(bound) for bound in values.split(":"))
     except ValueError:
@@ -232,17 +232,17 @@ def draw(
     """
     shared = np.random.default_rng([seed, trial])
     options = {name: ranges.get(name, space).draw(shared) for name, space in RUN_SPACE.items()}
-    for name in methods.DOMAIN_RUN_OPTIONS:
+    for name in names.DOMAIN_RUN_OPTIONS:
         if name in ranges and name not in options:
             options[name] = ranges[name].draw(shared)
     if "batch_size" in options:
         options["batch_size"] = int(options["batch_size"])
-    for part in methods.parse(method):
+    for part in names.parse(method):
         # Streams are keyed by the part alone: lpa+lpl explores what lpa and lpl explore.
         rng = np.random.default_rng([seed, trial, zlib.crc32(part.name.encode())])
         spaces = part_space(part.name, hidden.names)
         # Options that are not searched otherwise come last, so that they change no other draw.
-        own = methods.own_options(part.name, ranges)
+        own = names.own_options(part.name, ranges)
         spaces = {name: own.get(name, space) for name, space in spaces.items()} | own
         drawn = {name: space.draw(rng) for name, space in spaces.items()}
         if "radius" in drawn and f"{part.name}.radius" not in ranges:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from experiments.methods import names as methods
+from experiments.methods import names
 from experiments.runtime import files
 from lpa_jax.checkpoints.checkpoints import differences
 
@@ -63,7 +63,7 @@ def find(
     hparams: str,
     experiment: str,
     settings: Any,
-    run_options: Sequence[str] = methods.RUN_OPTIONS,
+    run_options: Sequence[str] = names.RUN_OPTIONS,
 ) -> Tuned:
     """The hyperparameters that --hparams names.
 
@@ -86,18 +86,18 @@ def find(
     return load(path, run_options)._replace(automatic=True)
 
 
-def notes(tuned: Tuned, names: Sequence[str], settings: Any) -> list[str]:
+def notes(tuned: Tuned, methods: Sequence[str], settings: Any) -> list[str]:
     """Notes for the table about methods that were not tuned, or not for this run.
 
     Args:
       tuned: from `find`.
-      names: of the methods in the table.
+      methods: names of the methods in the table.
       settings: of the run, a dataclass with `as_dict`.
     """
     if tuned.file is None:
         return []
     lines = []
-    untuned = [name for name in names if name not in tuned.pooled]
+    untuned = [name for name in methods if name not in tuned.pooled]
     if untuned:
         lines.append(f"Not tuned, because {tuned.file} lacks them: {', '.join(untuned)}.")
     if tuned.automatic and tuned.searched:
@@ -117,7 +117,7 @@ def notes(tuned: Tuned, names: Sequence[str], settings: Any) -> list[str]:
     return lines
 
 
-def load(path: str | pathlib.Path, run_options: Sequence[str] = methods.RUN_OPTIONS) -> Tuned:
+def load(path: str | pathlib.Path, run_options: Sequence[str] = names.RUN_OPTIONS) -> Tuned:
     """Hyperparameters from a file that `experiments.tune` or `domain_tune` wrote.
 
     Args:
@@ -158,12 +158,12 @@ def load(path: str | pathlib.Path, run_options: Sequence[str] = methods.RUN_OPTI
 
 
 def _check(method: str, options: Mapping[str, Any], run_options: Sequence[str]) -> None:
-    parts = [part.name for part in methods.parse(method)]
-    known = [f"{part}.{option}" for part in parts for option in methods.part_options(part)]
+    parts = [part.name for part in names.parse(method)]
+    known = [f"{part}.{option}" for part in parts for option in names.part_options(part)]
     for key, value in options.items():
         if key not in (*known, *run_options):
             raise ValueError(f"{method} has no option {key!r}")
         try:
-            methods.check_value(key, value)
+            names.check_value(key, value)
         except ValueError as error:
             raise ValueError(f"{method}: {error}") from None
