@@ -43,12 +43,14 @@ class ImageSource(Sequence):
       num_classes: C.
       class_names: C names.
       image_shape: (H, W, ch); None where images differ.
+      split: Name of the split.
     """
 
     name: str
     num_classes: int
     class_names: tuple[str, ...] = dataclasses.field(repr=False)
     image_shape: tuple[int | None, ...]
+    split: str
     _records: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
     _keys: tuple[str, str] = dataclasses.field(repr=False)
 
@@ -70,7 +72,8 @@ class ImageSource(Sequence):
             records = self._records.__getitems__(list(indices))
         except RuntimeError as error:
             raise ValueError(
-                f"dataset={self.name!r}: cannot be read ({_first_line(error)})"
+                f"dataset={self.name!r}, split={self.split!r}: cannot be read "
+                f"({_first_line(error)})"
             ) from None
         return [{"image": r[image_key], "label": np.int32(r[label_key])} for r in records]
 
@@ -117,6 +120,9 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
       ValueError: Images of several shapes and no `image_size`, images that cannot be decoded, or
         more than 8 GiB of them (batches can be read from the source itself).
     """
+    where = f"dataset={source.name!r}"
+    if isinstance(source, ImageSource):
+        where += f", split={source.split!r}"
     size = len(source)
     shape, fit = source.image_shape, False
     if None in shape:
@@ -124,7 +130,7 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
         shape = (image_size, image_size, 3) if fit else source[0]["image"].shape
     if size * np.prod(shape) > _IN_MEMORY_LIMIT:
         raise ValueError(
-            f"dataset={source.name!r}: {size} images of shape {shape} exceed "
+            f"{where}: {size} images of shape {shape} exceed "
             f"{_IN_MEMORY_LIMIT // 2**30} GiB of memory, use open_source and grain_batches"
         )
     images, labels = None, np.empty(size, np.int32)
@@ -135,14 +141,17 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
             image = fitted(example["image"], image_size) if fit else example["image"]
             if image.shape != shape:
                 raise ValueError(
-                    f"dataset={source.name!r}: has images of shapes {shape} and {image.shape}, "
+                    f"{where}: has images of shapes {shape} and {image.shape}, "
                     "give image_size, or use open_source and grain_batches"
                 )
             if images is None:
                 images = np.empty((size, *shape), image.dtype)
             images[i] = image
             labels[i] = example["label"]
-    return Dataset(source.name, images, labels, source.num_classes, source.class_names)
+    try:
+        return Dataset(source.name, images, labels, source.num_classes, source.class_names)
+    except ValueError as error:  # a test split without labels, say, or images of 16 bits
+        raise ValueError(f"{where}: {error}") from None
 
 
 def open_source(name: str, split: str, data_dir: PathLike | None = None) -> ImageSource:
@@ -182,6 +191,7 @@ def open_source(name: str, split: str, data_dir: PathLike | None = None) -> Imag
         num_classes=label.num_classes,
         class_names=tuple(label.names),
         image_shape=tuple(info.features[image_key].shape),
+        split=split,
         _records=records,
         _keys=(image_key, label_key),
     )

@@ -89,6 +89,36 @@ class LpaTestRagged(LpaTestPng):
             yield i, {"image": image, "label": i % 2}
 
 
+class LpaTestHidden(LpaTestPng):
+    """A set whose test split has no labels."""
+
+    DTYPE = np.uint8
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(2, 2, 1), dtype=self.DTYPE),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples(hidden=True)}
+
+    def _generate_examples(self, hidden=False):
+        for i in range(4):
+            yield i, {"image": np.zeros((2, 2, 1), self.DTYPE), "label": -1 if hidden else i % 2}
+
+
+class LpaTestDeep(LpaTestHidden):
+    """A set of 16-bit images."""
+
+    DTYPE = np.uint16
+
+
 def _prepare_without_tensorflow(builder_class, folder):
     with sources._quiet_log(), sources._quiet_preparation():
         builder_class(data_dir=str(folder)).download_and_prepare(file_format="array_record")
@@ -337,3 +367,16 @@ def test_a_subset_keeps_order_and_refuses_indices_out_of_range():
     for wrong in ([3], [-1], [], [0.5], [[0]]):
         with pytest.raises(ValueError, match="indices"):
             toy.subset(wrong)
+
+
+@pytest.mark.parametrize(
+    ("builder", "split", "message"),
+    [
+        (LpaTestHidden, "test", r"labels must be in 0\.\.1, got -1 at position 0"),
+        (LpaTestDeep, "train", r"images must be a NumPy array of uint8 or float32, got uint16"),
+    ],
+)
+def test_an_error_of_a_split_names_the_set_and_the_split(tmp_path, builder, split, message):
+    _prepare_without_tensorflow(builder, tmp_path)
+    with pytest.raises(ValueError, match=f"^dataset='{builder.name}', split='{split}': {message}$"):
+        data.load(builder.name, split, tmp_path)
