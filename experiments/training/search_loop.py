@@ -1,6 +1,7 @@
 """The random search of both protocols: flags, workers that share the trials, and the choice."""
 
 import contextlib
+import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments.runtime import files
+from experiments.runtime import fields, files
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import folder as run_folder
@@ -39,31 +40,41 @@ class Trial(NamedTuple):
     train: Callable[[RunProgress], None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """Settings of a search, and the share of it that this process runs."""
+
+    trials: int = fields.setting(40, "Trials of every method.", low=1, high=10**5)
+    search_seed: int = fields.setting(0, "Seed of the random search.", low=0)
+    output: str = fields.setting("", "File for the chosen hyperparameters; empty writes none.")
+    worker: int = fields.setting(
+        0, "Number of the share of the trials that this process runs.", low=0
+    )
+    num_workers: int = fields.setting(
+        1, "Number of processes that share the trials.", low=1, high=10**5
+    )
+
+
 def define_flags(trials: int, seeds: str) -> None:
-    """Flags of a search, with its default number of trials and its default seeds."""
-    flags.DEFINE_integer("trials", trials, "Trials of every method.")
+    """Defines the flags of a search, with its default number of trials and its default seeds."""
+    fields.define(Search, trials=trials)
     flags.DEFINE_list(
         "seeds",
         [seeds],
         f"{run_flags.SEEDS}; every trial is averaged over them. Do not use test seeds.",
     )
-    flags.DEFINE_integer("search_seed", 0, "Seed of the random search.")
-    flags.DEFINE_string("output", "", "File for the chosen hyperparameters; empty writes none.")
-    flags.DEFINE_integer("worker", 0, "Number of the share of the trials that this process runs.")
-    flags.DEFINE_integer("num_workers", 1, "Number of processes that share the trials.")
 
 
 def check_flags() -> None:
-    """Refuses flags that are out of range.
+    """Refuses flags that are out of bounds.
 
     Raises:
       ValueError: naming the flag.
     """
-    if FLAGS.trials < 1:
-        raise ValueError(f"--trials must be >= 1, got {FLAGS.trials}")
-    if not 0 <= FLAGS.worker < FLAGS.num_workers:
+    fields.check(fields.read(Search))
+    if FLAGS.worker >= FLAGS.num_workers:
         raise ValueError(
-            f"--worker must lie in 0..{FLAGS.num_workers - 1} (--num_workers - 1), "
+            f"--worker must be in 0..{FLAGS.num_workers - 1} (--num_workers - 1), "
             f"got {FLAGS.worker}"
         )
     if FLAGS.output:  # it is written when the search is over

@@ -13,11 +13,13 @@ from experiments.measuring.settings import Measuring
 from experiments.methods.flags import Perturbing
 from experiments.runtime import fields
 from experiments.runtime.hosts import Hosts
+from experiments.training.log import Logging
 from experiments.training.saving import Saving
+from experiments.training.search_loop import Search
 from tests.helpers.module_call import forget_flags
 
 FLAGS = flags.FLAGS
-EVERY = (Settings, DomainSettings, Perturbing, Saving, Hosts, Measuring)
+EVERY = (Settings, DomainSettings, Perturbing, Saving, Logging, Hosts, Search, Measuring)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
