@@ -36,7 +36,7 @@ from experiments.measuring import models as trained
 from experiments.measuring.measurements import MEASUREMENTS
 from experiments.measuring.settings import Measuring
 from experiments.methods import names as methods
-from experiments.reporting import class_figures, frame, measured_figures, tables
+from experiments.reporting import class_figures, frame, measured_figures, measured_tables, tables
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
@@ -131,14 +131,14 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
     }
     for name, measured in found.items():
         figures[name](measured, workdir / f"{name}.png")
-        table = tables.measured_frame(measured, methods.ERM)
+        table = measured_tables.compare(measured, methods.ERM)
         if table.empty:
             continue
         files.write_text(workdir / f"{name}.csv", tables.csv_text(table))
-        text = tables.measured_table(table, f"{name}: {title}")
-        files.write_text(workdir / f"{name}.md", text + "\n" + tables.MEASURED_LEGEND)
+        text = measured_tables.markdown(table, f"{name}: {title}")
+        files.write_text(workdir / f"{name}.md", text + "\n" + measured_tables.LEGEND)
         if name == "geometry":
-            classes = tables.class_frame(measured)
+            classes = measured_tables.class_frame(measured)
             files.write_text(workdir / "geometry_classes.csv", tables.csv_text(classes))
         long = text.count("\n") > _SCREEN
         print(f"{name}: a long table, in {workdir}/{name}.md\n" if long else text)

@@ -35,7 +35,7 @@ from experiments.images.settings import Settings
 from experiments.measuring import models as trained
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
-from experiments.reporting import class_figures, frame, measured_figures, tables
+from experiments.reporting import class_figures, frame, measured_figures, measured_tables, tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
@@ -253,10 +253,10 @@ def sweep(interrupts: Interrupts) -> None:
         values = measure(found, layers, interrupts)
     title = f"Layer sweep: {frame.title_of(settings.as_dict())}"
     measured = {m: {s: {"values": own} for s, own in seeds.items()} for m, seeds in values.items()}
-    table = tables.measured_frame(measured, ERM)
+    table = measured_tables.compare(measured, ERM)
     files.write_text(workdir / "layer_sweep.csv", tables.csv_text(table))
-    text = tables.measured_table(table, title, _in_order(table))
-    files.write_text(workdir / "layer_sweep.md", text + "\n" + tables.MEASURED_LEGEND)
+    text = measured_tables.markdown(table, title, _in_order(table))
+    files.write_text(workdir / "layer_sweep.md", text + "\n" + measured_tables.LEGEND)
     placed = {method: {layer: place(method, layer) for layer in layers} for method in FLAGS.methods}
     measured_figures.layer_sweep(table, placed, workdir / "layer_sweep.png")
     class_figures.swept(table, placed, workdir / "layer_sweep_geometry.png")

@@ -13,8 +13,15 @@ import pandas as pd
 
 from experiments.reporting.figures import COLORS, DASHES, curve_of
 from experiments.reporting.frame import Results
-from experiments.reporting.measured_figures import color_of, estimates, over_seeds, panels, save
-from experiments.reporting.tables import Found
+from experiments.reporting.measured_figures import (
+    color_of,
+    estimates,
+    first_of,
+    over_seeds,
+    panels,
+    save,
+)
+from experiments.reporting.measured_tables import Found
 from lpa_jax import diagnostics
 
 # Name of a measure in files, its label, and where a perturbation changes nothing.
@@ -33,18 +40,17 @@ _LINEAR_LOSS = 1e-3
 def every_form(found: Found, path: pathlib.Path) -> None:
     """The figure over layers, and beside it, NAME_FORM.png, one a form of LPA with its classes."""
     over_layers(found, path)
-    forms = next(iter(next(iter(found.values())).values()))["classes"]
-    for form in forms:
+    for form in first_of(found)["classes"]:
         by_class(found, form, path.with_name(f"{path.stem}_{form}{path.suffix}"))
 
 
 def over_layers(found: Found, path: pathlib.Path) -> None:
     """Norm ratio and loss change of each sign group, and their correlation, over layers.
 
-    A row a form of LPA; means and standard errors over seeds of every method.
+    One row for each form of LPA; means and standard errors over seeds of every method.
     """
     compared, methods = over_seeds(found), list(found)
-    first = next(iter(next(iter(found.values())).values()))
+    first = first_of(found)
     layers, forms = first["layers"], list(first["classes"])
     columns = {
         f"{name} {sign}": f"{MEASURES[name][0]}, {sign} classes"
@@ -87,7 +93,7 @@ def _log_of_losses(axis) -> None:
 
 def by_class(found: Found, form: str, path: pathlib.Path) -> None:
     """Loss change against norm ratio, a point a class and seed, a panel a method and layer."""
-    layers = next(iter(next(iter(found.values())).values()))["layers"]
+    layers = first_of(found)["layers"]
     figure, axes = panels(len(found), len(layers), 2.2, width=2.6)
     for row, (method, seeds) in zip(axes, found.items(), strict=True):
         for axis, layer in zip(row, layers, strict=True):

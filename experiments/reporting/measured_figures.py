@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 
-from experiments.reporting import paired, tables
+from experiments.reporting import measured_tables, paired, tables
 from experiments.reporting.figures import COLORS, DASHES, write_figure
-from experiments.reporting.tables import Found
+from experiments.reporting.measured_tables import Found
 from lpa_jax.diagnostics import SpectralQuadrature
 
 _COLUMNS = 4
@@ -76,9 +76,7 @@ def bars(found: Found, path: pathlib.Path) -> None:
     """A panel a measure: mean and standard error over seeds of every method."""
     compared, names = over_seeds(found), list(found)
     measures = compared["measure"].unique()
-    columns = min(_COLUMNS, len(measures))
-    height = 0.9 + 0.28 * len(names)
-    figure, axes = panels(-(-len(measures) // columns), columns, height, sharey=True)
+    figure, axes = grid_of(len(measures), 0.9 + 0.28 * len(names), sharey=True)
     for axis, measure in zip(axes.flat, measures, strict=False):
         means, errors = estimates(compared, measure, names)
         colors = [color_of(names, name) for name in names]
@@ -91,8 +89,6 @@ def bars(found: Found, path: pathlib.Path) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
     axes.flat[0].invert_yaxis()
-    for axis in axes.flat[len(measures) :]:
-        axis.set_visible(False)
     save(figure, path)
 
 
@@ -119,8 +115,7 @@ def planes(found: Found, path: pathlib.Path) -> None:
     every = np.concatenate([table[np.isfinite(table)] for table in losses.values()])
     low, high = np.log10(np.maximum([every.min(), every.max()], 1e-8))
     levels = np.logspace(low, max(high, low + 1e-3), 16)
-    columns = min(_COLUMNS, len(losses))
-    figure, axes = panels(-(-len(losses) // columns), columns, 3.2, sharey=True)
+    figure, axes = grid_of(len(losses), 3.2, sharey=True)
     for axis, (method, table) in zip(axes.flat, losses.items(), strict=False):
         steps = one[method]["steps"]
         shown = np.ma.masked_invalid(np.maximum(table.T, levels[0]))
@@ -131,8 +126,6 @@ def planes(found: Found, path: pathlib.Path) -> None:
         axis.set_xlabel("step, in filter norms")
     for axis in axes[:, 0]:
         axis.set_ylabel("step along the other direction")
-    for axis in axes.flat[len(losses) :]:
-        axis.set_visible(False)
     ticks = levels[::5]
     bar = figure.colorbar(filled, ax=axes, label="loss", ticks=ticks, shrink=0.8)
     bar.ax.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
@@ -142,7 +135,7 @@ def planes(found: Found, path: pathlib.Path) -> None:
 
 def amplification(found: Found, path: pathlib.Path) -> None:
     """Heat maps of mean gains, injected at a row's layer and measured at a column's."""
-    first = next(iter(next(iter(found.values())).values()))
+    first = first_of(found)
     layers, probes = first["layers"], list(first["maps"])
     maps = {
         method: {
@@ -179,11 +172,9 @@ def amplification(found: Found, path: pathlib.Path) -> None:
 
 def corrupted(found: Found, path: pathlib.Path) -> None:
     """Reliability, and accuracy against severity: the mean of all corruptions, and each."""
-    first = next(iter(next(iter(found.values())).values()))
+    first = first_of(found)
     names, severities = list(first["by_severity"]), first["severities"]
-    count = 2 + len(names)
-    columns = min(_COLUMNS, count)
-    figure, axes = panels(-(-count // columns), columns, 2.6)
+    figure, axes = grid_of(2 + len(names), 2.6)
     for method, seeds in found.items():
         color, runs = color_of(list(found), method), list(seeds.values())
         means = [np.array([one["reliability"][k] for one in runs], float)
@@ -206,8 +197,6 @@ def corrupted(found: Found, path: pathlib.Path) -> None:
         axis.set_xticks(severities)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    for axis in axes.flat[count:]:
-        axis.set_visible(False)
     save(figure, path)
 
 
@@ -229,8 +218,7 @@ def spectra(found: Found, path: pathlib.Path) -> None:
     grid = np.linspace(low, high, _POINTS)
     curves = {method: _density(own, grid) for method, own in quadratures.items()}
     top = 2 * max(density.max() for density, _ in curves.values())
-    columns = min(_COLUMNS, len(curves))
-    figure, axes = panels(-(-len(curves) // columns), columns, 2.6, sharey=True)
+    figure, axes = grid_of(len(curves), 2.6, sharey=True)
     first = next(iter(curves))
     for axis, (method, (density, error)) in zip(axes.flat, curves.items(), strict=False):
         if method != first:
@@ -252,8 +240,6 @@ def spectra(found: Found, path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("density")
-    for axis in axes.flat[len(curves) :]:
-        axis.set_visible(False)
     shown = axes.flat[min(1, len(curves) - 1)]
     if len(curves) > 1:
         handle = shown.get_legend_handles_labels()[0][0]
@@ -308,7 +294,12 @@ def color_of(names: Sequence[str], name: str) -> str:
 
 def over_seeds(found: Found) -> pd.DataFrame:
     """Means and standard errors of every measure and method, as `paired.compare` gives them."""
-    return paired.compare(tables.measured_values(found), "", tested=())
+    return paired.compare(measured_tables.values_of(found), "", tested=())
+
+
+def first_of(found: Found) -> Mapping[str, Any]:
+    """What was measured of the first method's first seed."""
+    return next(iter(next(iter(found.values())).values()))
 
 
 def estimates(compared: pd.DataFrame, measure: str, methods: Sequence[str]) -> np.ndarray:
@@ -340,6 +331,15 @@ def panels(rows: int, columns: int, height: float = 3.2, width: float = 3.2, sha
         sharey=sharey,
         layout="constrained",
     )
+
+
+def grid_of(count: int, height: float, sharey: bool = False):
+    """(figure, axes) of so many panels in rows; surplus axes are hidden."""
+    columns = min(_COLUMNS, count)
+    figure, axes = panels(-(-count // columns), columns, height, sharey=sharey)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
 
 
 def save(figure, path: pathlib.Path) -> None:

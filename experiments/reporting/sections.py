@@ -17,9 +17,9 @@ from experiments.reporting import (
     tables,
 )
 from experiments.reporting.frame import Results, Setting
+from experiments.reporting.measured_tables import Found
 from experiments.reporting.paired import Pair
 from experiments.reporting.runs import Problem
-from experiments.reporting.tables import Found
 from experiments.runtime import files
 from experiments.training.folder import MEASURED
 

@@ -8,7 +8,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -159,21 +158,12 @@ def percent(mean: float, error: float, signed: bool = False) -> str:
     >>> percent(0.787, 0.0032), percent(0.01, float("nan"), signed=True)
     ('78.70 +- 0.32', '+1.00')
     """
-    text = _number(100 * mean, "{:+.2f}" if signed else "{:.2f}")
+    text = number(100 * mean, "{:+.2f}" if signed else "{:.2f}")
     return text if np.isnan(error) else f"{text} +- {100 * error:.2f}"
 
 
-def plain(mean: float, error: float, signed: bool = False) -> str:
-    """A number and its standard error; empty if unknown.
-
-    >>> plain(0.01234, 0.00345), plain(2.0, float("nan"), signed=True)
-    ('0.01234 +- 0.0034', '+2')
-    """
-    text = _number(mean, "{:+.4g}" if signed else "{:.4g}")
-    return text if np.isnan(error) else f"{text} +- {error:.2g}"
-
-
-def _number(value: float, pattern: str) -> str:
+def number(value: float, pattern: str) -> str:
+    """The number as text; empty for NaN."""
     return "" if np.isnan(value) else pattern.format(value)
 
 
@@ -206,12 +196,13 @@ def difference_columns(rows: pd.DataFrame) -> list[list[str]]:
         columns[0].append(percent(row.difference, row.difference_se, signed=True))
         low, high = 100 * row.difference_low, 100 * row.difference_high
         columns[1].append("" if np.isnan(low) else f"[{low:+.2f}, {high:+.2f}]")
-        columns[2].append(_number(row.p_value, "{:.3g}"))
-        columns[3].append(_number(row.p_holm, "{:.3g}"))
+        columns[2].append(number(row.p_value, "{:.3g}"))
+        columns[3].append(number(row.p_holm, "{:.3g}"))
     return columns
 
 
-def _lines(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+def lines_of(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Text cells, header first, from columns by name."""
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
@@ -234,10 +225,10 @@ def accuracy_table(
     columns |= {f"{name} %": cells(compared, name, methods) for name in groups(compared)}
     seconds = of_measure(compared, "seconds", methods)["mean"]
     if seconds.notna().any():
-        columns["seconds"] = [_number(value, "{:.1f}") for value in seconds]
+        columns["seconds"] = [number(value, "{:.1f}") for value in seconds]
     if published:
         columns["published"] = [published.get(method, "") for method in methods]
-    return _lines(columns)
+    return lines_of(columns)
 
 
 def short_table(compared: pd.DataFrame, domains: bool = False) -> list[list[str]]:
@@ -255,7 +246,7 @@ def short_table(compared: pd.DataFrame, domains: bool = False) -> list[list[str]
         columns |= {f"{name} %": cells(compared, name, methods) for name in CLASS_GROUPS}
     seconds = of_measure(compared, "seconds", methods)["mean"]
     columns["seconds"] = [f"{value:.1f}" for value in seconds]
-    return _lines(columns)
+    return lines_of(columns)
 
 
 def accuracy_frame(compared: pd.DataFrame) -> pd.DataFrame:
@@ -276,7 +267,7 @@ def contrast_table(compared: pd.DataFrame) -> list[list[str]]:
     columns = {"contrast": list(compared["method"]), "pairs": list(map(str, compared["pairs"]))}
     columns |= dict(zip(names, difference_columns(compared), strict=True))
     columns["first is higher"] = [f"{row.higher} of {row.pairs}" for row in compared.itertuples()]
-    return _lines(columns)
+    return lines_of(columns)
 
 
 def contrast_frame(compared: pd.DataFrame) -> pd.DataFrame:
@@ -330,101 +321,3 @@ def write_comparison(
     files.write_text(workdir / "table.csv", csv_text(pd.concat(frames, ignore_index=True)))
     for line in (*lines, *printed, f"Written to {workdir}{os.sep}"):
         screen.print(line, highlight=False)
-
-
-# Anything that is measured of models: method -> seed -> {"values": {measure: value}, ...}.
-Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
-
-MEASURED_LEGEND = (
-    "Mean +- standard error over seeds; vs: mean +- standard error of the paired difference to the "
-    "baseline (same seed, same data). The CSV has 95% bootstrap intervals and Wilcoxon p-values, "
-    "Holm-corrected over the methods of a measure.\n"
-)
-
-
-def measured_values(found: Found, part: str = "values") -> pd.DataFrame:
-    """What `paired.compare` takes, from what was measured."""
-    rows = [
-        (method, seed, measure, np.nan if value is None else value)
-        for method, seeds in found.items()
-        for seed, one in seeds.items()
-        for measure, value in one[part].items()
-    ]
-    return pd.DataFrame(rows, columns=["method", "seed", "measure", "value"])
-
-
-def measured_frame(found: Found, baseline: str) -> pd.DataFrame:
-    """`paired.compare` of what was measured; with the mean of the estimators' errors, if known."""
-    values = measured_values(found)
-    if values.empty:
-        return values
-    compared = paired.compare(values, baseline).drop(columns="higher")
-    if all("errors" in one for seeds in found.values() for one in seeds.values()):
-        errors = measured_values(found, "errors").groupby(["measure", "method"])["value"].mean()
-        places = pd.MultiIndex.from_frame(compared[["measure", "method"]])
-        compared["estimator_error"] = errors.reindex(places).to_numpy()
-    return compared
-
-
-def measured_table(
-    compared: pd.DataFrame, title: str, measures: Sequence[str] | None = None
-) -> str:
-    """Markdown tables of methods by measures: values, and paired differences to the baseline.
-
-    Measures called `PART: NAME` are under a heading PART.
-
-    Args:
-      compared: of `measured_frame`.
-      title: above the tables.
-      measures: those to show, in order; None for all.
-    """
-    parts = [f"## {title}\n"]
-    by_part: dict[str, list[str]] = {}
-    for measure in compared["measure"].unique() if measures is None else measures:
-        by_part.setdefault(measure.rpartition(": ")[0], []).append(measure)
-    for part, own in by_part.items():
-        parts += [f"### {part}\n"] if part else []
-        parts += _measured_tables(compared, own)
-    return "\n".join(parts)
-
-
-def _measured_tables(compared: pd.DataFrame, measures: Sequence[str]) -> list[str]:
-    methods, baseline = list(compared["method"].unique()), compared["baseline"].iloc[0]
-    others = [method for method in methods if method != baseline]
-    columns, differences = {"method": methods}, {f"vs {baseline}": others}
-    for measure in measures:
-        name, rows = measure.rpartition(": ")[2], of_measure(compared, measure, methods)
-        columns[name] = [plain(*row) for row in zip(rows["mean"], rows["se"], strict=True)]
-        if baseline in methods and rows["seeds"][baseline]:
-            own = rows.loc[others]
-            pairs = zip(own["difference"], own["difference_se"], strict=True)
-            differences[name] = [plain(*pair, signed=True) for pair in pairs]
-    tables = [columns, differences] if others and len(differences) > 1 else [columns]
-    return [markdown_table(_lines(table)) for table in tables]
-
-
-def class_frame(found: Found) -> pd.DataFrame:
-    """What `measurements.geometry` found, one row a method, form, layer and class.
-
-    Means over the seeds that have the class among the images measured, with standard errors.
-    """
-    rows = [
-        (method, form, layer, c, name, value)
-        for method, seeds in found.items()
-        for one in seeds.values()
-        for form, layers in one["classes"].items()
-        for layer, measures in layers.items()
-        for name, numbers in measures.items()
-        for c, value in enumerate(numbers)
-    ]
-    by = ["method", "geometry", "layer", "class"]
-    frame = pd.DataFrame(rows, columns=[*by, "measure", "value"])
-    frame["value"] = frame["value"].astype(float)
-    records = []
-    for place, own in frame.groupby(by, sort=False):
-        known = {name: rows.dropna() for name, rows in own.groupby("measure", sort=False)["value"]}
-        record = dict(zip(by, place, strict=True)) | {"seeds": len(known["norm_ratio"])}
-        for name, numbers in known.items():
-            record |= zip((name, f"{name}_se"), paired.estimate(numbers), strict=True)
-        records.append(record)
-    return pd.DataFrame.from_records(records)

@@ -10,7 +10,7 @@ import pytest
 from experiments import landscape, report
 from experiments.measuring import measurements
 from experiments.measuring import models as trained
-from experiments.reporting import class_figures, measured_figures, sections, tables
+from experiments.reporting import class_figures, measured_figures, measured_tables, sections
 from lpa_jax.interrupts import InterruptedRunError
 from tests.helpers import browser
 from tests.helpers.module_call import call
@@ -250,11 +250,11 @@ def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
         method: {seed: {"values": {"trace": value}} for seed, value in enumerate(own)}
         for method, own in numbers.items()
     }
-    compared = tables.measured_frame(found, "erm")
+    compared = measured_tables.compare(found, "erm")
     row = compared.set_index("method").loc["lpa"]
     assert (row["seeds"], row["pairs"], row["mean"], row["difference"]) == (2, 2, 4.0, 2.5)
     assert row["difference_se"] == pytest.approx(0.5)
-    text = tables.measured_table(compared, "title")
+    text = measured_tables.markdown(compared, "title")
     assert "| lpa | 4 +- 1 |" in text and "| lpa | +2.5 +- 0.5 |" in text
 
 

@@ -1,0 +1,114 @@
+"""Tables of anything that is measured of models: over seeds, and beside a baseline."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.reporting import paired, tables
+
+# Anything that is measured of models: method -> seed -> {"values": {measure: value}, ...}.
+Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+LEGEND = (
+    "Mean +- standard error over seeds; vs: mean +- standard error of the paired difference to the "
+    "baseline (same seed, same data). The CSV has 95% bootstrap intervals and Wilcoxon p-values, "
+    "Holm-corrected over the methods of a measure.\n"
+)
+
+
+def values_of(found: Found, part: str = "values") -> pd.DataFrame:
+    """What `paired.compare` takes, from what was measured."""
+    rows = [
+        (method, seed, measure, np.nan if value is None else value)
+        for method, seeds in found.items()
+        for seed, one in seeds.items()
+        for measure, value in one[part].items()
+    ]
+    return pd.DataFrame(rows, columns=["method", "seed", "measure", "value"])
+
+
+def compare(found: Found, baseline: str) -> pd.DataFrame:
+    """`paired.compare` of what was measured; with the mean of the estimators' errors, if known."""
+    values = values_of(found)
+    if values.empty:
+        return values
+    compared = paired.compare(values, baseline).drop(columns="higher")
+    if all("errors" in one for seeds in found.values() for one in seeds.values()):
+        errors = values_of(found, "errors").groupby(["measure", "method"])["value"].mean()
+        places = pd.MultiIndex.from_frame(compared[["measure", "method"]])
+        compared["estimator_error"] = errors.reindex(places).to_numpy()
+    return compared
+
+
+def markdown(compared: pd.DataFrame, title: str, measures: Sequence[str] | None = None) -> str:
+    """Markdown tables of methods by measures: values, and paired differences to the baseline.
+
+    Measures called `PART: NAME` are under a heading PART.
+
+    Args:
+      compared: of `compare`.
+      title: above the tables.
+      measures: those to show, in order; None for all.
+    """
+    parts = [f"## {title}\n"]
+    by_part: dict[str, list[str]] = {}
+    for measure in compared["measure"].unique() if measures is None else measures:
+        by_part.setdefault(measure.rpartition(": ")[0], []).append(measure)
+    for part, own in by_part.items():
+        parts += [f"### {part}\n"] if part else []
+        parts += _tables(compared, own)
+    return "\n".join(parts)
+
+
+def _tables(compared: pd.DataFrame, measures: Sequence[str]) -> list[str]:
+    methods, baseline = list(compared["method"].unique()), compared["baseline"].iloc[0]
+    others = [method for method in methods if method != baseline]
+    columns, differences = {"method": methods}, {f"vs {baseline}": others}
+    for measure in measures:
+        name, rows = measure.rpartition(": ")[2], tables.of_measure(compared, measure, methods)
+        columns[name] = [text(*row) for row in zip(rows["mean"], rows["se"], strict=True)]
+        if baseline in methods and rows["seeds"][baseline]:
+            own = rows.loc[others]
+            pairs = zip(own["difference"], own["difference_se"], strict=True)
+            differences[name] = [text(*pair, signed=True) for pair in pairs]
+    both = [columns, differences] if others and len(differences) > 1 else [columns]
+    return [tables.markdown_table(tables.lines_of(table)) for table in both]
+
+
+def class_frame(found: Found) -> pd.DataFrame:
+    """What `measurements.geometry` found, one row a method, form, layer and class.
+
+    Means over the seeds that have the class among the images measured, with standard errors.
+    """
+    rows = [
+        (method, form, layer, c, name, value)
+        for method, seeds in found.items()
+        for one in seeds.values()
+        for form, layers in one["classes"].items()
+        for layer, measures in layers.items()
+        for name, numbers in measures.items()
+        for c, value in enumerate(numbers)
+    ]
+    by = ["method", "geometry", "layer", "class"]
+    frame = pd.DataFrame(rows, columns=[*by, "measure", "value"])
+    frame["value"] = frame["value"].astype(float)
+    records = []
+    for place, own in frame.groupby(by, sort=False):
+        known = {name: rows.dropna() for name, rows in own.groupby("measure", sort=False)["value"]}
+        record = dict(zip(by, place, strict=True)) | {"seeds": len(known["norm_ratio"])}
+        for name, numbers in known.items():
+            record |= zip((name, f"{name}_se"), paired.estimate(numbers), strict=True)
+        records.append(record)
+    return pd.DataFrame.from_records(records)
+
+
+def text(mean: float, error: float, signed: bool = False) -> str:
+    """A number and its standard error; empty if unknown.
+
+    >>> text(0.01234, 0.00345), text(2.0, float("nan"), signed=True)
+    ('0.01234 +- 0.0034', '+2')
+    """
+    mean_text = tables.number(mean, "{:+.4g}" if signed else "{:.4g}")
+    return mean_text if np.isnan(error) else f"{mean_text} +- {error:.2g}"
