@@ -4,6 +4,7 @@ Every check returns its value or raises a ValueError of one line. A traced value
 that is an argument of a compiled step) cannot be read on the host: it passes and is used as it is.
 """
 
+import difflib
 import math
 import operator
 import re
@@ -61,7 +62,7 @@ def number(
       name: What the error calls it.
       value: A Python, NumPy or JAX scalar; no boolean.
       low: Least value allowed.
-      high: Largest value allowed; infinity allows every finite number.
+      high: Largest value allowed; infinity itself is never allowed.
       open_low: Whether `low` itself is refused.
       open_high: Whether `high` itself is refused.
 
@@ -91,14 +92,8 @@ def number(
 def integer(name: str, value: Any, minimum: int, maximum: int = LARGEST) -> int:
     """The value as a Python int, if it is an integer between two bounds.
 
-    Args:
-      name: What the error calls it.
-      value: A Python or NumPy integer; no boolean.
-      minimum: Least value allowed.
-      maximum: Largest value allowed.
-
     Raises:
-      ValueError: The value is no such integer.
+      ValueError: The value is a boolean, no Python or NumPy integer, or out of bounds.
 
     Example:
       >>> integer("batch_size", np.int64(8), minimum=1)
@@ -132,30 +127,32 @@ def positive_integers(name: str, values: Any) -> None:
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Raises ValueError unless the value is among those allowed.
+    """Raises ValueError unless the value is among those allowed; names the nearest spelling.
 
     Example:
       >>> choice("norm", "l1", ("l2", "linf"))
       Traceback (most recent call last):
         ...
       ValueError: norm must be one of l2, linf, got 'l1'
+      >>> choice("loss", "facol", ("focal", "ldam"))
+      Traceback (most recent call last):
+        ...
+      ValueError: loss must be one of focal, ldam, got 'facol' (did you mean 'focal'?)
     """
     allowed = tuple(allowed)
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(value, map(str, allowed), 1) if isinstance(value, str) else []
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = f"one of {', '.join(map(str, allowed))}" if allowed else "none at all"
-    require(value in allowed, name, listed, value)
+    _refuse(name, listed, _shown(value) + hint)
 
 
 def vector(name: str, values: ArrayLike, low: float = 0.0, *, open_low: bool = False) -> np.ndarray:
     """The values as float64 [N], if they are one or more finite numbers of at least `low`.
 
-    Args:
-      name: What the error calls them.
-      values: Numbers that the host can read, [N].
-      low: Least value allowed.
-      open_low: Whether `low` itself is refused.
-
     Raises:
-      ValueError: The values are no such vector.
+      ValueError: The values are no such vector, or traced.
 
     Example:
       >>> vector("counts", [3, 0], open_low=True)
@@ -179,11 +176,7 @@ def vector(name: str, values: ArrayLike, low: float = 0.0, *, open_low: bool = F
 
 
 def label_array(labels: ArrayLike, num_classes: int | None = None) -> np.ndarray:
-    """Labels as a non-empty int32 vector [N] with values in 0..num_classes-1.
-
-    Args:
-      labels: Integers [N].
-      num_classes: C; None checks only that no label is negative.
+    """Labels as a non-empty int32 vector [N] with values in 0..num_classes-1 (None: not negative).
 
     Raises:
       ValueError: Not a non-empty vector of integers, or a label out of range.
@@ -196,11 +189,7 @@ def label_array(labels: ArrayLike, num_classes: int | None = None) -> np.ndarray
 
 
 def index_array(indices: ArrayLike, size: int) -> np.ndarray:
-    """Indices as a non-empty int64 vector [M] with values in 0..size-1.
-
-    Args:
-      indices: Integers [M].
-      size: N, the length of what they index.
+    """Indices into `size` examples as a non-empty int64 vector [M].
 
     Raises:
       ValueError: Not a non-empty vector of integers, or one out of range.
@@ -216,11 +205,6 @@ def check_labels(labels: ArrayLike, num_classes: int, name: str = "labels") -> N
     """Refuses labels outside 0..num_classes-1, which a device would silently clamp.
 
     Traced labels have no values to check, so call this where a batch enters, on the host.
-
-    Args:
-      labels: Integers of any shape, on the host or on a device.
-      num_classes: C.
-      name: What the error calls them.
 
     Raises:
       ValueError: A label is out of range or no integer; the first one and its place are named.

@@ -263,9 +263,6 @@ def create(name: str, learning_rate: LearningRate, **options: Any) -> optax.Grad
       learning_rate: Rate, or a function of the step such as `schedule` returns.
       **options: Keyword arguments of the factory, such as ``weight_decay``.
 
-    Returns:
-      An optax transformation.
-
     Raises:
       ValueError: If name or an option is unknown, or the factory refuses an argument.
 

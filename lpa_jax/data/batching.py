@@ -110,11 +110,6 @@ class Batches:
 def shared_evenly(host_slice: tuple[int, int], batch_size: int) -> tuple[int, int]:
     """The host slice, if its hosts can share a batch evenly.
 
-    Args:
-      host_slice: (process_index, process_count), as `jax.process_index()` and
-        `jax.process_count()`.
-      batch_size: Size of the global batch, a multiple of process_count.
-
     Raises:
       ValueError: An index outside 0..process_count-1, or a batch that cannot be shared evenly.
 
@@ -259,10 +254,10 @@ def grain_batches(
     Args:
       source: len(source) examples, source[i] = {"image": [H, W, ch], "label": integer}; for example
         `open_source(name, split)`.
-      seed: A non-negative integer.
+      seed: As in `batches`, like `batch_size`, `shuffle` and `host_slice`.
       batch_size: B, the size of the global batch.
       shuffle: False walks through the source in its own order.
-      host_slice: (process_index, process_count); this host gets its contiguous part of each batch.
+      host_slice: (process_index, process_count).
       transform: Changes an example after reading, for example to bring all images to one shape.
 
     Returns:

@@ -19,9 +19,6 @@ def balanced_softmax(counts: ArrayLike) -> Loss:
     Args:
       counts: Training examples N_c of each class [C].
 
-    Returns:
-      A loss.
-
     Raises:
       ValueError: If counts are not 1-D, positive and finite.
 

@@ -49,9 +49,6 @@ def create(name: str, counts: ArrayLike | None = None, **arguments: Any) -> Loss
       counts: Training examples of each class [C]; left unused by the losses that need none.
       **arguments: Keyword arguments of the factory, such as ``gamma`` for ``focal``.
 
-    Returns:
-      A loss.
-
     Raises:
       ValueError: If name or an option is unknown, counts are needed and missing, or the factory
         refuses an argument.

@@ -56,9 +56,6 @@ def class_balanced(counts: ArrayLike, beta: float = 0.9999, base: Loss = cross_e
       beta: In [0, 1), see `effective_number_weights`.
       base: The loss to weight, for example ``focal(2.0)`` or ``ldam(counts)``.
 
-    Returns:
-      A loss.
-
     Raises:
       ValueError: If counts are not 1-D, positive and finite, beta lies outside [0, 1) or base is
         not a function.

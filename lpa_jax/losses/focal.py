@@ -19,9 +19,6 @@ def focal(gamma: float = 2.0) -> Loss:
     Args:
       gamma: Focusing exponent, at least 0. 0 is cross entropy.
 
-    Returns:
-      A loss.
-
     Raises:
       ValueError: If gamma is negative or not finite.
 

@@ -15,9 +15,6 @@ def label_smoothing(smoothing: float = 0.1) -> Loss:
     Args:
       smoothing: Share of the uniform distribution, in [0, 1). 0 is cross entropy.
 
-    Returns:
-      A loss.
-
     Raises:
       ValueError: If smoothing lies outside [0, 1).
 

@@ -27,9 +27,6 @@ def ldam(counts: ArrayLike, max_margin: float = 0.5, scale: float = 30.0) -> Los
       max_margin: Margin of the rarest class, at least 0, in units of the logits.
       scale: Inverse temperature, positive.
 
-    Returns:
-      A loss.
-
     Raises:
       ValueError: If counts are not 1-D, positive and finite, max_margin is negative or scale is
         not positive.

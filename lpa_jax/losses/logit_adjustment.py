@@ -22,9 +22,6 @@ def logit_adjusted(counts: ArrayLike, tau: float = 1.0) -> Loss:
       counts: Training examples N_c of each class [C].
       tau: Strength, at least 0. 1 is Fisher-consistent for the balanced error, 0 is cross entropy.
 
-    Returns:
-      A loss.
-
     Raises:
       ValueError: If counts are not 1-D, positive and finite, or tau is negative or not finite.
 

@@ -61,9 +61,6 @@ def create(name: str, num_classes: int, **options: Any) -> StagedModel:
       **options: Attributes of the model's class, such as `dropout` or `dtype`; those left out keep
       the defaults of the named architecture.
 
-    Returns:
-      An unbound staged model.
-
     Raises:
       ValueError: `name` or an option's name is unknown, or an option's value is not allowed.
 

@@ -65,7 +65,6 @@ class StagedModel(nn.Module):
     head: str = dataclasses.field(default="linear", kw_only=True)
 
     def __post_init__(self):
-        """Checks the attributes, so that a bad one is refused before anything is traced."""
         checks.positive_integers("num_classes", self.num_classes)
         checks.choice("head", self.head, HEADS)
         self.dtype = floating_dtype(self.dtype)
@@ -153,7 +152,6 @@ class NormalizedModel(StagedModel):
     frozen_norm: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
-        """Checks the attributes, so that a bad one is refused before anything is traced."""
         checks.choice("norm", self.norm, NORMS)
         checks.positive_integers("groups", self.groups)
         checks.number("norm_momentum", self.norm_momentum, high=1.0, open_high=True)

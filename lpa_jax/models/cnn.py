@@ -32,7 +32,6 @@ class SmallCNN(base.NormalizedModel):
     norm: str = dataclasses.field(default="group", kw_only=True)
 
     def __post_init__(self):
-        """Checks the attributes, so that a bad one is refused before anything is traced."""
         self.widths = tuple(self.widths)
         checks.positive_integers("widths", self.widths)
         super().__post_init__()

@@ -31,7 +31,6 @@ class MLP(base.StagedModel):
     dropout: float = 0.0
 
     def __post_init__(self):
-        """Checks the attributes, so that a bad one is refused before anything is traced."""
         self.hidden = tuple(self.hidden)
         checks.positive_integers("hidden", self.hidden)
         checks.number("dropout", self.dropout, high=1.0, open_high=True)

@@ -81,7 +81,6 @@ class ResNet(base.NormalizedModel):
     dropout: float = 0.0
 
     def __post_init__(self):
-        """Checks the attributes, so that a bad one is refused before anything is traced."""
         self.stage_sizes, self.widths = tuple(self.stage_sizes), tuple(self.widths)
         checks.positive_integers("stage_sizes", self.stage_sizes)
         checks.positive_integers("widths", self.widths)

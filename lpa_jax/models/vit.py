@@ -54,7 +54,6 @@ class ViT(base.StagedModel):
     norm_epsilon: float = 1e-6
 
     def __post_init__(self):
-        """Checks the attributes, so that a bad one is refused before anything is traced."""
         checks.positive_integers("patch", self.patch)
         checks.positive_integers("width", self.width)
         checks.positive_integers("depth", self.depth)

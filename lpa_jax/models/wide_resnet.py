@@ -44,7 +44,6 @@ class WideResNet(base.NormalizedModel):
     dropout: float = 0.0
 
     def __post_init__(self):
-        """Checks the attributes, so that a bad one is refused before anything is traced."""
         checks.positive_integers("depth", self.depth)
         checks.positive_integers("width", self.width)
         counted = self.depth >= 10 and self.depth % 6 == 4
