@@ -142,10 +142,14 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
     allowed = tuple(allowed)
     if value in allowed:
         return
-    near = difflib.get_close_matches(value, map(str, allowed), 1) if isinstance(value, str) else []
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = f"one of {', '.join(map(str, allowed))}" if allowed else "none at all"
-    _refuse(name, listed, _shown(value) + hint)
+    _refuse(name, listed, _shown(value) + nearest(value, allowed))
+
+
+def nearest(value: Any, known: Iterable[Any]) -> str:
+    """What an error adds about a misspelt name: ` (did you mean 'NAME'?)`, or nothing."""
+    near = difflib.get_close_matches(value, map(str, known), 1) if isinstance(value, str) else []
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def vector(name: str, values: ArrayLike, low: float = 0.0, *, open_low: bool = False) -> np.ndarray:

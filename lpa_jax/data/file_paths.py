@@ -26,7 +26,7 @@ def resolve(paths: Sequence[str], root: str, named: Callable[[int], str]) -> tup
     """
     given, root = root, os.path.realpath(root)
     if not os.path.isdir(root):
-        raise ValueError(f"root={given!r}: no such folder")
+        raise ValueError(f"root must be a folder, got {given!r}")
     listings: dict[str, dict[str, bool]] = {}
     forms = functools.cache(_by_normal_form)
 

@@ -104,7 +104,7 @@ def load(
     Example:
       >>> load("digit", "train")  # doctest: +ELLIPSIS
       Traceback (most recent call last):
-      ValueError: dataset='digit': must be digits, mnist5k or a TFDS image-classification set ...
+      ValueError: dataset must be digits, mnist5k or ..., got 'digit' (did you mean 'digits'?)
     """
     return in_memory(open_source(name, split, data_dir), image_size)
 
@@ -234,7 +234,7 @@ def prepare(name: str, data_dir: PathLike | None = None) -> str:
 
 def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder":
     if not isinstance(name, str) or not name:
-        raise ValueError(f"dataset={name!r}: {_known_names()}")
+        raise ValueError(_unknown(name, EMBEDDED))
     tfds = optional.package("tensorflow_datasets")  # half a second, which other data does not need
 
     from lpa_jax.data.builders import BUILDERS
@@ -246,7 +246,9 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
                 return BUILDERS[name](data_dir=data_dir)
             return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        raise ValueError(f"dataset={name!r}: {_known_names()}") from None
+        with _quiet_log():
+            known = (*EMBEDDED, *tfds.list_builders(with_community_datasets=False))
+        raise ValueError(_unknown(name, known)) from None
     except ImportError as error:
         # TFDS wraps the import error in a sentence of its own
         missing = error.name or str(error).rsplit(": ", 1)[-1]
@@ -306,8 +308,9 @@ def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
         return builder.is_prepared()
 
 
-def _known_names() -> str:
-    return f"must be {', '.join(EMBEDDED)} or a TFDS image-classification set (cifar10, ...)"
+def _unknown(name: Any, known: Sequence[str]) -> str:
+    sets = f"{', '.join(EMBEDDED)} or a TFDS image-classification set (cifar10, ...)"
+    return f"dataset must be {sets}, got {name!r}{checks.nearest(name, known)}"
 
 
 def _first_line(error: BaseException | None) -> str:

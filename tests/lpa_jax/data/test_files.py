@@ -366,7 +366,7 @@ def test_a_dangling_link_is_a_missing_file(tree):
         (lambda t: data.read_list(t / "no.txt", t), r"list file '.*no\.txt': cannot be read"),
         (lambda t: data.read_list(t / "images/val/5.png", t), r"5\.png': must be text in UTF-8"),
         (lambda t: data.read_list(t / "empty.txt", t), r"empty\.txt: names no image"),
-        (lambda t: data.read_list(t / "train.txt", t / "no"), "root='.*no': no such folder"),
+        (lambda t: data.read_list(t / "train.txt", t / "no"), "root must be a folder, got '.*no'"),
         (lambda t: _read(t, image_size=0), "image_size must be a whole number >= 1, got 0"),
         (lambda t: _read(t, fit="pad"), "fit must be one of crop, stretch, got 'pad'"),
         (lambda t: _read(t, num_classes=0), "num_classes must be a whole number >= 1, got 0"),
