@@ -134,6 +134,14 @@ def _holds(kind: type, of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return check
 
 
+def _is_curve(value: Any) -> bool:
+    vector = _holds(list, _is_number)
+    record = _holds(dict, lambda item: _is_number(item) or vector(item))
+    return isinstance(value, list) and all(
+        record(row) and _is_number(row.get("epoch")) for row in value
+    )
+
+
 _is_mapping = (lambda value: isinstance(value, dict), "an object")
 _CONFIG_FIELDS = {"settings": _is_mapping, "options": _is_mapping}
 _FIELDS = {
@@ -142,7 +150,7 @@ _FIELDS = {
     "seconds": (_is_number, "a number"),
     "per_class_accuracy": (_holds(list, _is_number), "a list of numbers"),
     "train_counts": (_holds(list, _is_number), "a list of numbers"),
-    "curve": (_holds(list, lambda row: isinstance(row, dict)), "a list of objects"),
+    "curve": (_is_curve, "a list of records of numbers, each with its epoch"),
 }
 
 

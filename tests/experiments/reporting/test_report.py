@@ -131,7 +131,7 @@ def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_
     for name, (_, damage) in broken.items():
         damage(made_up_runs.write(root / name, "lpa", 9, 0.1))
     made_up_runs.write(root / "partial", "lpa", 9, 0.1, complete=False)
-    made_up_runs.write(root / "curve", "lpa", 9, 0.1, curve=[1])
+    made_up_runs.write(root / "curve", "lpa", 9, 0.1, curve=[{"epoch": "one"}])
     made_up_runs.write(root / "groups", "lpa", 9, 0.1, group_accuracy={"many": "high"})
     made_up_runs.write(root / "selections", "lpa", 9, 0.1, selections=[0.1])
     diverged = made_up_runs.write(root / "nan", "lpa", 9, 0.125) / "result.json"
@@ -141,7 +141,7 @@ def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_
     assert message is None and "| lpa | 2 | 75.00 +- 5.00 |" in out
     reasons = {name: reason for name, (reason, _) in broken.items()}
     reasons |= {"partial": "does not say that it is complete", "nan": "no finite accuracy"}
-    reasons |= {"curve": "curve in result.json must be a list of objects"}
+    reasons |= {"curve": "curve in result.json must be a list of records"}
     reasons |= {"groups": "group_accuracy in result.json must be an object of numbers"}
     reasons |= {"selections": "selections in result.json must be an object"}
     for name, reason in reasons.items():
