@@ -95,9 +95,27 @@ def _read(folder: pathlib.Path) -> Manifest:
         raise DamagedError(f"{NAME!r} has changed")
     del content["format"]
     try:
-        return Manifest(**content)
+        manifest = Manifest(**content)
     except TypeError:
         raise DamagedError(f"{NAME!r} is no manifest") from None
+    _check_types(manifest)
+    return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Refuses a manifest of another program: its digest is right, what it holds is not."""
+    for field in ("config", "notes", "scores", "files"):
+        if not isinstance(getattr(manifest, field), dict):
+            raise DamagedError(f"{NAME!r} has {field} that are no mapping")
+    scores = manifest.scores.items()
+    sound = {
+        "step": type(manifest.step) is int and manifest.step >= 0,
+        "scores": all(s.isdecimal() and type(value) in (int, float) for s, value in scores),
+        "files": all(isinstance(value, str) for value in manifest.files.values()),
+    }
+    for field, is_sound in sound.items():
+        if not is_sound:
+            raise DamagedError(f"{NAME!r} has {field} of a wrong type")
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:

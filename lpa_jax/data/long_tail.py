@@ -220,8 +220,10 @@ def load_indices(path: str | os.PathLike, labels: ArrayLike) -> tuple[np.ndarray
         indices = checks.index_array(content.get("indices"), len(labels))
     except (ValueError, OverflowError):
         indices = None
-    if indices is None or content.get("indices_sha256") != _checksum(indices):
+    meta = content.get("meta", {})
+    changed = indices is None or content.get("indices_sha256") != _checksum(indices)
+    if changed or not isinstance(meta, dict):
         raise ValueError(
             f"path must be an unchanged index file, got {os.fspath(path)!r} with changed indices"
         )
-    return indices, content.get("meta", {})
+    return indices, meta

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what went in, and damage of any kind is found and named."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -192,6 +193,30 @@ def test_a_manifest_that_is_none_is_no_reason_to_crash(copy, template, content):
     (newest(copy) / manifest.NAME).write_text(content)
     restored = restore(copy, template)
     assert restored.step == 10 and "manifest.json" in restored.rejected[0]
+
+
+NO_MAPPINGS = (None, "x", 1.5, True, [1], [["a", 1]])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            (field, value)
+            for field in ("config", "notes", "scores", "files")
+            for value in NO_MAPPINGS
+        ),
+        *(("step", value) for value in (*NO_MAPPINGS, -1, {})),
+        *(("scores", value) for value in ({"a": 1}, {"1": "x"}, {"1": None}, {"1": True})),
+        *(("files", value) for value in ({"a": 1}, {"a": ["x"]})),
+    ],
+)
+def test_a_manifest_with_a_value_of_another_type_is_damaged(copy, template, field, value):
+    """Its digest is right: a program wrote it, but not this one."""
+    record = dataclasses.replace(manifest.verify(newest(copy)), **{field: value})
+    manifest.write(newest(copy), record)
+    restored = restore(copy, template)
+    assert restored.step == 10 and f"'manifest.json' has {field} " in restored.rejected[0]
 
 
 def test_names_in_a_manifest_open_nothing(copy, template, tmp_path):
