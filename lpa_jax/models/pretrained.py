@@ -14,7 +14,6 @@ timm's ResNets (`resnet18`, `resnet34`, `resnet50`) use the same names. Kernels 
 import dataclasses
 import hashlib
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax.data import optional
+from lpa_jax.files import read_bytes
 from lpa_jax.models.base import StagedModel
 from lpa_jax.models.resnet import ResNet
 
@@ -68,7 +68,7 @@ def read(path: str | os.PathLike) -> Weights:
     safetensors = optional.package("safetensors")
     optional.package("safetensors.numpy")
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise ValueError(f"{os.fspath(path)!r} cannot be read ({error.strerror})") from None
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from lpa_jax import data, files, metrics
+from lpa_jax import data, files, metrics, models
 from lpa_jax.data import image_files, list_files
 
 
@@ -298,12 +298,14 @@ def test_names_that_are_not_utf8_are_refused_at_the_start(tree):
     assert _one_line(error).isascii()
 
 
-def test_lists_that_never_end_are_refused_by_their_size(tree, monkeypatch):
+def test_files_that_never_end_are_refused_by_their_size(tree, monkeypatch):
     monkeypatch.setattr(files.read_bytes, "__defaults__", (2**20,))
     with pytest.raises(ValueError, match=r"file '/dev/zero' must have at most 1048576 bytes"):
         data.read_list("/dev/zero", tree / "images")
     with pytest.raises(ValueError, match=r"path must be an index file"):
         data.load_indices("/dev/zero", [0, 1])
+    with pytest.raises(ValueError, match=r"file '/dev/zero' must have at most 1048576 bytes"):
+        models.pretrained.read("/dev/zero")
 
 
 @pytest.mark.parametrize("label", [5, 2_000_000_000])
