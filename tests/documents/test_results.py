@@ -7,6 +7,7 @@ import runpy
 import matplotlib as mpl
 import pytest
 
+from experiments import report
 from tests.helpers import commands
 from tests.helpers.paths import DOCS, ROOT
 
@@ -16,6 +17,11 @@ PAGES = sorted(RESULTS.rglob("README.md"))
 # What the pages leave to the reader: methods, imbalance, images a class, epochs, a cosine, flags.
 CHOICES = {"M": "erm,lpa", "R": "100", "N": "20", "EPOCHS": "2", "K": "0.1", "D": ""}
 DRAWN = [*RESULTS.rglob("*.svg"), *(DOCS / "figures").glob("*.svg")]
+
+
+def rows_of(path):
+    """The rows of a CSV."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 def test_it_takes_at_most_five_megabytes():
@@ -62,8 +68,7 @@ def test_the_first_table_of_a_page_is_that_of_its_csv(folder):
     """Every accuracy in a page's first table is in a table.csv of the folder, to two digits."""
     rows = []
     for path in (RESULTS / folder).rglob("table.csv"):
-        with path.open(newline="") as file:
-            rows += csv.DictReader(file)
+        rows += rows_of(path)
     known = [
         (100 * float(row[f"{measure}_mean"]), 100 * float(row[f"{measure}_se"]))
         for row in rows
@@ -77,6 +82,19 @@ def test_the_first_table_of_a_page_is_that_of_its_csv(folder):
     for mean, error in shown:
         both = (float(mean), float(error))
         assert any(both == pytest.approx(row, abs=0.0051) for row in known), both
+
+
+def test_a_report_of_committed_rows_is_the_committed_table(tmp_path):
+    folder = RESULTS / "long_tail" / "mlp_40_trials"
+    report.make([folder], tmp_path)
+    committed, drawn = rows_of(folder / "table.csv"), rows_of(tmp_path / "table.csv")
+    assert len(committed) == 4 and (tmp_path / "figures").is_dir()
+    for old, new in zip(committed, drawn, strict=True):
+        assert (old["setting"], old["method"]) == (new["setting"], new["method"])
+        for name in ("accuracy_mean", "accuracy_se", "few_mean", "p_holm"):
+            assert new[name] == old[name] == "" or float(new[name]) == pytest.approx(
+                float(old[name]), rel=1e-4
+            )
 
 
 def commands_of(page):
