@@ -59,7 +59,7 @@ def create(name: str, num_classes: int, **options: Any) -> StagedModel:
       name: One of `names()`.
       num_classes: Number of classes `C`.
       **options: Attributes of the model's class, such as `dropout` or `dtype`; those left out keep
-      the defaults of the named architecture.
+        the defaults of the named architecture.
 
     Raises:
       ValueError: `name` or an option's name is unknown, or an option's value is not allowed.

@@ -7,7 +7,6 @@ import runpy
 import matplotlib as mpl
 import pytest
 
-from experiments import report
 from tests.helpers import commands
 from tests.helpers.paths import DOCS, ROOT
 
@@ -82,19 +81,6 @@ def test_the_first_table_of_a_page_is_that_of_its_csv(folder):
     for mean, error in shown:
         both = (float(mean), float(error))
         assert any(both == pytest.approx(row, abs=0.0051) for row in known), both
-
-
-def test_a_report_of_committed_rows_is_the_committed_table(tmp_path):
-    folder = RESULTS / "long_tail" / "mlp_40_trials"
-    report.make([folder], tmp_path)
-    committed, drawn = rows_of(folder / "table.csv"), rows_of(tmp_path / "table.csv")
-    assert len(committed) == 4 and (tmp_path / "figures").is_dir()
-    for old, new in zip(committed, drawn, strict=True):
-        assert (old["setting"], old["method"]) == (new["setting"], new["method"])
-        for name in ("accuracy_mean", "accuracy_se", "few_mean", "p_holm"):
-            assert new[name] == old[name] == "" or float(new[name]) == pytest.approx(
-                float(old[name]), rel=1e-4
-            )
 
 
 def commands_of(page):
