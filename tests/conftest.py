@@ -20,6 +20,8 @@ import pytest
 from tests.helpers import module_call
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Here every program is cached; the processes that tests start, and may kill, cache the slow ones.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
