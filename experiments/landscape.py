@@ -2,24 +2,24 @@ r"""Why it generalizes: flatness, loss landscape, amplification and calibration 
 
     python -m experiments.landscape --methods=erm,lpl,lpa,lpa+lpl --seeds=5
 
-trains (or finds in --workdir) every method with every seed and measures, part by part (--parts):
+trains every method with every seed, or finds them in --workdir, and measures, by --parts:
 
 - flatness: top Hessian eigenvalues, trace, worst-case and average sharpness of the training loss in
-  weight space, as they are and filter-normalised, where networks of other scales compare;
+  weight space, plain and filter-normalised, which compares networks of different scales;
 - spectrum: the density of all Hessian eigenvalues in weight space, by Lanczos quadrature;
 - activation: flatness in the space of the activations at --measure_layers, per example;
 - landscape: the loss along random filter-normalised lines, and over a plane for the first seed;
-- amplification: how LPA's perturbation, AFP's and random ones of LPA's length grow from every layer
-  to every later one, with the local bound beside them: a heat map, layer x layer;
-- geometry: what LPA's perturbation does to norm and loss of every class at every layer, with and
-  without its half-space: is expansive positive? geometry_classes.csv has a line a class; and,
-  if runs logged it (--class_geometry_batches), the same over the epochs of training;
+- amplification: growth of perturbations of LPA and AFP, and of random ones of the length of LPA's,
+  from every layer to every later one, with the local bound: a heat map, layer x layer;
+- geometry: effect of LPA's perturbation on norm and loss of every class at every layer, with and
+  without its half-space: is expansive positive? geometry_classes.csv has a line a class; if runs
+  logged it (--class_geometry_batches), also over the epochs of training;
 - calibration: ECE and likelihood on the evaluation images, accuracy on corrupted ones.
 
-For each part it writes PART.csv and PART.md (mean +- standard error over seeds, paired differences
-to ERM) and figures; estimator_error in the CSV is the mean standard error of the estimator within a
-model, of an eigenvalue its Lanczos residual. Finished measurements are kept beside each run and
-repeated only when a flag that decides them changes.
+Every part writes PART.csv and PART.md (mean +- standard error over seeds, paired differences to
+ERM) and figures. estimator_error in the CSV is the mean standard error of the estimator within a
+model, for an eigenvalue its Lanczos residual. Measurements are kept beside each run and repeated
+only if a flag that decides them changes.
 """
 
 import pathlib
@@ -44,9 +44,9 @@ from lpa_jax.files import hold
 from lpa_jax.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
-# Lines of a table that is printed whole; the geometry of every layer has more.
+# Longer tables are not printed, such as the geometry of every layer.
 _SCREEN = 60
-# --parts, and what each measures; the plane is measured for the first seed alone.
+# Part -> measurements. The plane is measured for the first seed alone.
 PARTS = {
     "flatness": ("flatness",),
     "spectrum": ("spectrum",),
@@ -57,19 +57,19 @@ PARTS = {
     "calibration": ("calibration",),
 }
 _FIRST_SEED_ONLY = "plane"
-# method -> seed -> what a function of `measurements` returned
+# method -> seed -> result of a function of `measurements`
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def define_flags() -> None:
-    """Flags of this module."""
+    """Defines the flags of this module."""
     trained.define_flags("landscape")
     flags.DEFINE_list("parts", list(PARTS), f"What to measure: {', '.join(PARTS)}.")
     fields.define(Measuring)
 
 
 def measuring(model: str) -> Measuring:
-    """How to measure, from the parsed flags.
+    """Settings of the measurements from the parsed flags.
 
     Raises:
       ValueError: naming the first flag that is out of bounds.
@@ -87,15 +87,15 @@ def measuring(model: str) -> Measuring:
 def measure(
     models: trained.Models, how: Measuring, interrupts: Interrupts
 ) -> dict[str, dict[str, dict[int, Any]]]:
-    """Measurement -> method -> seed -> what was found."""
+    """Measures every model; measurement -> method -> seed -> result."""
     names = [name for part in PARTS if part in FLAGS.parts for name in PARTS[part]]
     found: dict[str, dict[str, dict[int, Any]]] = {
         name: {method: {} for method in models.options} for name in names
     }
-    # Seeds outermost: an interrupted job leaves complete pairs.
+    # Seeds vary slowest: an interrupted job has complete pairs.
     for number, seed in enumerate(models.tasks):
         for method in models.options:
-            # Loaded once, and only if something is left to measure.
+            # A model is loaded once, if anything is left to measure.
             load = cache(partial(models.load, method, seed))
             for name in names:
                 if name == _FIRST_SEED_ONLY and number:
@@ -118,7 +118,7 @@ def _measure(name: str, load: Callable[[], trained.Model], how: Measuring) -> di
 
 
 def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> None:
-    """Prints the tables and writes them with the figures."""
+    """Prints the tables, and writes them and the figures."""
     figures = {
         "flatness": measured_figures.bars,
         "spectrum": measured_figures.spectra,
@@ -145,7 +145,7 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
 
 
 def run(interrupts: Interrupts) -> None:
-    """Does what the flags say."""
+    """Trains or loads the models, measures them and reports."""
     settings = image_flags.settings()
     how = measuring(settings.model)
     run_flags.apply_runtime_flags()
@@ -155,7 +155,7 @@ def run(interrupts: Interrupts) -> None:
     models = trained.train_or_load(settings, options, workdir, interrupts)
     with hold(workdir), interrupts:
         found = measure(models, how, interrupts)
-    # Without what is evaluated: each part has images and measures of its own.
+    # Without the measure: each part has images and measures of its own.
     title = frame.title_of(settings.as_dict()).rpartition(", ")[0]
     report(found, title, workdir)
     if "geometry" in found:

@@ -1,22 +1,22 @@
-r"""Layer sweep: where in the network does a perturbation help, and what does it resemble there?
+r"""Layer sweep: at which layer does a perturbation help, and what does it resemble there?
 
     python -m experiments.layer_sweep --methods=lpa --seeds=5
 
-trains every method at every injection point from `input` to `logits`, with ERM beside it, and asks
-of each model how far it agrees with the one perturbed at the input, the one perturbed at the logits
-and ERM, on the evaluation images: share of equal predictions, consistency of errors (Cohen's kappa,
-which agreement by accuracy alone does not raise), and debiased linear CKA of the last hidden layer.
-Shallow like input augmentation and deep like logit manipulation would be two crossing curves.
+trains every method at every injection point from `input` to `logits`, and ERM. Each model is
+compared with ERM, with the model perturbed at the input and with the one perturbed at the logits,
+on the evaluation images: share of equal predictions, consistency of errors (Cohen's kappa, which
+does not grow with accuracy alone) and debiased linear CKA of the last hidden layer. If shallow
+layers act like input augmentation and deep ones like logit manipulation, the two curves cross.
 
-Radii are relative to the mean norm of the activation, so that they mean a share of the signal at
-every layer; they are not comparable all the same: the loss change that a relative radius causes
-differs between layers by orders of magnitude. --layer_radii sets one for each layer, a --hparams
-file may hold an entry for each placed method (`lpa@hidden1`), and --radius is for all.
+Radii are relative to the mean norm of the activation. They are still not comparable between layers:
+the loss change of one relative radius differs by orders of magnitude. --radius sets one radius for
+all layers, --layer_radii single ones, and a --hparams file may hold an entry for each placed method
+(`lpa@hidden1`).
 
 Writes layer_sweep.csv, .md and .png into --workdir, and layer_sweep_geometry.png: norm ratio and
 loss change by sign group and layer, and with --class_geometry_batches their correlation.
 
-The MLP has five injection points: with ERM and 5 seeds a sweep of one method trains 30 models, and
+The MLP has five injection points: with ERM and 5 seeds, a sweep of one method trains 30 models and
 compiles six programs.
 """
 
@@ -27,22 +27,20 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from experiments.images import flags as image_flags
 from experiments.images.settings import Settings
 from experiments.measuring import models as trained
+from experiments.measuring.similarity import effects, similarity_of
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.reporting import class_figures, frame, measured_figures, measured_tables, tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
+from experiments.runtime.fields import named
 from experiments.training import flags as run_flags
 from lpa_jax import models, perturbations
-from lpa_jax.diagnostics import agreement as class_agreement
-from lpa_jax.diagnostics import error_consistency, linear_cka, prediction_agreement
-from lpa_jax.diagnostics.geometry import GROUPS
 from lpa_jax.files import hold
 from lpa_jax.injection import INPUT, LOGITS, check_layer
 from lpa_jax.interrupts import Interrupts
@@ -52,27 +50,27 @@ ERM = methods.ERM
 
 
 def define_flags() -> None:
-    """Flags of this module."""
+    """Defines the flags of this module."""
     trained.define_flags("layer_sweep")
     FLAGS.set_default("methods", ["lpa"])
     FLAGS.set_default("seeds", ["5"])
     flags.DEFINE_list(
         "hidden_layers", [], "Hidden layers to sweep between input and logits; unset: all."
     )
-    flags.DEFINE_list("layer_radii", [], "Radii of single layers: input=0.05,hidden1=0.2.")
+    flags.DEFINE_list("layer_radii", [], "Radii of single layers, such as input=0.05.")
     flags.DEFINE_integer(
-        "cka_images", 2000, "Evaluation images for CKA, at random, >= 4; its cost is their square."
+        "cka_images", 2000, "Random evaluation images for CKA; its cost is their number squared."
     )
 
 
 def layers_to_sweep(settings: Settings) -> tuple[str, ...]:
-    """Injection points in the network's order.
+    """Injection points in the order of the network.
 
     Raises:
-      ValueError: --hidden_layers that the model does not have, or --layer.
+      ValueError: --layer is given, or the model lacks one of --hidden_layers.
     """
     if FLAGS.layer is not None:
-        raise ValueError(f"--layer={FLAGS.layer}: a sweep takes them all, or --hidden_layers")
+        raise ValueError(f"--layer must not be given ({FLAGS.layer}): use --hidden_layers")
     every = models.create(settings.model, 2).layers
     for layer in FLAGS.hidden_layers:
         if layer not in every[1:-1]:
@@ -83,15 +81,16 @@ def layers_to_sweep(settings: Settings) -> tuple[str, ...]:
 
 
 def place(method: str, layer: str) -> str:
-    """The method with its perturbations that name no layer placed at one.
+    """Places the perturbations of a method that name no layer at a layer.
 
-    LPL stands at the logits and parts of other kinds stand nowhere: both stay as they are.
+    LPL, which perturbs the logits, and parts that are no perturbations stay as they are.
 
     Raises:
       ValueError: there is nothing to place.
 
-    >>> place("lpa+lpl", "hidden2"), place("logit_adjusted+dropout", "input")
-    ('lpa@hidden2+lpl', 'logit_adjusted+dropout@input')
+    Example:
+      >>> place("lpa+lpl", "hidden2"), place("logit_adjusted+dropout", "input")
+      ('lpa@hidden2+lpl', 'logit_adjusted+dropout@input')
     """
     parts = []
     for part in methods.parse(method):
@@ -99,7 +98,7 @@ def place(method: str, layer: str) -> str:
         parts.append(part.name if at is None else f"{part.name}@{at}")
     placed = "+".join(parts)
     if placed in (method, ""):
-        raise ValueError(f"--methods: {method!r} has no perturbation whose layer could be swept")
+        raise ValueError(f"--methods must have a perturbation without a layer, got {method!r}")
     return placed
 
 
@@ -108,10 +107,10 @@ def _movable() -> set[str]:
 
 
 def layer_radii(layers: tuple[str, ...]) -> dict[str, float]:
-    """--layer_radii by layer.
+    """Radii of --layer_radii by layer.
 
     Raises:
-      ValueError: not LAYER=RADIUS, a layer that is not swept, or a radius that is none.
+      ValueError: an entry is not LAYER=RADIUS, or its layer or radius is not allowed.
     """
     found = {}
     for text in FLAGS.layer_radii:
@@ -120,10 +119,7 @@ def layer_radii(layers: tuple[str, ...]) -> dict[str, float]:
             radius = float(number)
         except ValueError:
             raise ValueError(f"--layer_radii must be LAYER=RADIUS, got {text!r}") from None
-        try:
-            check_layer(layers, layer)
-        except ValueError as error:
-            raise ValueError(f"--layer_radii: {error}") from None
+        named("layer_radii", partial(check_layer, layers, layer))
         if not (math.isfinite(radius) and radius >= 0):
             raise ValueError(f"--layer_radii must be finite and >= 0, got {text!r}")
         found[layer] = radius
@@ -133,7 +129,7 @@ def layer_radii(layers: tuple[str, ...]) -> dict[str, float]:
 def resolve_options(
     layers: tuple[str, ...], tuned: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Options of ERM and of every method at every layer: tuned or else the recipe's, then flags.
+    """Options of ERM and of every method at every layer: tuned or of the recipe, then flags.
 
     Raises:
       ValueError: naming the flag that does not fit.
@@ -151,63 +147,30 @@ def resolve_options(
             chosen = tuned.get(placed) or tuned.get(method) or image_flags.recipe_options(method)
             found = dict(chosen)
             for name in _movable():
-                found.pop(f"{name}.layer", None)  # where it was tuned, not where it stands
+                found.pop(f"{name}.layer", None)  # the layer at which it was tuned
             options[placed] = methods.options_for(placed, found, given) | run_options
     return options
-
-
-def agreement(one: trained.Outputs, other: trained.Outputs, images: int) -> dict[str, float]:
-    """How far two models of the same images agree; NaN where a collapsed one has no answer."""
-    chosen = np.random.default_rng(0).permutation(len(one.labels))[:images]
-    try:
-        cka = linear_cka(one.features[chosen], other.features[chosen], debiased=True)
-    except ValueError:  # a dead last layer: all features are the same
-        cka = float("nan")
-    return {
-        "agreement": prediction_agreement(one.logits, other.logits),
-        "error_consistency": error_consistency(one.logits, other.logits, one.labels),
-        "cka": cka,
-    }
 
 
 def compared(
     placed: str, references: Mapping[str, str], outputs: Callable[[str], trained.Outputs]
 ) -> dict[str, float]:
-    """Agreement of a placed method with every reference but itself."""
+    """Similarity of a placed method to every reference but itself."""
     return {
         f"{name} {reference}": value
         for reference, other in references.items()
         if other != placed
-        for name, value in agreement(outputs(placed), outputs(other), FLAGS.cka_images).items()
+        for name, value in similarity_of(outputs(placed), outputs(other), FLAGS.cka_images).items()
     }
-
-
-def effects(result: Mapping[str, Any], layer: str) -> dict[str, float]:
-    """What the perturbation at a layer did at the end of training, as the run logged it.
-
-    Norm ratio and loss change by sign group, on one batch; and, of runs that logged classes, the
-    correlation of the two over classes.
-    """
-    last = result["curve"][-1]
-    values = {
-        f"{name} {group}": last.get(f"effect/{layer}/{name}/{group}")
-        for name in ("norm_ratio", "loss_change")
-        for group in GROUPS
-    }
-    names = ("norm_ratio", "loss_change", "sign", "delta_norm")
-    classes = {name: np.array(last.get(f"classes/{layer}/{name}", []), float) for name in names}
-    if np.sum(np.nan_to_num(classes["delta_norm"]) > 0) > 1:
-        values["correlation of loss and norm"] = class_agreement(classes).correlation
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def measure(
     found: trained.Models, layers: tuple[str, ...], interrupts: Interrupts
 ) -> dict[str, dict[int, dict[str, float | None]]]:
-    """Accuracy of every model and its agreement with the references of the same seed."""
+    """Accuracy of every model and its similarity to the references of the same seed."""
     values: dict[str, dict[int, dict[str, float | None]]] = {name: {} for name in found.options}
     for seed in found.tasks:
-        outputs = _outputs_of(found, seed)
+        outputs = cache(partial(_outputs, found, seed))  # each model is loaded at most once
         for method in FLAGS.methods:
             references = {INPUT: place(method, INPUT), LOGITS: place(method, LOGITS), ERM: ERM}
             settings = {"cka_images": FLAGS.cka_images, "references": references}
@@ -228,20 +191,19 @@ def measure(
     return values
 
 
-def _outputs_of(found: trained.Models, seed: int) -> Callable[[str], trained.Outputs]:
-    """Method -> outputs of its model of this seed, each loaded at most once."""
-    return cache(lambda method: trained.outputs(found.load(method, seed)))
+def _outputs(found: trained.Models, seed: int, method: str) -> trained.Outputs:
+    return trained.outputs(found.load(method, seed))
 
 
 def _in_order(compared) -> list[str]:
-    """Accuracies first, then every kind of agreement with each reference."""
+    """Accuracies first, then the similarities by measure and reference."""
     found = list(compared["measure"].unique())
     accuracies = [measure for measure in found if measure.startswith("accuracy")]
     return accuracies + sorted(measure for measure in found if measure not in accuracies)
 
 
 def sweep(interrupts: Interrupts) -> None:
-    """Does what the flags say."""
+    """Trains or loads the models, measures them and reports."""
     settings = image_flags.settings()
     run_flags.apply_runtime_flags()
     layers = layers_to_sweep(settings)

@@ -10,7 +10,9 @@ import pytest
 
 from experiments import landscape, layer_sweep
 from experiments.measuring import models as trained
+from experiments.measuring import similarity
 from lpa_jax.diagnostics import prediction_agreement
+from tests.helpers import tiny_models
 from tests.helpers.module_call import call
 
 TINY = (
@@ -18,6 +20,13 @@ TINY = (
     "--methods=adversarial", "--steps=1", "--hidden_layers=hidden2",
     "--layer_radii=hidden2=0.3", "--compilation_cache=", "--quiet", "--class_geometry_batches=3",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_mlp():
+    """Two small hidden layers, of which one is swept, compile in less time than three."""
+    with tiny_models.mlp_of(64, 32):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,19 +134,24 @@ def test_a_finished_sweep_loads_no_model(job, monkeypatch):
 def test_identical_networks_agree_fully_and_a_dead_layer_has_no_cka():
     rng = np.random.default_rng(0)
     one = trained.Outputs(rng.normal(size=(9, 3)), rng.normal(size=(9, 4)), np.arange(9) % 3)
-    same = layer_sweep.agreement(one, one, 9)
+    same = similarity.similarity_of(one, one, 9)
     assert same == pytest.approx({"agreement": 1.0, "error_consistency": 1.0, "cka": 1.0})
-    assert np.isnan(layer_sweep.agreement(one, one._replace(features=np.zeros((9, 4))), 9)["cka"])
+    assert np.isnan(
+        similarity.similarity_of(one, one._replace(features=np.zeros((9, 4))), 9)["cka"]
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--methods=erm"], "error: --methods: 'erm' has no perturbation whose layer"),
-        (["--methods=lpa@hidden1"], "error: --methods: 'lpa@hidden1' has no perturbation"),
+        (["--methods=erm"], "error: --methods must have a perturbation without a layer, got 'erm'"),
+        (
+            ["--methods=lpa@hidden1"],
+            "error: --methods must have a perturbation without a layer, got 'lpa@hid",
+        ),
         (["--methods=lpa,lpa"], "error: --methods must name different methods, got 'lpa,lpa'"),
-        (["--layer=hidden1"], "error: --layer=hidden1: a sweep takes them all"),
-        (["--hidden_layers=stage9"], "error: --hidden_layers must be among hidden1, hidden2, hid"),
+        (["--layer=hidden1"], "error: --layer must not be given (hidden1): use --hidden_layers"),
+        (["--hidden_layers=stage9"], "error: --hidden_layers must be among hidden1, hidden2, got"),
         (["--layer_radii=hidden2:0.1"], "error: --layer_radii must be LAYER=RADIUS, got 'hidden2:"),
         (["--layer_radii=top=0.1"], "error: --layer_radii: "),
         (["--layer_radii=input=-1"], "error: --layer_radii must be finite and >= 0, got 'input=-1"),
