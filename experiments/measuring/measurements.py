@@ -1,4 +1,4 @@
-"""What `landscape` measures of one trained model: plain values, their errors, and curves."""
+"""Measurements of `landscape` on one trained model: values, their errors, and curves."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -22,9 +22,9 @@ Array = jax.Array
 # {"values": {name: number}, "errors": {name: the estimator's standard error}, curves and maps}
 Measured = dict[str, Any]
 
-# Perturbations whose growth is measured, and the bound beside them.
+# Perturbations whose growth is measured, and its bound.
 PROBES = ("lpa", "adversarial", "random", "bound")
-# All parts see the same directions, probes and starting vectors for every model.
+# Directions, probes and starting vectors are the same for every model.
 _KEY = 0
 
 
@@ -54,10 +54,10 @@ def flatness(model: Model, how: Measuring) -> Measured:
 
 
 def spectrum(model: Model, how: Measuring) -> Measured:
-    """All eigenvalues of the Hessian in weight space: their quadrature, and what it says.
+    """Density of all eigenvalues of the Hessian in weight space, by quadrature.
 
-    effective rank: (sum |lambda|)^2 / sum lambda^2, how many equal eigenvalues would weigh as much;
-    negative share: sum of |lambda| over negative lambda / sum of |lambda|.
+    effective rank: (sum |lambda|)^2 / sum lambda^2, the number of nonzero eigenvalues if all were
+    equal; negative share: sum of |lambda| over negative lambda / sum of |lambda|.
     """
     objective = diagnostics.weight_objective(model.network, model.variables, how.batches(model))
     size = objective.dimension
@@ -132,7 +132,7 @@ def plane(model: Model, how: Measuring) -> Measured:
 
 
 def amplification(model: Model, how: Measuring) -> Measured:
-    """Mean gains from every layer to every later one, and the local bound, on one full batch."""
+    """Mean gains from every layer to every later one, and their local bound, on a full batch."""
     network, variables, key = model.network, model.variables, jax.random.key(_KEY)
     batch, layers = _full(how.batches(model))[0], network.layers
     maps = {probe: np.full((len(layers), len(layers)), np.nan) for probe in PROBES}
@@ -171,10 +171,10 @@ def amplification(model: Model, how: Measuring) -> Measured:
 
 
 def geometry(model: Model, how: Measuring) -> Measured:
-    """What LPA's perturbation does to every class, at input, measured layers and logits.
+    """Effect of LPA's perturbation on every class at input, measured layers and logits.
 
-    The half-space of `signed` keeps positive classes from shrinking by construction; `free` leaves
-    the norm to the loss, and asks whether expansive is positive.
+    The half-space of `signed` keeps positive classes from shrinking by construction. In `free` the
+    loss alone decides the norm, which shows whether expansive is positive.
     """
     wanted = (INPUT, *how.measure_layers, LOGITS)
     layers = [layer for layer in model.network.layers if layer in wanted]
@@ -205,10 +205,10 @@ def _classes(model: Model, how: Measuring, layer: str, form: str) -> dict[str, n
 
 
 def _by_sign(found: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means over the classes of a sign: every class counts alike, however many images it has."""
+    """Means over the classes of a sign, each class with the same weight."""
     means = {}
     for group, sign in (("positive", 1), ("negative", -1)):
-        # Of a sign that changed between batches, the one that more images had.
+        # The sign may change between batches: that of the most images counts.
         chosen = np.sign(np.nan_to_num(found["sign"])) == sign
         for name in ("norm_ratio", "loss_change", "cosine", "radius"):
             known = found[name][chosen & np.isfinite(found[name])]
@@ -217,7 +217,7 @@ def _by_sign(found: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _agreement(found: Mapping[str, np.ndarray]) -> diagnostics.Agreement | None:
-    """None where fewer than two classes moved, as in a dead network."""
+    """Agreement of loss and norm, None if fewer than two classes moved."""
     try:
         return diagnostics.agreement(found)
     except ValueError:
@@ -282,12 +282,12 @@ def _plane(model, how, count):
 
 
 def _full(batches: Batches) -> Batches:
-    """Those without padding, of which there is one at least: a class's mean counts every row."""
+    """The batches without padding, at least one; class means would count padded rows."""
     return [batch for batch in batches if np.all(batch["mask"])]
 
 
 def _corrupted(model: Model, name: str, severity: int):
-    """Evaluation batches whose images are corrupted before they are normalised."""
+    """Evaluation batches, corrupted and then normalised."""
     task, start = model.task, 0
     size = min(500, len(task.evaluation))
     for batch in evaluation_batches(task.evaluation, size):
@@ -313,7 +313,7 @@ def _accuracy(found: trained.Outputs) -> float:
 def _probed(
     network, variables, batch, rng, *, name, layer, counts, radius, assignment, form="signed"
 ):
-    """What `lpa` or `adversarial` does at a layer of any network, however that was trained."""
+    """Observation of `lpa` or `adversarial` at a layer of any trained network."""
     options = {f"{name}.radius": radius}
     if name == "lpa":
         options |= {"lpa.mode": "cold", "lpa.geometry": form, "lpa.assignment": assignment}

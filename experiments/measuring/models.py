@@ -1,8 +1,8 @@
-"""Trained models of methods and seeds, to be measured: trained where they are missing, else loaded.
+"""Trained models of methods and seeds for measurements: missing ones are trained, others loaded.
 
-Runs stand where `long_tail` and `balanced` put them, `WORKDIR/runs/METHOD/seed_SEED`, with their
-last checkpoint kept, so that a comparison made with --keep_finished_checkpoints is measured as it
-is. What is measured of a model is kept beside it and not measured again.
+Runs are in the folders of `long_tail` and `balanced`, `WORKDIR/runs/METHOD/seed_SEED`, and keep
+their last checkpoint, so that a comparison with --keep_finished_checkpoints can be measured. The
+measurements of a model are kept beside it and are not repeated.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class Model(NamedTuple):
       seed: of the run.
       network: cut at its layers.
       variables: trained parameters and model state.
-      task: what it was trained and is evaluated on.
-      adjust_logits: what the method does to logits in evaluation, or None.
+      task: its training and evaluation data.
+      adjust_logits: adjusts logits in evaluation, or None.
     """
 
     method: str
@@ -57,14 +57,14 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The models of methods and seeds that stand in a working folder.
+    """The models of methods and seeds in a working folder.
 
     Attributes:
       settings: of their runs.
       options: of every method.
       tasks: by seed.
-      workdir: where the runs stand.
-      results: of the runs, by method, one a seed.
+      workdir: folder of the runs.
+      results: of the runs, by method, one per seed.
     """
 
     settings: Settings
@@ -74,11 +74,11 @@ class Models:
     results: Mapping[str, list[dict[str, Any]]]
 
     def folder(self, method: str, seed: int) -> pathlib.Path:
-        """A run's folder."""
+        """The folder of a run."""
         return compare.folder_of(self.workdir, method, seed)
 
     def load(self, method: str, seed: int) -> Model:
-        """A model as its last training step left it.
+        """Loads a model from its last checkpoint.
 
         Raises:
           ValueError: the folder holds no weights.
@@ -106,14 +106,14 @@ class Models:
     def measured(
         self, method: str, seed: int, name: str, settings: Mapping[str, Any], measure: Callable
     ) -> dict[str, Any]:
-        """What `measure()` returns, as plain values, or what it returned earlier.
+        """The plain values that `measure()` returns, or that it returned earlier.
 
         Args:
           method: of the model.
           seed: of the model.
           name: of the measurement.
-          settings: of the measurement; it is repeated if they have changed.
-          measure: called without arguments.
+          settings: of the measurement; it is repeated if they differ from the earlier ones.
+          measure: takes no arguments.
 
         Raises:
           ValueError: a symbolic link leads out of the working folder.
@@ -129,7 +129,7 @@ class Models:
 
 
 def define_flags(experiment: str) -> None:
-    """Flags of a comparison whose models are kept to be measured."""
+    """Defines the flags of a comparison that keeps its models."""
     compare.define_flags(experiment, profile="exponential")
     FLAGS.set_default("keep_finished_checkpoints", True)
 
@@ -146,15 +146,15 @@ def train_or_load(
     workdir: pathlib.Path,
     interrupts: Interrupts,
 ) -> Models:
-    """Trains what is missing; every model can then be loaded.
+    """Trains the missing models; all can then be loaded.
 
     Raises:
-      ValueError: several processes, naming the flag that does not fit, or a finished run without
-        its weights.
-      InterruptedRunError: a signal came; the same call goes on from there.
+      ValueError: there are several processes, a flag does not fit, or a finished run has no
+        weights.
+      InterruptedRunError: a signal came; the same call resumes.
     """
     if jax.process_count() > 1:
-        # Each would lock the folder and measure what one process can see of the models.
+        # Each would lock the folder and measure the part of the models that it holds.
         raise ValueError(
             f"models are measured by one process, not {jax.process_count()}; it takes from "
             "--workdir what several have trained with --keep_finished_checkpoints"
@@ -162,7 +162,7 @@ def train_or_load(
     if not FLAGS.keep_finished_checkpoints:
         raise ValueError("--keep_finished_checkpoints must be true: weights are what is measured")
     if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells of every checkpoint that it reads
+        logging.set_verbosity(logging.WARNING)  # Orbax logs every checkpoint that it reads
     seeds = run_flags.seeds(FLAGS.seeds)
     for method in options:
         for seed in seeds:
@@ -176,7 +176,7 @@ def train_or_load(
 
 
 def go_on(interrupts: Interrupts) -> None:
-    """Raises InterruptedRunError if a signal came: asked between measurements."""
+    """Raises InterruptedRunError if a signal came; called between measurements."""
     if interrupts():
         raise InterruptedRunError("stopped, and what was measured is kept")
 
@@ -184,14 +184,14 @@ def go_on(interrupts: Interrupts) -> None:
 def batches(
     task: ImageTask, dataset: Images, size: int, count: int | None = None
 ) -> list[dict[str, Array]]:
-    """Batches as networks take them: normalised, the last one padded and masked.
+    """Normalised batches of images; the last one is padded and masked.
 
     Args:
-      task: whose normalisation holds.
+      task: gives the normalisation.
       dataset: the images.
-      size: of a batch; a smaller data set makes one smaller batch.
-      count: how many batches, of images chosen at random, the same at every call; None is all
-        images in their order.
+      size: images in a batch; a smaller data set makes one smaller batch.
+      count: number of batches of random images, the same in every call; None takes all images in
+        their order.
     """
     if count is not None:
         shuffled = np.random.default_rng(0).permutation(len(dataset))
@@ -202,10 +202,10 @@ def batches(
 
 
 class Outputs(NamedTuple):
-    """What a model says of images.
+    """Outputs of a model for n images.
 
     Attributes:
-      logits: [n, C], as its method adjusts them.
+      logits: [n, C], adjusted by the method.
       features: activations of the last hidden layer, [n, ...].
       labels: [n].
     """
@@ -216,7 +216,7 @@ class Outputs(NamedTuple):
 
 
 def outputs(model: Model, found: Iterable[Mapping[str, Array]] | None = None) -> Outputs:
-    """Outputs for batches (`batches`), padding left out; None is all evaluation images."""
+    """Outputs for batches of `batches`, without padding; None takes all evaluation images."""
     if found is None:
         found = batches(model.task, model.task.evaluation, _BATCH_SIZE)
     parts = []
