@@ -24,8 +24,8 @@ idle CPU cores, a quarter of it for compilation.
 import functools
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import pandas as pd
@@ -33,12 +33,12 @@ from absl import flags
 
 import lpa_jax
 from experiments.compiled import step_cost, timing
+from experiments.compiled.cases import Case, make_cases
 from experiments.methods import build, names
 from experiments.reporting import tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from lpa_jax import injection, models, perturbations
-from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
@@ -69,22 +69,6 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
     flags.DEFINE_integer("rounds", 11, "Rounds of one ERM and one method step.", lower_bound=1)
     flags.DEFINE_string("csv", None, "CSV file to write the table to.")
-
-
-class Case(NamedTuple):
-    """One row to measure.
-
-    Attributes:
-      method: as on the command line.
-      layer: injection point, "-" for ERM.
-      passes: K, gradient passes above the layer before the training pass.
-      perturbations: by layer, as `lpa_step` takes them.
-    """
-
-    method: str
-    layer: str
-    passes: int
-    perturbations: Mapping[str, Perturbation]
 
 
 class Row(NamedTuple):
@@ -127,51 +111,6 @@ COLUMNS = (
     *(("ratio", "{ratio:.3f}"), ("floor", "{floor:.3f}"), ("ratio/floor", "{ratio_to_floor:.3f}")),
     *(("flops", "{flops:.3f}"), ("compile_s", "{compile_s:.1f}"), ("memory_MB", "{memory_mb:.1f}")),
 )
-
-
-def make_cases(
-    methods: Sequence[str],
-    layers: Sequence[str],
-    steps: Sequence[int],
-    assignment: lpa_jax.Assignment,
-) -> list[Case]:
-    """Every method at every layer, with every number of PGD steps if it takes one.
-
-    Raises:
-      ValueError: unknown method or mode.
-    """
-    return [
-        Case(method, layer, passes, {} if perturbation is None else {layer: perturbation})
-        for method in methods
-        for layer in (["-"] if method == ERM else layers)
-        for passes, perturbation in _variants(method, steps, assignment)
-    ]
-
-
-def _variants(
-    method: str, steps: Sequence[int], assignment: lpa_jax.Assignment
-) -> list[tuple[int, Perturbation | None]]:
-    """(K, perturbation) for every number of steps to measure `method` with."""
-    if method == ERM:
-        return [(0, None)]
-    name, _, mode = method.partition(":")
-    if name not in perturbations.names():
-        known = ", ".join((ERM, *perturbations.names()))
-        raise ValueError(f"--methods must be among {known} and lpa:MODE, got {method!r}")
-    takes = perturbations.options(name)
-    if ":" in method and ("mode" not in takes or mode not in MODES):
-        raise ValueError(
-            f"--methods: MODE in lpa:MODE must be one of {', '.join(MODES)}, got {method!r}"
-        )
-    fixed: dict[str, Any] = {"mode": mode} if mode else {}
-    fixed |= {"radius": step_cost.RADIUS} if "radius" in takes else {}
-    fixed |= {"assignment": assignment} if "assignment" in takes else {}
-    create = functools.partial(perturbations.create, name, **fixed)
-    if "steps" not in takes:
-        return [(0, create())]
-    if mode in ("carry", "free"):
-        return [(1 if mode == "carry" else 0, create(steps=1))]
-    return [(count, create(steps=count)) for count in steps]
 
 
 def measure(

@@ -395,7 +395,8 @@ def test_a_program_is_compiled_once_and_again_only_if_what_decides_it_changed(ge
     assert get(Lowered("three"), compile_missing=False) == (None, 6)
 
 
-def test_a_program_of_the_same_name_is_lowered_once_a_process():
+def test_a_program_of_the_same_name_is_lowered_once_a_process(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
     programs, lowered = store.Programs(None), []
     for _ in range(2):
         assert programs.get("name", lambda: lowered.append(1) or Lowered("text")) == kept().erm
