@@ -13,7 +13,7 @@ from experiments.measuring.models import Model
 from experiments.measuring.settings import Batches, Measuring
 from experiments.methods import names as methods
 from experiments.methods.build import assemble
-from experiments.training.task import evaluation_batches
+from experiments.training.task import LARGEST_EVALUATION_BATCH, evaluation_batches
 from lpa_jax import diagnostics, metrics, pgd, tables
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.injection import INPUT, LOGITS, Pass
@@ -289,7 +289,7 @@ def _full(batches: Batches) -> Batches:
 def _corrupted(model: Model, name: str, severity: int):
     """Evaluation batches, corrupted and then normalised."""
     task, start = model.task, 0
-    size = min(500, len(task.evaluation))
+    size = min(LARGEST_EVALUATION_BATCH, len(task.evaluation))
     for batch in evaluation_batches(task.evaluation, size):
         positions = np.arange(start, start + size)
         images = _corruption(name, severity)(jax.random.key(_KEY), batch["image"], positions)

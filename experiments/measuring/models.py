@@ -19,20 +19,19 @@ from experiments.images import compare
 from experiments.images.data import ImageTask, TaskSource
 from experiments.images.job import ImageJob
 from experiments.images.settings import Settings
-from experiments.methods import build as assembly
-from experiments.methods import tuned as tuned_file
+from experiments.methods import tuned
+from experiments.methods.build import assemble
 from experiments.runtime import files
 from experiments.training import flags as run_flags
 from experiments.training import folder as run_folder
 from experiments.training.program import Program
-from experiments.training.task import Images, evaluation_batches
+from experiments.training.task import LARGEST_EVALUATION_BATCH, Images, evaluation_batches
 from lpa_jax.checkpoints.checkpoints import Checkpoints
 from lpa_jax.injection import LOGITS, Network, Pass
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 Array = jax.Array
-_BATCH_SIZE = 500  # of forward passes: activations of larger batches fall out of cache
 
 
 class Model(NamedTuple):
@@ -92,7 +91,7 @@ class Models:
         restored = checkpoints.restore(program.init(seed))
         if restored is None:
             raise ValueError(_without_weights(folder))
-        parts = assembly.assemble(
+        parts = assemble(
             method,
             options,
             layers=restored.state.network.layers,
@@ -137,7 +136,7 @@ def define_flags(experiment: str) -> None:
 def tuned_hparams(settings: Settings) -> dict[str, dict[str, Any]]:
     """Hyperparameters by method, as the comparison on the same data takes them."""
     experiment = "balanced" if settings.profile == "none" else "long_tail"
-    return tuned_file.find(FLAGS.hparams, experiment, settings).pooled
+    return tuned.find(FLAGS.hparams, experiment, settings).pooled
 
 
 def train_or_load(
@@ -218,7 +217,7 @@ class Outputs(NamedTuple):
 def outputs(model: Model, found: Iterable[Mapping[str, Array]] | None = None) -> Outputs:
     """Outputs for batches of `batches`, without padding; None takes all evaluation images."""
     if found is None:
-        found = batches(model.task, model.task.evaluation, _BATCH_SIZE)
+        found = batches(model.task, model.task.evaluation, LARGEST_EVALUATION_BATCH)
     parts = []
     for batch in found:
         logits, features = _forward(model.network, model.variables, batch["image"])
