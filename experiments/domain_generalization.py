@@ -150,10 +150,8 @@ def compare(interrupts: Interrupts) -> None:
     results = train_all(
         runs,
         trainings,
-        settings,
         workdir,
         interrupts,
-        domains=source.names,
         leave_two_out=FLAGS.leave_two_out,
         quiet=FLAGS.quiet or not first,
     )

@@ -107,8 +107,8 @@ class Trainings:
     """Trains the networks of one experiment, each once; finished ones are read from their files.
 
     Args:
-      settings: settings of all trainings.
-      source: the domains.
+      settings: settings of all trainings; also an attribute.
+      source: the domains; also an attribute.
       folder: folder of all trainings.
       layer: injection point of perturbations that name none.
       look_at_held_out: whether records hold the accuracy on held-out domains and on training
@@ -127,7 +127,7 @@ class Trainings:
         saving: Saving = run.DEFAULT_SAVING,
         should_stop: Callable[[], bool] = lambda: False,
     ):
-        self._settings, self._source, self._folder = settings, source, folder
+        self.settings, self.source, self._folder = settings, source, folder
         self._look_at_held_out, self._programs = look_at_held_out, Programs(settings, layer)
         self._saving, self._should_stop = saving, should_stop
         self._outcomes: dict[pathlib.Path, dict[str, Any]] = {}
@@ -138,8 +138,8 @@ class Trainings:
         Raises:
           ValueError: a flag or option that does not fit.
         """
-        num_domains = len(self._source.names) - len(training.held_out)
-        _check_domains(training, self._settings, num_domains, len(self._source.names))
+        num_domains = len(self.source.names) - len(training.held_out)
+        _check_domains(training, self.settings, num_domains, len(self.source.names))
         return self._programs.program(training.method, training.options, self._task(training))
 
     def place(self, training: Training) -> pathlib.Path:
@@ -199,13 +199,13 @@ class Trainings:
         )
 
     def _task(self, training: Training) -> DomainTask:
-        return self._source.task(training.seed, training.held_out, self._look_at_held_out)
+        return self.source.task(training.seed, training.held_out, self._look_at_held_out)
 
     def _configuration(self, training: Training) -> dict[str, Any]:
         return files.plain(
             {
                 **training._asdict(),
-                "settings": self._settings.as_dict(),
+                "settings": self.settings.as_dict(),
                 "looks_at_held_out": self._look_at_held_out,
             }
         )

@@ -109,11 +109,9 @@ class Run(NamedTuple):
 def train_all(
     runs: Sequence[Run],
     trainings: Trainings,
-    settings: DomainSettings,
     workdir: pathlib.Path,
     interrupts: Interrupts,
     *,
-    domains: Sequence[str],
     leave_two_out: bool,
     quiet: bool,
 ) -> list[dict[str, Any]]:
@@ -122,13 +120,13 @@ def train_all(
     Args:
       runs: all runs.
       trainings: trains their networks.
-      settings: settings of the runs.
       workdir: folder of everything that is written.
       interrupts: says whether to stop.
-      domains: names of all domains.
       leave_two_out: whether to train without each pair of domains, too.
       quiet: whether to print no progress.
     """
+    settings, domains = trainings.settings, trainings.source.names
+    pairs_of = domains if leave_two_out else ()
     configs = [run.configuration(settings) for run in runs]
     results = [
         _earlier_result(run.folder(workdir), config, leave_two_out)
@@ -136,7 +134,6 @@ def train_all(
     ]
     missing = [number for number, result in enumerate(results) if result is None]
     hosts.check(workdir, [configs[number] for number in missing], hosts.UNFINISHED)
-    pairs_of = domains if leave_two_out else ()
     todo = _check_all(trainings, [runs[number] for number in missing], pairs_of)
     progress = RunProgress(todo, settings.intervals, quiet)
     with folder.held(workdir), interrupts, progress:
@@ -145,21 +142,28 @@ def train_all(
         files.write_json(workdir / "flags.json", run_flags.resolved())
         for group in _groups(runs, missing):
             for number in group:
-                config = runs[number].folder(workdir) / folder.CONFIG
-                files.write_json(config, configs[number])
-            trained = {number: [] for number in group}
-            for draw in range(len(runs[group[0]].draws)):
-                for number in group:
-                    for training in runs[number].trainings(draw, pairs_of):
-                        found = trainings.run(
-                            training, progress, may_diverge=len(runs[number].draws) > 1
-                        )
-                        network = Trained(frozenset(training.held_out), draw, found["records"])
-                        trained[number].append((network, found["seconds"]))
-            for number in group:
-                results[number] = runs[number].result(trained[number], domains)
+                path = runs[number].folder(workdir) / folder.CONFIG
+                files.write_json(path, configs[number])
+            trained = _train([runs[number] for number in group], trainings, progress, pairs_of)
+            for number, networks in zip(group, trained, strict=True):
+                results[number] = runs[number].result(networks, domains)
                 files.write_json(runs[number].folder(workdir) / folder.RESULT, results[number])
     return results
+
+
+def _train(
+    runs: Sequence[Run], trainings: Trainings, progress: RunProgress, pairs_of: Sequence[str]
+) -> list[list[tuple[Trained, float]]]:
+    """All networks of every run with their seconds; every draw trains for all runs."""
+    trained: list[list[tuple[Trained, float]]] = [[] for _ in runs]
+    draws = len(runs[0].draws)
+    for draw in range(draws):
+        for run, networks in zip(runs, trained, strict=True):
+            for training in run.trainings(draw, pairs_of):
+                found = trainings.run(training, progress, may_diverge=draws > 1)
+                network = Trained(frozenset(training.held_out), draw, found["records"])
+                networks.append((network, found["seconds"]))
+    return trained
 
 
 def _earlier_result(
