@@ -65,7 +65,8 @@ def lpa_step(
         `batch["domain"]`, [B] integers.
       loss: (logits [B, C], targets [B, C]) -> [B].
       augment: (rng, images, positions in the global batch [B]) -> images, on device.
-      axis_name: Mapped axis over which the global batch is spread, in equal shares, or None.
+      axis_name: Axis of `jax.pmap` or `jax.shard_map` over which the global batch is spread, in
+        equal shares, or None.
 
     Returns:
       The next state, and `loss`, `accuracy` (of the perturbed network), `gradient_norm` and the
@@ -91,7 +92,7 @@ def lpa_step(
 
     def gradient_at(params, *_):
         (gradient, probe_gradients), record = jax.grad(objective, argnums=(0, 1), has_aux=True)(
-            params, probes
+            *_on_this_device((params, probes), axis_name)
         )
         if axis_name is not None:
             gradient = jax.lax.pmean(gradient, axis_name)
@@ -342,6 +343,25 @@ def _penalize(
         values[name], state = penalty.apply(states[name], observed)
         new_states[name] = jax.lax.stop_gradient(state)
     return values, new_states
+
+
+def _on_this_device(tree: Any, axis_name: str | None) -> Any:
+    """The arrays as this device's own, so that gradients with respect to them stay its own.
+
+    `jax.shard_map` with its default `check_vma=True` knows which arrays are equal on all devices,
+    and sums gradients with respect to those over the devices.
+    """
+
+    def varies(leaf):
+        kind = jax.typeof(leaf)
+        # JAX 0.9 has `vma` where 0.10 has `manual_axis_type.varying`.
+        return axis_name in (kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
+
+    if axis_name is None or not varies(jax.lax.axis_index(axis_name)):
+        return tree  # under pmap, vmap, or shard_map without the check
+    return jax.tree.map(
+        lambda leaf: leaf if varies(leaf) else jax.lax.pcast(leaf, axis_name, to="varying"), tree
+    )
 
 
 def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -249,6 +249,21 @@ def replicated(count):
     }
 
 
+def over_shard_map(check_vma):
+    """What `trained` gives for a step under `jax.shard_map` on 2 devices."""
+    setup = SETUPS["carried and free lpa"]
+    step = functools.partial(
+        lpa_jax.lpa_step,
+        perturbations=setup.perturbations,
+        augment=setup.augment,
+        axis_name=parallel.AXIS_NAME,
+    )
+    devices = jax.sharding.Mesh(jax.devices()[:2], (parallel.AXIS_NAME,))
+    everywhere, split = (jax.sharding.PartitionSpec(*names) for names in ((), devices.axis_names))
+    specs = {"in_specs": (everywhere, split), "out_specs": everywhere, "check_vma": check_vma}
+    return trained(setup, jax.jit(jax.shard_map(step, mesh=devices, **specs)))
+
+
 def refusals():
     def never(state, batch, axis_name):
         raise AssertionError("a device was called")
@@ -279,6 +294,7 @@ def main():
         "local_statistics": local_statistics(),
         "donation": donation(),
         "replicated": {count: replicated(count) for count in (1, 2)},
+        "shard_map": {str(check): over_shard_map(check) for check in (True, False)},
         "refusals": refusals(),
     }
     json.dump(results, sys.stdout)

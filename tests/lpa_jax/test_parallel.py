@@ -51,6 +51,12 @@ def test_a_run_that_goes_on_with_another_number_of_devices_ends_where_it_would_h
     assert_nearly_the_same(worker["moved"], worker["runs"]["carried and free lpa"]["1"])
 
 
+@pytest.mark.parametrize("check_vma", ["True", "False"])
+def test_a_step_under_shard_map_is_that_of_one_device(worker, check_vma):
+    expected = worker["runs"]["carried and free lpa"]["1"]
+    assert_nearly_the_same(worker["shard_map"][check_vma], expected)
+
+
 def assert_nearly_the_same(found, expected):
     """Metrics, parameters and all states, to float32 rounding."""
     assert list(found) == list(expected)
