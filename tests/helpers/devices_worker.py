@@ -22,7 +22,7 @@ from lpa_jax.models import MLP
 from lpa_jax.perturbations import stateless
 from tests.helpers import toy
 
-STEPS = 20
+STEPS = 9
 COMPILED = []  # every compilation since it was cleared
 MANY = 40
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -285,6 +285,7 @@ def note(event, duration, **details):
 
 def main():
     jax.monitoring.register_event_duration_secs_listener(note)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     results = {
         "devices": jax.device_count(),
         "runs": all_runs(),

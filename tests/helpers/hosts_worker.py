@@ -20,7 +20,7 @@ from lpa_jax import data, multihost, parallel
 from lpa_jax.models import MLP
 from tests.helpers import toy
 
-STEPS = 20
+STEPS = 12
 BATCH = 16
 MANY = 40
 EVALUATED = 21

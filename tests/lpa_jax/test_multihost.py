@@ -57,6 +57,7 @@ def test_same_global_batch_gives_the_same_result_as_in_one_process(alone, togeth
     assert_close(alone, together, name)
 
 
+@pytest.mark.slow
 def test_two_devices_each_of_two_processes_give_the_same_result_too(alone, tmp_path):
     name = "cold lpa and lpl"
     found = trained(tmp_path, 2, 2, name)
@@ -97,8 +98,11 @@ def test_every_example_is_evaluated_once(together):
 
 @pytest.mark.parametrize(
     ("number", "fault", "fail_at"),
-    [(0, signal.SIGKILL, None), (1, signal.SIGSTOP, None), (1, None, 9)],
-    ids=["killed", "stopped", "failing"],
+    [
+        pytest.param(0, signal.SIGKILL, None, id="killed"),
+        pytest.param(1, signal.SIGSTOP, None, id="stopped", marks=pytest.mark.slow),
+        pytest.param(1, None, 9, id="failing"),
+    ],
 )
 def test_when_one_process_is_lost_the_other_ends_with_one_plain_line(number, fault, fail_at):
     hosts.check_fault(number, fault, fail_at)

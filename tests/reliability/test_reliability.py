@@ -55,22 +55,27 @@ def newest_step(folder):
     return max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*[0-9]"))
 
 
+STOPS = [
+    ("begin step 1", (SIGTERM,)),  # compiling
+    ("begin step 5", (SIGINT, SIGINT)),
+    ("begin evaluation", (SIGTERM, SIGTERM)),
+    ("begin save", (SIGINT, SIGTERM)),
+    ("begin restore", (SIGINT,)),
+    ("end file", (SIGTERM,)),  # nearly nothing done since the restore
+]
+KILLS = ["begin step 5", "begin save", "end save", "begin restore", "begin delete",
+         "begin evaluation"]  # fmt: skip
+
+
+@pytest.mark.parametrize("stops", [STOPS[1:4], pytest.param(STOPS, marks=pytest.mark.slow)])
 def test_asked_to_stop_in_any_phase_a_run_saves_exits_and_goes_on_bit_for_bit(
-    zygote, reference, tmp_path
+    zygote, reference, tmp_path, stops
 ):
     folder = tmp_path / "run"
-    strikes = [
-        ("begin step 1", 1, (SIGTERM,)),  # compiling
-        ("begin step 5", 1, (SIGINT, SIGINT)),
-        ("begin evaluation", 1, (SIGTERM, SIGTERM)),
-        ("begin save", 1, (SIGINT, SIGTERM)),
-        ("begin restore", 1, (SIGINT,)),
-        ("end file", 1, (SIGTERM,)),  # nearly nothing done since the restore
-    ]
     reached = 0
-    for phase, occurrence, signals in strikes:
+    for phase, signals in stops:
         run = zygote.start(folder, "--pace=0.02")
-        assert run.wait_for(phase, occurrence), run.lines()
+        assert run.wait_for(phase), run.lines()
         run.send(*signals)
         assert run.wait() == EXIT_STATUS[signals[0]], run.lines()
         lines = run.lines()
@@ -85,12 +90,11 @@ def test_asked_to_stop_in_any_phase_a_run_saves_exits_and_goes_on_bit_for_bit(
     assert_same_outcome(folder, reference)
 
 
-def test_killed_in_any_phase_a_run_loses_at_most_one_interval(zygote, reference, tmp_path):
+@pytest.mark.parametrize("kills", [KILLS[1::3], pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_in_any_phase_a_run_loses_at_most_one_interval(zygote, reference, tmp_path, kills):
     folder = tmp_path / "run"
-    strikes = ["begin step 5", "begin save", "end save", "begin restore", "begin delete",
-               "begin evaluation"]  # fmt: skip
     reached = 0
-    for phase in strikes:
+    for phase in kills:
         run = zygote.start(folder, "--pace=0.01")
         assert run.wait_for(phase), run.lines()
         run.send(SIGKILL)
@@ -111,10 +115,21 @@ def reference_of_two_devices(zygote, tmp_path_factory):
     return folder
 
 
-def test_two_devices_resume_bit_for_bit_too(zygote, reference_of_two_devices, tmp_path):
-    """In the middle of an epoch, at its end, in an evaluation."""
-    last = 2 * worker.STEPS_PER_EPOCH
-    for phase in ("begin step 9", f"begin step {last}", "begin evaluation"):
+MIDDLE_OF_AN_EPOCH = "begin step 9"
+END_OF_AN_EPOCH = f"begin step {2 * worker.STEPS_PER_EPOCH}"
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [MIDDLE_OF_AN_EPOCH],
+        pytest.param(
+            [MIDDLE_OF_AN_EPOCH, END_OF_AN_EPOCH, "begin evaluation"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_two_devices_resume_bit_for_bit_too(zygote, reference_of_two_devices, tmp_path, stops):
+    for phase in stops:
         run = zygote.start(tmp_path / "run", "--every=never", devices=2)
         assert run.wait_for(phase), run.lines()
         run.send(SIGTERM)
