@@ -1,10 +1,13 @@
 """Small networks of every model family, and their variables."""
 
+import contextlib
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lpa_jax import models
 
@@ -19,6 +22,15 @@ TINY = {
 }
 # This generator compiles several times faster than the default one.
 RNGS = {"dropout": jax.random.key(7, impl="unsafe_rbg")}
+
+
+@contextlib.contextmanager
+def mlp_of(*hidden):
+    """Within the block, experiments make the model `mlp` with these hidden layers."""
+    small = functools.partial(models.MLP, hidden=hidden)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._REGISTRY.factories, "mlp", small)
+        yield
 
 
 def normal(*shape):

@@ -12,6 +12,7 @@ from experiments import landscape, layer_sweep
 from experiments.measuring import models as trained
 from experiments.measuring import similarity
 from lpa_jax.diagnostics import prediction_agreement
+from tests.helpers import tiny_models
 from tests.helpers.module_call import call
 
 TINY = (
@@ -19,6 +20,13 @@ TINY = (
     "--methods=adversarial", "--steps=1", "--hidden_layers=hidden2",
     "--layer_radii=hidden2=0.3", "--compilation_cache=", "--quiet", "--class_geometry_batches=3",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_mlp():
+    """Two small hidden layers, of which one is swept, compile in less time than three."""
+    with tiny_models.mlp_of(64, 32):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +151,7 @@ def test_identical_networks_agree_fully_and_a_dead_layer_has_no_cka():
         ),
         (["--methods=lpa,lpa"], "error: --methods must name different methods, got 'lpa,lpa'"),
         (["--layer=hidden1"], "error: --layer must not be given (hidden1): use --hidden_layers"),
-        (["--hidden_layers=stage9"], "error: --hidden_layers must be among hidden1, hidden2, hid"),
+        (["--hidden_layers=stage9"], "error: --hidden_layers must be among hidden1, hidden2, got"),
         (["--layer_radii=hidden2:0.1"], "error: --layer_radii must be LAYER=RADIUS, got 'hidden2:"),
         (["--layer_radii=top=0.1"], "error: --layer_radii: "),
         (["--layer_radii=input=-1"], "error: --layer_radii must be finite and >= 0, got 'input=-1"),
