@@ -205,10 +205,14 @@ def index_array(indices: ArrayLike, size: int) -> np.ndarray:
     return _index_vector("indices", indices, size).astype(np.int64)
 
 
-def check_labels(labels: ArrayLike, num_classes: int, name: str = "labels") -> None:
+def check_labels(
+    labels: ArrayLike, num_classes: int, name: str = "labels", *, may_ignore: bool = False
+) -> None:
     """Refuses labels outside 0..num_classes-1, which a device would silently clamp.
 
     Traced labels have no values to check, so call this where a batch enters, on the host.
+
+    With `may_ignore`, -1 is allowed as well: the label of an example that does not count.
 
     Raises:
       ValueError: A label is out of range or no integer; the first one and its place are named.
@@ -224,9 +228,10 @@ def check_labels(labels: ArrayLike, num_classes: int, name: str = "labels") -> N
     values = np.asarray(labels).reshape(-1)
     if not np.issubdtype(values.dtype, np.integer):
         _refuse(name, "integers", f"dtype {values.dtype}")
-    bad = np.flatnonzero((values < 0) | (values >= num_classes))
+    bad = np.flatnonzero((values < (-1 if may_ignore else 0)) | (values >= num_classes))
     if bad.size:
-        _refuse(name, f"in 0..{num_classes - 1}", f"{values[bad[0]]} at position {bad[0]}")
+        allowed = f"in 0..{num_classes - 1}{' or -1' if may_ignore else ''}"
+        _refuse(name, allowed, f"{values[bad[0]]} at position {bad[0]}")
 
 
 def _index_vector(name: str, values: ArrayLike, limit: int) -> np.ndarray:

@@ -254,4 +254,4 @@ def check_batch(batch: Mapping[str, Any], num_classes: int | None) -> None:
       ValueError: A label outside 0..num_classes-1.
     """
     if num_classes is not None and "label" in batch:
-        check_labels(batch["label"], num_classes)
+        check_labels(batch["label"], num_classes, may_ignore=True)

@@ -35,6 +35,7 @@ from lpa_jax.tables import (
     over_classes,
     perturbation_dtype,
     row_norms,
+    rows_of,
     unit_rows,
 )
 
@@ -190,13 +191,15 @@ def ascent_step(
 def add_to_members(activations: Array, delta: Array | None, labels: Array | None) -> Array:
     """h_i + delta_{y_i} in the activation's own dtype; `delta=None` adds nothing.
 
-    With `labels=None` every example has a row of its own: h_i + delta_i.
+    With `labels=None` every example has a row of its own: h_i + delta_i. Examples with label -1 are
+    not perturbed.
     """
     if delta is None:
         return activations
     rows = as_rows(delta)
     rows = jnp.where(rows == 0, -0.0, rows)  # h + 0.0 would turn -0.0 into 0.0
-    members = jnp.reshape(rows if labels is None else rows[labels], (-1, *delta.shape[1:]))
+    members = rows if labels is None else rows_of(rows, labels, fill=-0.0)
+    members = jnp.reshape(members, (-1, *delta.shape[1:]))
     return (activations.astype(delta.dtype) + members).astype(activations.dtype)
 
 
@@ -317,7 +320,8 @@ def class_perturbation(
       loss_fn: Perturbed activations [B, *S] -> losses [B]. Targets (hard or soft), the rest of the
         network and its parameters are closed over.
       activations: h_i at the injection point, [B, *S], any rank, float32, bfloat16 or float64.
-      labels: y_i, [B] integers in 0..C-1, the classes that share a perturbation.
+      labels: y_i, [B] integers in 0..C-1, the classes that share a perturbation; -1 for an example
+        that has no part in any.
       sign: s_c in {-1, 0, +1}, [C]. +1 raises the class's loss, -1 lowers it.
       radius: eps_c >= 0, [C], in units of the activation's norm.
       steps: Ascent steps; 0 returns the projected `initial`, or zero.
@@ -336,7 +340,7 @@ def class_perturbation(
 
     Raises:
       ValueError: An option out of range, arguments whose shapes disagree, or (outside jit) labels
-        outside 0..C-1, a sign other than -1, 0, 1, a radius that is negative or not finite.
+        outside -1..C-1, a sign other than -1, 0, 1, a radius that is negative or not finite.
 
     Example:
       >>> h, y = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
@@ -382,7 +386,7 @@ def _check_arguments(activations: Array, labels: Array, sign: Array, radius: Arr
     if sign.ndim != 1 or radius.shape != sign.shape:
         got = f"{sign.shape} and {radius.shape}"
         raise ValueError(f"sign and radius must both have shape [C], got {got}")
-    check_labels(labels, sign.shape[0])
+    check_labels(labels, sign.shape[0], may_ignore=True)
     # NumPy reads the values: jnp would stage the test under jit, also where they are constants.
     if is_known(sign):
         signs = np.asarray(sign)

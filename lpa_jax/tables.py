@@ -86,10 +86,29 @@ def unit_rows(table: Array) -> Array:
     return jnp.reshape(rows / over_classes(jnp.where(norms > 0, norms, 1.0), rows), table.shape)
 
 
+def rows_of(table: Array, labels: Array, fill: float = 0.0) -> Array:
+    """The row of every example's class, [C, ...] -> [B, ...]; `fill` for labels outside 0..C-1.
+
+    Example:
+      >>> rows_of(jnp.array([1.0, 2.0]), jnp.array([1, -1, 0])).tolist()
+      [2.0, 0.0, 1.0]
+    """
+    # An index of -1 would be the last row, one of C is out of range.
+    return table.at[beyond_if_ignored(labels, table.shape[0])].get(mode="fill", fill_value=fill)
+
+
+def beyond_if_ignored(labels: Array, num_classes: int) -> Array:
+    """Labels with C in place of negative ones, so that reads and writes at them have no effect."""
+    return jnp.where(labels < 0, num_classes, labels)
+
+
 def class_sums(
     values: Array, labels: Array, num_classes: int, axis_name: str | None = None
 ) -> Array:
-    """Sums of `values` [B, ...] by label over the global batch -> [C, ...]."""
+    """Sums of `values` [B, ...] by label over the global batch -> [C, ...].
+
+    Examples with a label outside 0..C-1, such as -1, have no part in them.
+    """
     sums = jax.ops.segment_sum(as_rows(values), labels, num_segments=num_classes)
     sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
     return jnp.reshape(sums, (num_classes, *values.shape[1:]))
@@ -113,8 +132,8 @@ def class_means(
     """
     sums = class_sums(values, labels, counts.shape[0], axis_name)
     if rows is not None:
-        sums = jnp.reshape(as_rows(sums)[rows], (-1, *sums.shape[1:]))
-        counts = counts[rows]
+        sums = jnp.reshape(rows_of(as_rows(sums), rows), (-1, *sums.shape[1:]))
+        counts = rows_of(counts, rows)
     return sums / over_classes(jnp.maximum(counts, 1.0).astype(sums.dtype), sums)
 
 
@@ -125,11 +144,20 @@ def class_counts(
     return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
 
 
+def weight_of_counted(labels: Array, axis_name: str | None = None) -> Array:
+    """Size of the global batch over the number of its examples that count: 1 if all do."""
+    counted = jnp.sum((labels >= 0).astype(jnp.float32))
+    size = jnp.asarray(labels.shape[0], jnp.float32)
+    if axis_name is not None:
+        counted, size = jax.lax.psum((counted, size), axis_name)
+    return size / jnp.maximum(counted, 1.0)
+
+
 class BatchClasses(NamedTuple):
     """The classes of one global batch, counted once.
 
     Attributes:
-      labels: Class of each example of this device, [B] integers in 0..C-1.
+      labels: Class of each example of this device, [B] integers in 0..C-1, or -1 for none.
       counts: Number of examples of each class in the global batch, [C].
       axis_name: Mapped axis over which the global batch is spread, or None.
       by_example: Tables hold the rows of this device's examples, [B, ...], not those of all

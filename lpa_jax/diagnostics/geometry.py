@@ -16,7 +16,7 @@ from lpa_jax import injection, metrics, tables
 from lpa_jax.checks import check_labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.perturbations import Perturbation
-from lpa_jax.perturbations.perturbed_pass import PerturbedPass
+from lpa_jax.perturbations.perturbed_pass import PerturbedPass, counted_labels
 
 Array = jax.Array
 Loss = Callable[[Array, Array], Array]
@@ -89,8 +89,8 @@ def observe(
       >>> seen["hidden"].delta.tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    labels, inputs = batch["label"], batch["image"]
-    if not jnp.shape(labels)[0]:
+    inputs, batch = batch["image"], {**batch, "label": counted_labels(batch)}
+    if not batch["label"].shape[0]:
         raise ValueError("batch must hold at least one example, got none")
     shapes = injection.activation_shapes(
         network, variables, inputs, (*perturbations, injection.LOGITS)
@@ -162,10 +162,10 @@ def perturbation_effect(
     seen = observe(
         network, variables, batch, perturbations, rng=rng, states=states, loss=loss, train=True
     )
-    labels = batch["label"]
+    labels = counted_labels(batch)
     pairs: dict[str, metrics.Pair] = {}
     for layer, observation in seen.items():
-        everywhere = jnp.ones(labels.shape, bool)
+        everywhere = labels >= 0
         values = {
             "loss_change": (observation.loss_after - observation.loss_before, everywhere),
             "norm_ratio": _norm_ratio(observation),
@@ -177,7 +177,9 @@ def perturbation_effect(
             sign = observation.sign[labels]
         for name, (value, known) in values.items():
             for group, wanted in GROUPS.items():
-                pairs[f"{layer}/{name}/{group}"] = metrics.mean(value, known & (sign == wanted))
+                pairs[f"{layer}/{name}/{group}"] = metrics.mean(
+                    value, known & everywhere & (sign == wanted)
+                )
     return pairs
 
 
@@ -196,7 +198,7 @@ def class_geometry(
 
     Args:
       observation: From `observe`, or made from activations and losses before and after.
-      labels: y_i, [B].
+      labels: y_i, [B]; -1 for examples that do not count.
       num_classes: C.
       mask: 0 for padding, [B]; None counts every example.
 
@@ -217,10 +219,10 @@ def class_geometry(
       [ 2.  2. nan] [ 5.  1. nan] [ 1.  1. nan]
     """
     labels = jnp.asarray(labels)
-    check_labels(labels, num_classes)
+    check_labels(labels, num_classes, may_ignore=True)
     _check_rows(observation, labels, mask)
     mask = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask)
-    weight = (mask != 0).astype(observation.before.dtype)
+    weight = ((mask != 0) & (labels >= 0)).astype(observation.before.dtype)
     _check_finite(observation, weight)
     counts = tables.class_sums(weight, labels, num_classes)
     member_sums = tables.class_sums(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, pgd, tables
 from lpa_jax.penalties.base import Observed, Penalty
 
 Array = jax.Array
@@ -50,9 +50,11 @@ def annealed(weight: float, anneal_steps: int, step: Array) -> Array:
 
 
 def batch_mean(observed: Observed, values: Array) -> Array:
-    """Mean of all entries of `values` [B, ...] over the global batch."""
-    size = jnp.asarray(values.size, values.dtype)
-    return observed.global_sum(jnp.sum(values)) / observed.global_sum(size)
+    """Mean of all entries of `values` [B, ...] over the examples of the global batch that count."""
+    counted = tables.over_classes(observed.labels >= 0, values)
+    total = observed.global_sum(jnp.sum(jnp.where(counted, values, 0.0)))
+    mean = total / observed.global_sum(jnp.asarray(values.size, values.dtype))
+    return mean * tables.weight_of_counted(observed.labels, observed.axis_name).astype(mean.dtype)
 
 
 class Risks(NamedTuple):
@@ -103,7 +105,7 @@ def domains(observed: Observed, num_domains: int, name: str) -> Array:
             f"penalty {name!r}, got None"
         )
     checks.check_labels(domain, num_domains, "batch['domain']")
-    return domain
+    return jnp.where(observed.labels < 0, -1, domain)
 
 
 def check_vectors(name: str, layer: str, shape: jax.ShapeDtypeStruct) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lpa_jax.registry import Registry
+from lpa_jax.tables import over_classes, weight_of_counted
 
 Array = jax.Array
 State = Any
@@ -27,7 +28,8 @@ class Site:
     Attributes:
       activation: h_i, [B, *S].
       targets: Soft targets t_i, [B, C].
-      labels: Classes y_i, [B] integers. A perturbation that mixes targets does not change them.
+      labels: Classes y_i, [B] integers; -1 for an example that does not count, whose target is 0.
+        A perturbation that mixes targets does not change them.
       decode: [B, *S] -> logits [B, C], the network above the injection point. It never updates
         running statistics, sees the same dropout masks as the training pass, and no gradient
         reaches the parameters through it.
@@ -57,9 +59,11 @@ class Site:
         return self.loss(logits, jax.lax.stop_gradient(self.targets)), logits
 
     def global_mean(self, values: Array) -> Array:
-        """Mean over the global batch (first axis and mapped axis)."""
-        mean = jnp.mean(values, axis=0)
-        return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
+        """Mean of `values` [B, ...] over the examples of the global batch that count."""
+        counted = over_classes(self.labels >= 0, values)
+        mean = jnp.mean(jnp.where(counted, values, 0.0), axis=0)
+        mean = mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
+        return mean * weight_of_counted(self.labels, self.axis_name).astype(mean.dtype)
 
 
 class Applied(NamedTuple):

@@ -94,16 +94,19 @@ def _rows(site: Site, classes: BatchClasses, may_be_by_example: bool) -> _Rows:
     num_rows = min(site.num_classes, labels.shape[0] * devices)
     index, renumbered = None, classes
     if num_rows < site.num_classes:
+        labels = tables.beyond_if_ignored(labels, site.num_classes)
         everywhere = labels
         if axis_name is not None:
             everywhere = jax.lax.all_gather(labels, axis_name, tiled=True)
         index = jnp.unique(everywhere, size=num_rows, fill_value=site.num_classes)
         counts = classes.counts.at[index].get(mode="fill", fill_value=0)
-        renumbered = BatchClasses(jnp.searchsorted(index, labels), counts, axis_name)
+        number = jnp.where(site.labels < 0, -1, jnp.searchsorted(index, labels))
+        renumbered = BatchClasses(number, counts, axis_name)
     if may_be_by_example and labels.shape[0] < num_rows:
         # On a pod a device has few examples: arithmetic on the rows of all classes would cost more
         # than the network.
-        return _Rows(renumbered._replace(by_example=True), labels)
+        by_example = tables.beyond_if_ignored(site.labels, site.num_classes)
+        return _Rows(renumbered._replace(by_example=True), by_example)
     return _Rows(renumbered, index)
 
 

@@ -56,6 +56,8 @@ def domain_mixup(alpha: float = 0.2, *, num_domains: int) -> Perturbation:
         following = jnp.zeros_like(cycle).at[cycle].set(jnp.roll(cycle, -1))
         members = jnp.argsort(site.domain, stable=True).reshape(num_domains, -1)
         partners = jnp.zeros(size, members.dtype).at[members].set(members[following])
+        # An example that does not count is no partner.
+        partners = jnp.where(site.labels[partners] < 0, jnp.arange(size), partners)
         shares = partner_share(share_rng, alpha, (num_domains,))[site.domain]
         return (
             interpolate(site.activation, partners, shares),

@@ -48,6 +48,8 @@ def manifold_mixup(alpha: float = 2.0) -> Perturbation:
     def perturb(site):
         order_rng, share_rng = jax.random.split(site.rng)
         order = jax.random.permutation(order_rng, site.activation.shape[0])
+        # An example that does not count is no partner: its own values are mixed in.
+        order = jnp.where(site.labels[order] < 0, jnp.arange(order.shape[0]), order)
         share = partner_share(share_rng, alpha)
         return (
             interpolate(site.activation, order, share),

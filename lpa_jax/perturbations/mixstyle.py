@@ -53,6 +53,8 @@ def mixstyle(alpha: float = 0.1, probability: float = 0.5) -> Perturbation:
         chance_rng, order_rng, share_rng = jax.random.split(site.rng, 3)
         h = tables.at_least_float32(site.activation)
         order = jax.random.permutation(order_rng, h.shape[0])
+        # An example that does not count is no partner.
+        order = jnp.where(site.labels[order] < 0, jnp.arange(order.shape[0]), order)
         share = partner_share(share_rng, alpha, h.shape[:1]).astype(h.dtype)
         mean, deviation = _style(jax.lax.stop_gradient(h))
 

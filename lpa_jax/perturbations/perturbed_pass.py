@@ -12,6 +12,14 @@ from lpa_jax.perturbations.base import Applied, Perturbation, Site
 Array = jax.Array
 
 
+def counted_labels(batch: Mapping[str, Array]) -> Array:
+    """The labels of a batch, -1 for the examples that do not count: labels of -1, masks of 0."""
+    labels = jnp.asarray(batch["label"])
+    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger):
+        labels = labels.astype(jnp.int32)
+    return labels if "mask" not in batch else jnp.where(batch["mask"] != 0, labels, -1)
+
+
 class PerturbedPass:
     """One pass through a network; each perturbation sees what those below it left.
 

@@ -17,7 +17,8 @@ from lpa_jax.checks import check_labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Observed
 from lpa_jax.perturbations import Feedback, Site
-from lpa_jax.perturbations.perturbed_pass import PerturbedPass
+from lpa_jax.perturbations.perturbed_pass import PerturbedPass, counted_labels
+from lpa_jax.tables import weight_of_counted
 from lpa_jax.training.state import (
     Batch,
     Penalties,
@@ -57,6 +58,8 @@ def lpa_step(
     Args:
       state: From `TrainState.create` with the same perturbations.
       batch: `{"image": [B, ...], "label": [B] integers}`; this device's share on a mapped axis.
+        Examples with label -1 or `"mask"` [B] 0 do not count: they have no loss, no perturbation
+        and no part in class means, domains or pairs (but in the statistics of batch normalisation).
         `"position"` [B], the examples' positions in the global batch, is derived if missing.
       perturbations: Layer -> perturbation. With a tuple of layers as key, every step draws one of
         them uniformly (as in Manifold Mixup): all are computed, one is used. A step without them
@@ -75,18 +78,19 @@ def lpa_step(
     Raises:
       ValueError: An unknown or repeated layer, one that the state was not created with, or no
         perturbations or penalties for a state that was created with them; outside jit, a label
-        outside 0..C-1.
+        outside -1..C-1 (under jit its loss is NaN).
     """
     check_given(perturbations, penalties, state)
     plan, penalties = plan_sites(perturbations or {}, state.network.layers), penalties or {}
     check_penalties(penalties, state.network.layers)
-    check_labels(batch["label"], state.num_classes)
+    labels = counted_labels(batch)
+    check_labels(labels, state.num_classes, may_ignore=True)
     check_states(plan, penalties, state)
     keys = _step_keys(state, axis_name)
     images = batch["image"]
     if augment is not None:
         images = augment(keys.augment, images, _positions(batch, axis_name))
-    batch = {**batch, "image": images}
+    batch = {**batch, "image": images, "label": labels}
     objective = _objective(state, batch, plan, penalties, loss, keys, axis_name)
     probes = _probes(plan, state, images)
 
@@ -107,8 +111,8 @@ def lpa_step(
         gradient, state.opt_state, state.params, grad_fn=lambda *at: gradient_at(*at)[0]
     )
     pairs = {
-        "loss": metrics.mean(record.losses),
-        "accuracy": metrics.accuracy(record.logits, batch["label"]),
+        "loss": metrics.mean(record.losses, labels != -1),
+        "accuracy": metrics.accuracy(record.logits, labels, labels != -1),
     }
     pairs = metrics.reduce_over(pairs, axis_name)
     pairs["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
@@ -137,8 +141,8 @@ def eval_step(
 
     Args:
       state: A train state.
-      batch: `image`, `label` and, if the batch is padded, `mask` [B]: examples with mask 0 do not
-        count.
+      batch: `image`, `label` and, if the batch is padded, `mask` [B]: examples with mask 0 or label
+        -1 do not count.
       loss: As in `lpa_step`; usually plain cross entropy, so that methods are comparable.
       adjust_logits: Logits [B, C] -> [B, C] before anything is measured, such as post-hoc logit
         adjustment; None does nothing.
@@ -148,15 +152,17 @@ def eval_step(
       (sum, count) pairs `loss`, `accuracy` (scalars) and `per_class_accuracy` ([C] each).
 
     Raises:
-      ValueError: Outside jit, a label outside 0..C-1.
+      ValueError: Outside jit, a label outside -1..C-1 (under jit its loss is NaN).
     """
-    labels, mask = batch["label"], batch.get("mask")
-    check_labels(labels, state.num_classes)
+    labels = counted_labels(batch)
+    check_labels(labels, state.num_classes, may_ignore=True)
+    mask = labels != -1
     given = injection.Pass(state.variables, batch["image"])
     logits, _ = state.network.run(given, {}, injection.LOGITS)
     if adjust_logits is not None:
         logits = adjust_logits(logits)
     losses = loss(logits, jax.nn.one_hot(labels, state.num_classes))
+    losses = _counted_losses(losses, labels, state.num_classes)
     pairs = {
         "loss": metrics.mean(losses, mask),
         "accuracy": metrics.accuracy(logits, labels, mask),
@@ -215,7 +221,7 @@ def _objective(state, batch, plan, penalties, loss, keys, axis_name):
         taps, features = _watching_taps(taps, penalties)
         given = injection.Pass(variables, batch["image"], train=True, rng=keys.dropout)
         logits, model_state = injection.run_perturbed(state.network, given, taps)
-        losses = loss(logits, perturbed.targets)
+        losses = _counted_losses(loss(logits, perturbed.targets), batch["label"], logits.shape[-1])
 
         def decode(layer, activation):
             at = injection.Pass(variables, batch["image"])
@@ -235,7 +241,8 @@ def _objective(state, batch, plan, penalties, loss, keys, axis_name):
         )
         values, penalty_state = _penalize(penalties, state.penalty_state, observed)
         record = _Record(losses, logits, model_state, perturbed.states, seen, values, penalty_state)
-        return jnp.mean(losses) + sum(values.values()), record
+        weight = weight_of_counted(batch["label"], axis_name).astype(losses.dtype)
+        return jnp.mean(losses) * weight + sum(values.values()), record
 
     return objective
 
@@ -325,8 +332,10 @@ def _learn(
             axis_name=axis_name,
             domain=batch.get("domain"),
         )
-        # A probe's gradient is that of the mean over this device's examples, not of each example.
-        feedback = Feedback(probe_gradients[layer] * labels.shape[0], logits)
+        # A probe's gradient is that of the mean over the examples that count, not of each example.
+        gradient = probe_gradients[layer]
+        examples = labels.shape[0] / weight_of_counted(labels, axis_name)
+        feedback = Feedback(gradient * examples.astype(gradient.dtype), logits)
         new = updates[layer](learned[layer], site, feedback)
         learned[layer] = jax.tree.map(
             lambda new, old, used=seen.used: jnp.where(used, new, old), new, learned[layer]
@@ -362,6 +371,12 @@ def _on_this_device(tree: Any, axis_name: str | None) -> Any:
     return jax.tree.map(
         lambda leaf: leaf if varies(leaf) else jax.lax.pcast(leaf, axis_name, to="varying"), tree
     )
+
+
+def _counted_losses(losses: Array, labels: Array, num_classes: int) -> Array:
+    """Losses [B]: 0 for label -1, NaN for other labels outside 0..C-1, which jit cannot refuse."""
+    losses = jnp.where(labels == -1, 0.0, losses)
+    return jnp.where((labels >= -1) & (labels < num_classes), losses, jnp.nan)
 
 
 def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, Any]:

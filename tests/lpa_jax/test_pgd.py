@@ -306,14 +306,17 @@ def test_contract_06_the_scale_of_the_gradient_does_not_matter(factor):
 
 
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
-@pytest.mark.parametrize(("label", "position"), [(CLASSES, 4), (-1, 0), (1000, 2)])
+@pytest.mark.parametrize(("label", "position"), [(CLASSES, 4), (-2, 0), (1000, 2)])
 def test_contract_10_labels_outside_the_classes_are_refused(convert, label, position):
     labels = LABELS.copy()
     labels[position] = label
-    message = rf"^labels must be in 0\.\.3, got {label} at position {position}$"
+    message = rf"^labels must be in 0\.\.3 or -1, got {label} at position {position}$"
     with pytest.raises(ValueError, match=message):
         Problem().solve(labels=convert(labels))
     with pytest.raises(ValueError, match=message):
+        pgd.check_labels(convert(labels), CLASSES, may_ignore=True)
+    labels[position] = -1
+    with pytest.raises(ValueError, match=r"^labels must be in 0\.\.3, got -1"):
         pgd.check_labels(convert(labels), CLASSES)
 
 

@@ -165,7 +165,7 @@ def test_agreement_of_fewer_than_two_moved_classes_is_refused(ratio):
         (np.zeros(0, np.int32), None, r"labels must be a non-empty vector \[B\], got shape \(0,\)"),
         (LABELS[:5], None, "before must have one row for each of 5 labels"),
         (LABELS, np.ones(3), "mask must have one row for each of 6 labels"),
-        (LABELS + 4, None, r"labels must be in 0\.\.3, got 4 at position 0"),
+        (LABELS + 4, None, r"labels must be in 0\.\.3 or -1, got 4 at position 0"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(labels, mask, message):

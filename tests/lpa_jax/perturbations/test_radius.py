@@ -198,7 +198,7 @@ def test_bad_batches_layers_and_methods_are_refused_a_suggestion():
     unsigned = stateless("shift", lambda site: (site.activation + 1.0, site.targets))
     for arguments, options, message in (
         ((good, "stage9"), {}, "unknown layer 'stage9'; the injection points are: input, hidden,"),
-        ((batch, "hidden"), {}, "labels must be in 0..2, got 3 at position 1"),
+        ((batch, "hidden"), {}, "labels must be in 0..2 or -1, got 3 at position 1"),
         ((empty, "hidden"), {}, "batch must hold at least one example"),
         ((good, "hidden"), {"method": lambda r: unsigned}, "classes a sign, shift does not"),
     ):
