@@ -68,10 +68,12 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
         spared = jnp.reshape(gradient < _threshold(gradient, drop_f), h.shape)
         muted = jnp.where(spared, h, 0.0).astype(h.dtype)
         change = confidence(logits) - confidence(site.decode(muted))
-        changes = change
+        # Examples that do not count are not among those of which a share is muted.
+        changes = jnp.where(site.labels < 0, jnp.inf, change)
         if site.axis_name is not None:
-            changes = jax.lax.all_gather(change, site.axis_name, tiled=True)
-        exempt = change < _threshold(changes, drop_b)
+            changes = jax.lax.all_gather(changes, site.axis_name, tiled=True)
+        ranks = jnp.asarray([_rank(count, drop_b) for count in range(changes.size + 1)])
+        exempt = change < jnp.sort(changes)[ranks[jnp.sum(changes != jnp.inf)]]
         kept = spared | tables.over_classes(exempt, h)
         return jnp.where(kept, site.activation, 0.0), site.targets
 
@@ -79,10 +81,15 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
 
 
 def _threshold(values: jax.Array, drop: float) -> jax.Array:
-    """The least of `values` [..., n] that is dropped, [..., 1].
+    """The least of `values` [..., n] that is dropped, [..., 1]."""
+    rank = _rank(values.shape[-1], drop)
+    return jnp.sort(values, axis=-1)[..., rank : rank + 1]
+
+
+def _rank(count: int, drop: float) -> int:
+    """The rank of the least of `count` sorted values that is dropped.
 
     What lies below the interpolated (1 - drop) quantile lies below the next larger value, and the
-    other way round. Its rank is computed on the host, where (1 - 1/3) (n - 1) can be trusted.
+    other way round. The rank is computed on the host, where (1 - 1/3) (n - 1) can be trusted.
     """
-    rank = math.ceil((values.shape[-1] - 1) * (1 - drop) - 1e-9)
-    return jnp.sort(values, axis=-1)[..., rank : rank + 1]
+    return max(0, math.ceil((count - 1) * (1 - drop) - 1e-9))

@@ -42,6 +42,7 @@ PLANS = {
     "cold": {"hidden1": lpa_jax.lpa(0.3, assignment=RULE, radius_target=0.1)},
     "carry": {"hidden1": lpa_jax.lpa(0.3, mode="carry", assignment=RULE)},
     "free": {"hidden1": lpa_jax.lpa(0.3, mode="free", assignment=RULE)},
+    "rsc": {"hidden1": lpa_jax.rsc()},
     "lpl, adversarial": {"input": lpa_jax.adversarial(0.1), "logits": lpa_jax.lpl(0.3)},
 }
 
