@@ -69,7 +69,7 @@ def test_every_part_has_a_table_over_seeds_and_a_figure(job):
 def report_of_job(job, tmp_path_factory):
     """The folder of a report with its page."""
     output = tmp_path_factory.mktemp("report")
-    assert call(report, str(job), f"--output={output}", "--html")[0] is None
+    assert call(report, f"--output={output}", "--html", str(job))[0] is None
     return output
 
 

@@ -85,7 +85,8 @@ def test_placed_batches_give_the_same_step_and_keep_their_labels_readable():
         assert len(placed["label"]) == len(toy.LABELS)
         toy.assert_trees_equal(step(state, placed), step(state, toy.batch()))
     bad = {**toy.batch(), "label": toy.LABELS + 9}
-    refusal = pytest.raises(ValueError, match=r"labels must be in 0\.\.3, got 9 at position 0")
+    message = r"labels must be in 0\.\.3 or -1, got 9 at position 0"
+    refusal = pytest.raises(ValueError, match=message)
     with Prefetched([bad], lambda b: step.place(b, state.num_classes)) as ahead, refusal:
         ahead[0]
 
