@@ -6,18 +6,10 @@ a training step is a pure function of both::
     step = functools.partial(lpa_step, perturbations={"stage3": lpa(radius=0.05)})
 """
 
-from lpa_jax import (
-    data,
-    diagnostics,
-    injection,
-    losses,
-    metrics,
-    models,
-    optimizers,
-    parallel,
-    penalties,
-    perturbations,
-)
+import importlib
+import typing
+
+from lpa_jax import injection, losses, metrics, optimizers, parallel, penalties, perturbations
 from lpa_jax.assignment import (
     Assignment,
     all_negative,
@@ -26,7 +18,6 @@ from lpa_jax.assignment import (
     by_frequency,
     custom,
 )
-from lpa_jax.diagnostics import suggest_radius
 from lpa_jax.injection import CutFunctions, Network, decode, encode, inject
 from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Penalty
@@ -46,6 +37,10 @@ from lpa_jax.perturbations import (
 )
 from lpa_jax.pgd import class_perturbation
 from lpa_jax.training import TrainState, eval_step, lpa_step
+
+if typing.TYPE_CHECKING:
+    from lpa_jax import data, diagnostics, models
+    from lpa_jax.diagnostics import suggest_radius
 
 __version__ = "0.1.0"
 __all__ = [
@@ -90,6 +85,15 @@ __all__ = [
     "spatial_dropout",
     "suggest_radius",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """What a training step does not need is imported when it is first asked for."""
+    if name == "suggest_radius":
+        return importlib.import_module("lpa_jax.diagnostics").suggest_radius
+    if name in ("data", "diagnostics", "models"):
+        return importlib.import_module(f"lpa_jax.{name}")
+    raise AttributeError(f"module 'lpa_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
