@@ -54,7 +54,7 @@ def executor(folder: pathlib.Path, cluster: str, **chosen: Any):
     try:
         import submitit
     except ImportError:
-        raise ValueError("--cluster needs submitit: pip install lpa_jax[slurm]") from None
+        raise ValueError("--cluster needs submitit: pip install -e '.[slurm]'") from None
     try:
         made = submitit.AutoExecutor(folder=folder, cluster=cluster)
     except RuntimeError as error:
