@@ -31,6 +31,7 @@ from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import run, search_loop, suggested_radii
+from experiments.training.folder import DATA
 from experiments.training.program import Programs
 from experiments.training.suggested_radii import Suggestions
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
@@ -124,7 +125,7 @@ class Search:
         files.write_json(path, outcome)
 
 
-def describe(settings: Settings, seeds: list[int]) -> dict[str, Any]:
+def describe(settings: Settings, seeds: list[int], digests: Mapping[str, str]) -> dict[str, Any]:
     """What all trials of a workdir have in common, as plain values.
 
     Raises:
@@ -138,6 +139,7 @@ def describe(settings: Settings, seeds: list[int]) -> dict[str, Any]:
     setting = {
         "settings": settings.as_dict() | {"data_dir": None, "image_root": None},
         "seeds": seeds,
+        DATA: digests,
         "search_seed": FLAGS.search_seed,
         "fixed_options": method_flags.explicit_options() | method_flags.explicit_run_options(),
     }
@@ -162,8 +164,8 @@ def tune(interrupts: Interrupts) -> None:
     workdir = pathlib.Path(FLAGS.workdir)
     source = TaskSource(settings)
     tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
-    setting = describe(settings, list(tasks))
-    search_loop.check_setting(workdir, setting)
+    setting = describe(settings, list(tasks), source.digests)
+    setting = search_loop.check_setting(workdir, setting)
     suggestions = None
     if FLAGS.radius_center == "suggest":
         first = min(tasks)

@@ -13,6 +13,7 @@ from experiments.training.task import (
     Images,
     Length,
     Task,
+    digests,
     evaluation_batches,
     read_ahead,
     rounded_up,
@@ -40,7 +41,13 @@ class Split(NamedTuple):
 
 
 class DomainSource:
-    """Loads the domains once and splits each of them for every seed."""
+    """Loads the domains once and splits each of them for every seed.
+
+    Attributes:
+      names: of the domains.
+      num_classes: C.
+      digests: of the data, see `digests`.
+    """
 
     def __init__(self, settings: DomainSettings):
         self._settings = settings
@@ -63,6 +70,9 @@ class DomainSource:
                     f"--holdout_fraction={settings.holdout_fraction} leaves no held-out image of "
                     f"the {len(dataset)} of domain {name!r}"
                 )
+        self.digests: dict[str, str] = {}
+        for name, dataset in zip(self.names, self._datasets, strict=True):
+            self.digests |= digests(name, dataset)
         # Only the data of one seed are in use at a time.
         self.splits = functools.lru_cache(maxsize=1)(self._splits)
         self.evaluation_batches = functools.lru_cache(maxsize=1)(self._evaluation_batches)

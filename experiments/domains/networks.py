@@ -20,7 +20,7 @@ from experiments.methods.names import MIXUP, parse
 from experiments.runtime import files
 from experiments.runtime.progress import RunProgress
 from experiments.training import run
-from experiments.training.folder import Names, check_inside, finished_result
+from experiments.training.folder import DATA, Names, check_inside, finished_result
 from experiments.training.program import Program, Programs
 from experiments.training.saving import Saving
 from lpa_jax import penalties
@@ -207,6 +207,7 @@ class Trainings:
                 **training._asdict(),
                 "settings": self.settings.as_dict(),
                 "looks_at_held_out": self._look_at_held_out,
+                DATA: self.source.digests,
             }
         )
 

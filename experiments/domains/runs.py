@@ -50,7 +50,7 @@ class Run(NamedTuple):
                 pair = tuple(domain for domain in pairs_of if domain in (self.test, other))
                 yield Training(self.method, options, pair, self.seed)
 
-    def configuration(self, settings: DomainSettings) -> dict[str, Any]:
+    def configuration(self, settings: DomainSettings, digests: Mapping[str, str]) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""
         config = {
             "method": self.method,
@@ -58,6 +58,7 @@ class Run(NamedTuple):
             "test_domain": self.test,
             "options": self.draws[0] if len(self.draws) == 1 else {},
             "settings": settings.as_dict() | {"draws": len(self.draws)},
+            folder.DATA: digests,
         }
         if len(self.draws) > 1:
             config["drawn_options"] = list(self.draws)
@@ -127,7 +128,12 @@ def train_all(
     """
     settings, domains = trainings.settings, trainings.source.names
     pairs_of = domains if leave_two_out else ()
-    configs = [run.configuration(settings) for run in runs]
+    configs = [
+        folder.as_recorded(
+            run.folder(workdir), run.configuration(settings, trainings.source.digests)
+        )
+        for run in runs
+    ]
     results = [
         _earlier_result(run.folder(workdir), config, leave_two_out)
         for run, config in zip(runs, configs, strict=True)

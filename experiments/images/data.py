@@ -1,6 +1,7 @@
 """The data of a classification run: TFDS and embedded sets, or images that list files name."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from experiments.training.task import (
     Images,
     Length,
     Task,
+    digests,
     evaluation_batches,
     read_ahead,
     rounded_up,
@@ -29,12 +31,14 @@ class ImageTask(Task):
       evaluation: test or validation set.
       normalization: of the images, the same for all seeds.
       train_indices: positions of the training examples in the training split.
+      digests: of the training split and of the test split, if it is opened; see `digests`.
     """
 
     train: Images
     evaluation: Images
     normalization: data.Normalization
     train_indices: np.ndarray
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -75,12 +79,18 @@ class TaskSource:
     With `evaluate_on="validation"` the test split is never opened. If no validation list is
     published, a validation set is taken from the training split first, and the long-tailed training
     set from the rest.
+
+    Attributes:
+      digests: of the data, see `digests`.
     """
 
     def __init__(self, settings: Settings):
         self._settings = settings
         self._pool, self._evaluation = open_splits(settings)
         self._normalization = normalization(self._pool, settings)
+        self.digests = digests("train", self._pool)
+        if self._evaluation is not None:
+            self.digests |= digests(settings.evaluate_on, self._evaluation)
 
     @property
     def pool(self) -> Images:
@@ -111,7 +121,7 @@ class TaskSource:
             )
             available = available[chosen]
         train = self._pool.subset(available)
-        return ImageTask(train, evaluation, self._normalization, available)
+        return ImageTask(train, evaluation, self._normalization, available, self.digests)
 
 
 def open_splits(settings: Settings) -> tuple[Images, Images | None]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.images.data import ImageTask
 from experiments.runtime import files
+from experiments.training.folder import DATA
 from experiments.training.program import Program
 from experiments.training.run import Job, adapted_radii
 from lpa_jax import data, metrics
@@ -46,6 +47,7 @@ class ImageJob(Job):
                 "options": self.program.options,
                 "settings": settings,
                 "train_counts": self.task.counts,
+                DATA: self.task.digests,
             }
         )
 

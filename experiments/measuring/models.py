@@ -85,8 +85,8 @@ class Models:
         """
         task, options = self.tasks[seed], self.options[method]
         program = Program(method, options, self.settings, task, FLAGS.layer)
-        config = ImageJob(program, task, seed).configuration()
         folder = self.folder(method, seed)
+        config = run_folder.as_recorded(folder, ImageJob(program, task, seed).configuration())
         checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config=config)
         restored = checkpoints.restore(program.init(seed))
         if restored is None:

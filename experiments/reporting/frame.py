@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from experiments.reporting.runs import Run, in_order, natural
+from experiments.training.folder import DATA
 
 COLUMNS = ["method", "seed", "domain", "selection", "measure", "value"]
 # Results by method, one a seed (and test domain). Each has at least "seed" and "accuracy";
@@ -36,16 +37,30 @@ class Setting(NamedTuple):
 
 
 def group(runs: Iterable[Run]) -> list[Setting]:
-    """Runs by setting: everything in the configuration but method, seed, options, test domain."""
-    by_setting: dict[str, list[Run]] = {}
+    """Runs by setting: everything in the configuration but method, seed, options, test domain.
+
+    Runs of the first release do not say on which data they were trained. They belong to those that
+    do, unless these differ in it.
+    """
+    runs = list(runs)
+    known: dict[str, set[str]] = {}
     for run in runs:
-        by_setting.setdefault(repr(in_order(_setting_of(run))), []).append(run)
-    configs = [_setting_of(members[0]) for members in by_setting.values()]
+        known.setdefault(_key(_setting_of(run)), set()).add(_key(_data_of(run)))
+    by_setting: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        key = _key(_setting_of(run))
+        data = _key(_data_of(run)) if len(known[key] - {_key({})}) > 1 else ""
+        by_setting.setdefault((key, data), []).append(run)
+    configs = [_setting_of(members[-1]) for members in by_setting.values()]
     configs = [config.get("settings") or config for config in configs]
+    titles = [
+        {**config, **_data_of(members[-1])}
+        for config, members in zip(configs, by_setting.values(), strict=True)
+    ]
     settings = [
         Setting(title, config, _by_method(members))
         for title, config, members in zip(
-            _titles(configs), configs, by_setting.values(), strict=True
+            _titles(titles), configs, by_setting.values(), strict=True
         )
     ]
     return sorted(settings, key=lambda setting: natural(setting.title))
@@ -71,11 +86,20 @@ def title_of(settings: Mapping[str, Any]) -> str:
 
 def _setting_of(run: Run) -> dict[str, Any]:
     # Class sizes follow from the settings (and, with some splits, from the seed and the domain).
-    apart = ("method", "seed", "options", "drawn_options", "test_domain", "train_counts")
+    apart = ("method", "seed", "options", "drawn_options", "test_domain", "train_counts", DATA)
     config = {key: value for key, value in run.config.items() if key not in apart}
     if config.get("settings"):
         config["settings"] = {k: v for k, v in config["settings"].items() if k not in apart}
     return config
+
+
+def _data_of(run: Run) -> Mapping[str, Any]:
+    """The digests of what a run was trained on, as far as its configuration holds them."""
+    return run.config.get(DATA) or {}
+
+
+def _key(value: Any) -> str:
+    return repr(in_order(value))
 
 
 def _titles(configs: Sequence[Mapping[str, Any]]) -> list[str]:

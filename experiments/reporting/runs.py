@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.runtime import files
-from experiments.training.folder import CONFIG, RESULT
+from experiments.training.folder import CONFIG, DATA, RESULT
 
 # Written by a job of a sweep when it ends.
 OUTCOME = "outcome.json"
@@ -143,7 +143,7 @@ def _is_curve(value: Any) -> bool:
 
 
 _is_mapping = (lambda value: isinstance(value, dict), "an object")
-_CONFIG_FIELDS = {"settings": _is_mapping, "options": _is_mapping}
+_CONFIG_FIELDS = {"settings": _is_mapping, "options": _is_mapping, DATA: _is_mapping}
 _FIELDS = {
     "group_accuracy": (_holds(dict, _is_number), "an object of numbers"),
     "selections": _is_mapping,

@@ -15,6 +15,7 @@ from lpa_jax.files import hold
 RESULT = "result.json"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+DATA = "data"  # in a configuration: digests of what the run is trained and evaluated on
 MEASURED = "measured"  # a folder with what `landscape` and `layer_sweep` measured
 
 
@@ -48,19 +49,46 @@ def finished_result(
     earlier = files.read_or_say(folder / names.config, say)
     if earlier is None:
         return None
-    check_same_run(folder, earlier, config)
+    check_same_run(folder, earlier, as_recorded(folder, config, names))
     result = files.read_or_say(folder / names.result, say)
     return result if isinstance(result, dict) and result.get("complete") else None
 
 
-def check_same_run(folder: pathlib.Path, earlier: Any, config: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming what differs, unless both configurations are the same."""
-    if earlier != config:
-        differing = ", ".join(differences(earlier, config))
-        raise ValueError(
-            f"--workdir: {folder} holds a run with other settings ({differing}); "
-            "choose another --workdir"
-        )
+def as_recorded(
+    folder: pathlib.Path, config: Mapping[str, Any], names: Names = USUAL
+) -> dict[str, Any]:
+    """The configuration of a run as its folder would hold it.
+
+    The folders of the first release say nothing of the data that a run was trained on: there,
+    nothing of it can be compared.
+    """
+    earlier = files.read_json(folder / names.config)
+    is_old = isinstance(earlier, dict) and DATA not in earlier
+    return {name: value for name, value in config.items() if not (is_old and name == DATA)}
+
+
+def check_same_run(
+    folder: pathlib.Path, earlier: Any, config: Mapping[str, Any], what: str = "a run"
+) -> None:
+    """Refuses a folder that holds something else.
+
+    Args:
+      folder: of the run.
+      earlier: the configuration in it.
+      config: of the run.
+      what: what the folder holds.
+
+    Raises:
+      ValueError: the configurations differ; the message names in what.
+    """
+    if earlier == config:
+        return
+    differing = ", ".join(differences(earlier, config))
+    others = {**earlier, DATA: None} if isinstance(earlier, dict) else None
+    kind = "on other data" if others == {**config, DATA: None} else "with other settings"
+    raise ValueError(
+        f"--workdir: {folder} holds {what} {kind} ({differing}); choose another --workdir"
+    )
 
 
 def check_inside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
@@ -98,6 +126,7 @@ class RunFolder:
         self._path, self._config, self._saving, self._names = path, config, saving, names
         self._checkpoints = None
         if path is not None:
+            self._config = config = as_recorded(path, config, names)
             self._checkpoints = Checkpoints(
                 path / CHECKPOINTS,
                 config=config,

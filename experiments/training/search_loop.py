@@ -81,15 +81,17 @@ def check_flags() -> None:
         files.check_writable("output", FLAGS.output)
 
 
-def check_setting(workdir: pathlib.Path, setting: Mapping[str, Any]) -> None:
-    """Refuses a workdir whose trials were made with other settings.
+def check_setting(workdir: pathlib.Path, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting as the workdir holds it, see `folder.as_recorded`.
 
     Raises:
-      ValueError: naming the flag.
+      ValueError: the trials of the workdir were made with other settings, or on other data.
     """
+    setting = run_folder.as_recorded(workdir, setting, run_folder.Names(config=SETTING))
     earlier = files.read_or_say(workdir / SETTING, run_flags.say)
-    if earlier not in (None, setting):
-        raise ValueError(f"--workdir: {workdir} holds trials with other settings; choose another")
+    if earlier is not None:
+        run_folder.check_same_run(workdir, earlier, setting, "trials")
+    return setting
 
 
 def missing(trials: Sequence[Trial]) -> list[Trial]:

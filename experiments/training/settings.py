@@ -21,6 +21,16 @@ from lpa_jax.models.pretrained import Weights, convert, read
 # The augmentation that is not done on the device: a random crop of a file before it is resized.
 FILE_CROP = "file_crop"
 
+# Settings of JAX that change numbers, with their defaults.
+_OF_JAX = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_default_matmul_precision": None,
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_high_dynamic_range_gumbel": False,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -226,13 +236,16 @@ class RunSettings:
         return transform
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values by name, pretrained weights by the SHA-256 of their file."""
+        """Plain values by name, pretrained weights by the SHA-256 of their file.
+
+        Settings of JAX that change numbers are among them where they are not the defaults.
+        """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.pretrained is not None:
             values["pretrained"] = self.pretrained.sha256
         for name in fields.left_out(self):
             values.pop(name)
-        return values
+        return values | _jax_settings()
 
     @property
     def file_crop(self) -> data.FileCrop | None:
@@ -255,6 +268,12 @@ class RunSettings:
             jitter=self.jitter,
             grayscale_probability=self.grayscale_probability,
         )
+
+
+def _jax_settings() -> dict[str, Any]:
+    """Those of `_OF_JAX` that are not at their defaults."""
+    values = {name: getattr(jax.config, name, _OF_JAX[name]) for name in _OF_JAX}
+    return {name: value for name, value in values.items() if value != _OF_JAX[name]}
 
 
 # Programs of several methods share one copy.

@@ -1,10 +1,14 @@
 """What one network is trained and evaluated on: the data of a run, for any protocol."""
 
 import abc
+import concurrent.futures
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lpa_jax import data, multihost
 from lpa_jax.training.loop import TrainBatches
@@ -12,6 +16,8 @@ from lpa_jax.training.loop import TrainBatches
 Images = data.Dataset | data.ImageFiles
 # Activations of larger batches do not fit into the cache of a CPU.
 LARGEST_EVALUATION_BATCH = 500
+# Threads that ask for the sizes of files, which takes long on a network disk.
+_THREADS = 32
 
 
 class Length(NamedTuple):
@@ -72,6 +78,43 @@ def evaluation_batches(dataset: Images, batch_size: int) -> Any:
     """This host's batches of an evaluation set by number, read ahead if the images are files."""
     batches = data.evaluation_batches(dataset, batch_size, host_slice=multihost.host_slice())
     return read_ahead(batches, files=isinstance(dataset, data.ImageFiles))
+
+
+def digests(part: str, dataset: Images) -> dict[str, str]:
+    """What tells a data set from a changed one: digests of its images and of its labels.
+
+    Of image files that are not in memory, paths and sizes stand for the images: no file is read.
+
+    Args:
+      part: what the names of the digests begin with.
+      dataset: the data set.
+
+    >>> two = data.Dataset("two", np.zeros((2, 1, 1, 1), np.uint8), np.array([0, 1]), 2)
+    >>> digests("train", two)
+    {'train images': '2 of f53990fd6c17a504', 'train labels': '2 of 01acecb507abfe1a'}
+    """
+    images = hashlib.sha256()
+    if isinstance(dataset, data.ImageFiles):
+        for path, size in zip(dataset.paths, _sizes(dataset), strict=True):
+            images.update(f"{path}\0{size}\n".encode())
+    else:
+        images.update(f"{dataset.images.dtype} {dataset.images.shape}".encode())
+        images.update(np.ascontiguousarray(dataset.images))
+    labels = hashlib.sha256(dataset.labels.astype("<i4").tobytes())
+    return {
+        f"{part} {name}": f"{len(dataset)} of {digest.hexdigest()[:16]}"
+        for name, digest in (("images", images), ("labels", labels))
+    }
+
+
+def _sizes(files: data.ImageFiles) -> list[int]:
+    def of(paths):
+        return [os.stat(os.path.join(files.root, path)).st_size for path in paths]
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        parts = [files.paths[start::_THREADS] for start in range(_THREADS)]
+        found = list(pool.map(of, parts))
+    return [found[index % _THREADS][index // _THREADS] for index in range(len(files.paths))]
 
 
 def rounded_up(size: int, devices: int | None = None) -> int:

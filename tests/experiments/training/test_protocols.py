@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ import pytest
 from absl import flags
 
 from experiments import balanced, domain_generalization, domain_tune, long_tail, tune
+from experiments.domains import data as domain_data
 from experiments.domains import flags as domain_flags
 from experiments.domains.settings import DomainSettings
 from experiments.images import compare
+from experiments.images import data as image_data
 from experiments.images import flags as image_flags
 from experiments.images.settings import Settings
 from experiments.methods import flags as method_flags
@@ -23,7 +27,8 @@ from experiments.training import search_loop
 from experiments.training.log import Logging
 from experiments.training.saving import Saving
 from experiments.training.settings import RunSettings
-from lpa_jax import parallel
+from experiments.training.task import digests
+from lpa_jax import data, parallel
 from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.training import loop
 from tests.helpers.module_call import call_by_name, forget_flags, own_flags
@@ -94,6 +99,62 @@ def test_other_settings_in_the_same_workdir_are_refused_by_name(run, job):
     (experiment, *arguments), workdir = job
     message, *_ = run(experiment, *arguments, f"--workdir={workdir}", "--crop_padding=3")
     assert "crop_padding: 2 there, 3 here" in message and "choose another --workdir" in message
+
+
+def test_a_changed_data_set_is_refused_and_runs_of_the_first_release_are_read(
+    run, job, tmp_path, monkeypatch
+):
+    arguments, finished = job
+    workdir = shutil.copytree(finished, tmp_path / "job")
+    command = (*arguments, f"--workdir={workdir}")
+    module = domain_data if arguments[0].startswith("domain") else image_data
+    digests = module.digests
+    monkeypatch.setattr(
+        module, "digests", lambda part, of: digests(part, of) | {f"{part} labels": "corrected"}
+    )
+    message, *_ = run(*command)
+    assert re.search(r"holds a run on other data \(.* labels: .* there, corrected here", message)
+    for path in (*workdir.rglob("config.json"), *workdir.rglob("training_config.json")):
+        content = json.loads(path.read_text())
+        del content["data"]
+        path.write_text(json.dumps(content))
+    results = {path: path.read_text() for path in workdir.rglob("result.json")}
+    assert run(*command)[0] is None
+    assert results == {path: path.read_text() for path in workdir.rglob("result.json")}
+
+
+def test_a_digest_notices_labels_contents_in_memory_and_sizes_of_files(tmp_path):
+    pixels, labels = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1), np.array([0, 1])
+    (tmp_path / "a.png").write_bytes(b"12")
+    (tmp_path / "b.png").write_bytes(b"123")
+
+    def of_memory(pixels, labels):
+        return digests("train", data.Dataset("toy", pixels, labels, 2))
+
+    def of_files(names, labels):
+        return digests("train", data.open_image_files("toy", tmp_path, names, labels, 2))
+
+    def differing(one, other):
+        return {name for name in one if one[name] != other[name]}
+
+    assert differing(of_memory(pixels, labels), of_memory(pixels + 1, labels)) == {"train images"}
+    assert differing(of_memory(pixels, labels), of_memory(pixels, 1 - labels)) == {"train labels"}
+    before = of_files(["a.png", "b.png"], labels)
+    assert differing(before, of_files(["a.png", "b.png"], 1 - labels)) == {"train labels"}
+    assert differing(before, of_files(["b.png", "a.png"], labels)) == {"train images"}
+    (tmp_path / "b.png").write_bytes(b"1234")
+    assert differing(before, of_files(["a.png", "b.png"], labels)) == {"train images"}
+
+
+@pytest.mark.parametrize("settings", [Settings, DomainSettings])
+def test_settings_of_jax_that_change_numbers_belong_to_a_run(settings):
+    plain = settings().as_dict()
+    with jax.enable_x64(True), jax.default_prng_impl("rbg"):
+        changed = settings().as_dict()
+    with jax.default_matmul_precision("float32"):
+        precise = settings().as_dict()
+    assert changed == plain | {"jax_enable_x64": True, "jax_default_prng_impl": "rbg"}
+    assert precise == plain | {"jax_default_matmul_precision": "float32"}
 
 
 @BOTH
