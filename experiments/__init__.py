@@ -1,6 +1,16 @@
 """Experiment modules: each answers one question and runs as `python -m experiments.NAME`."""
 
 import importlib.util
+import os
+
+# A standard stream that the caller closed would lend its number to a file that is opened next.
+for _descriptor in range(3):
+    try:
+        os.fstat(_descriptor)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+# Figures are files, whatever a notebook or a desktop has set; matplotlib checks it when imported.
+os.environ["MPLBACKEND"] = "agg"
 
 # What the extra `experiments` installs, as it is imported.
 _PACKAGES = (

@@ -22,11 +22,12 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from experiments.methods.names import ERM
 from experiments.reporting import frame, html, paired, runs, sections, tables
 from experiments.runtime import files
+from experiments.runtime import main as entry_point
 
 FLAGS = flags.FLAGS
 
@@ -103,7 +104,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
     # Folders and flags may come in any order.
     FLAGS.set_gnu_getopt(True)
-    app.run(main)
+    entry_point.start(define_flags, main)

@@ -26,17 +26,14 @@ from absl import flags
 
 from experiments import report
 from experiments.jobs import jobs, run_job, slurm
-from experiments.runtime import files
+from experiments.runtime import console, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
+from lpa_jax import interrupts
 
 FLAGS = flags.FLAGS
 HINT = "; flags of the jobs go after --, as in: sweep --seeds=8 -- --dataset=cifar10"
 CLUSTERS = ("none", "slurm", "local", "debug")
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which ends a sweep as cleanly as Ctrl-C."""
 
 
 class Sweep(NamedTuple):
@@ -185,13 +182,16 @@ def summarize(outcomes: Sequence[jobs.Outcome]) -> str:
     return "\n".join([*lines, f"{len(outcomes)} jobs: {', '.join(texts)}"])
 
 
-def _terminate(number, frame):
-    raise _TerminatedError
+def _end(number, frame):
+    console.stop_waiting()
+    raise KeyboardInterrupt(number)
 
 
 def main(argv: list[str]) -> None:
-    """Entry point; exits with 1 if a job failed or was interrupted, with 130 or 143 if this was."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Entry point; exits with 1 if a job failed or was interrupted, as `Interrupts` if this was."""
+    for number in interrupts.SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
     workdir = pathlib.Path(FLAGS.workdir)
     try:
         sweep = described(argv[1:])
@@ -212,8 +212,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
         print("interrupted: finished jobs are kept, the same command resumes it", file=sys.stderr)
-        number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
-        sys.exit(128 + number)
+        sys.exit(128 + (stop.args or (signal.SIGINT,))[0])
     print(summarize(outcomes))
     if any(outcome.status in (jobs.FAILED, jobs.STOPPED) for outcome in outcomes):
         sys.exit(1)

@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT as a question that a loop asks where it can stop without loss."""
+"""Signals that ask a run to stop, as a question that a loop asks where it can stop without loss."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -7,7 +8,8 @@ from collections.abc import Callable
 import jax
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# From people, terminals that close, and queues.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class InterruptedRunError(Exception):
@@ -15,7 +17,9 @@ class InterruptedRunError(Exception):
 
 
 class Interrupts:
-    """Within its block, notes SIGTERM and SIGINT; calling it says whether one came.
+    """Within its block, notes SIGTERM, SIGINT, SIGHUP and SIGUSR1; calling it says if one came.
+
+    SIGHUP stays ignored where it is, as under nohup.
 
     A signal never cuts off what is running, a save least of all: the loop asks after every step
     and stops at a place of its choice. Only the third SIGINT ends the process at once, without
@@ -37,7 +41,8 @@ class Interrupts:
         """Nothing is handled before the block.
 
         Args:
-          notify: Called with the name of the first signal, within its handler.
+          notify: Called with the name of the first signal, within its handler; an OSError of it, as
+            from a terminal that is gone, is ignored.
         """
         self._notify = notify
         self._first: signal.Signals | None = None
@@ -48,8 +53,14 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         self._several = jax.process_count() > 1
-        numbers = (signal.SIGINT,) if self._several else SIGNALS
-        self._earlier = {number: signal.signal(number, self._handle) for number in numbers}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        if self._several:
+            ignored.add(signal.SIGTERM)
+        self._earlier = {
+            number: signal.signal(number, self._handle)
+            for number in SIGNALS
+            if number not in ignored
+        }
         return self
 
     def __exit__(self, *exception) -> None:
@@ -81,4 +92,5 @@ class Interrupts:
             self._first = signal.Signals(number)
             if self._several:
                 os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the other processes
-            self._notify(self._first.name)
+            with contextlib.suppress(OSError):
+                self._notify(self._first.name)

@@ -23,9 +23,10 @@ from absl import flags
 from experiments.jobs import jobs
 from experiments.methods import names
 from experiments.reporting.runs import OUTCOME, collect
-from experiments.runtime import files
+from experiments.runtime import console, files
 from experiments.training import flags as run_flags
 from lpa_jax.files import LockedError, hold
+from lpa_jax.interrupts import SIGNALS
 
 FLAGS = flags.FLAGS
 
@@ -90,8 +91,8 @@ def _run_locked(folder: pathlib.Path) -> int:
     except KeyboardInterrupt:
         return jobs.INTERRUPTED
     except SystemExit as end:
-        # 128 + SIGINT or SIGTERM: an experiment that was asked to stop.
-        if end.code in (130, 143):
+        # An experiment that was asked to stop.
+        if end.code in {128 + number for number in SIGNALS}:
             return jobs.INTERRUPTED
         error = str(end.code) if end.code else None
     except ValueError as refused:
@@ -114,12 +115,12 @@ def _run_locked(folder: pathlib.Path) -> int:
 
 
 def _leave(number, frame) -> None:
-    """Ends the process at once: training handles SIGTERM itself, elsewhere nothing is to be saved.
+    """Ends the process at once: training handles signals itself, elsewhere nothing is to be saved.
 
     An exception would be lost if the signal came within a callback of the garbage collector (JAX
     has one), and the job would run until it is killed.
     """
-    os.write(2, b"SIGTERM: stopped outside the training\n")
+    console.announce(f"{signal.Signals(number).name}: stopped outside the training")
     os._exit(jobs.INTERRUPTED)
 
 
@@ -164,7 +165,9 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2 or not pathlib.Path(argv[1], jobs.JOB).is_file():
         print(f"error: the argument must be one folder with a {jobs.JOB}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, _leave)
+    console.install()
+    for number in {*SIGNALS} - {signal.SIGINT}:
+        signal.signal(number, _leave)
     return run(pathlib.Path(argv[1]))
 
 

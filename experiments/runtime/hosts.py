@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import signal
@@ -31,7 +30,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from experiments.runtime import fields, runtime_log
+from experiments.runtime import console, fields, runtime_log
 from experiments.runtime.fields import setting
 from lpa_jax import multihost
 
@@ -139,7 +138,6 @@ def session(hosts: Hosts | None) -> Iterator[None]:
         yield
         return
     with _plain_runtime_log():
-        logging.getLogger("jax").setLevel(logging.WARNING)
         try:
             with _ended_by_sigint(), _ended_after(hosts.initialization_timeout):
                 patient = hosts.initialization_timeout + RUNTIME_PATIENCE
@@ -256,7 +254,8 @@ def _leave(error: BaseException) -> None:
         traceback.print_exception(error)
         message = f"error: {type(error).__name__}: {error}"
     line = runtime_log.LAST_LINE + " ".join(message.split()) + "\n"
-    os.write(2, line.encode(errors="replace"))
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode(errors="replace"))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -274,7 +273,7 @@ def _plain_runtime_log() -> Iterator[None]:
         # Ctrl-C is for this process; the reader ends when its input does.
         start_new_session=True,
     )
-    sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
+    sys.stderr = console.stream(os.dup(terminal))
     os.dup2(reader.stdin.fileno(), 2)
     reader.stdin.close()
     try:

@@ -1,13 +1,13 @@
 """What every experiment's `main` does around its work: flags, arguments, errors and signals."""
 
-import os
+import logging
 import signal
 import sys
 from collections.abc import Callable
 
 from absl import app, flags
 
-from experiments.runtime import hosts
+from experiments.runtime import console, hosts
 from lpa_jax.checkpoints import checkpoints
 from lpa_jax.files import LockedError
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
@@ -35,6 +35,9 @@ def start(
         except flags.Error as error:
             sys.exit(f"error: {error}")
 
+    console.install()
+    # Its notes are about accelerators that this machine has not.
+    logging.getLogger("jax").setLevel(logging.WARNING)
     define_flags()
     for module, defined in FLAGS.flags_by_module_dict().items():
         if module.startswith("experiments."):
@@ -73,7 +76,9 @@ def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
 
 
 def _work(work: Callable[[Interrupts], None]) -> None:
-    interrupts = Interrupts(_announce)
+    interrupts = Interrupts(
+        lambda signal_name: console.announce(f"{signal_name}: saving at the next safe point")
+    )
     try:
         work(interrupts)
     except (
@@ -91,8 +96,3 @@ def _work(work: Callable[[Interrupts], None]) -> None:
     except InterruptedRunError as stop:
         print(f"{stop}; the same command resumes it", file=sys.stderr)
         sys.exit(interrupts.exit_status)
-
-
-def _announce(signal_name: str) -> None:
-    # Straight to the descriptor: a signal may come in the middle of a print.
-    os.write(2, f"{signal_name}: saving at the next safe point\n".encode())

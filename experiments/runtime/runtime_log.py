@@ -5,6 +5,7 @@ standard error. Its argument is the message for a lost process. It imports only 
 library, so that it starts in milliseconds.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,8 @@ def main() -> None:
     """Filters standard input."""
     lines = (line.rstrip("\n") for line in open(0, errors="replace"))  # noqa: SIM115
     for line in plain_lines(lines, *sys.argv[1:]):
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the reader may be gone, and the input must be read on
+            print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

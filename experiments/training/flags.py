@@ -1,6 +1,5 @@
 """Flags of every training experiment that change no number of a run: seeds, output, checkpoints."""
 
-import logging
 import os
 import pathlib
 import sys
@@ -45,8 +44,7 @@ def say(line: str) -> None:
 
 
 def apply_runtime_flags() -> None:
-    """Turns on the compilation cache, and turns off JAX's notes about missing backends."""
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    """Turns on the compilation cache."""
     if FLAGS.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(FLAGS.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -8,7 +8,7 @@ from experiments.runtime import hosts
 from experiments.runtime import main as entry_point
 from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.files import LockedError
-from lpa_jax.interrupts import InterruptedRunError
+from lpa_jax.interrupts import SIGNALS, InterruptedRunError, Interrupts
 from lpa_jax.training import loop as trainer
 
 
@@ -35,7 +35,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_status_1(error):
     assert end_of(work) == f"error: {error}"  # Python prints it and exits with 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_that_was_asked_to_stop_exits_with_128_and_the_signal(number, capfd):
     def work(interrupts):
         with interrupts:
@@ -46,6 +46,25 @@ def test_a_run_that_was_asked_to_stop_exits_with_128_and_the_signal(number, capf
     assert end_of(work) == 128 + number
     errors = capfd.readouterr().err
     assert f"{number.name}: saving at the next safe point" in errors
+
+
+def test_a_terminal_that_closes_does_not_stop_what_ignores_it_as_under_nohup():
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+def test_a_signal_counts_although_its_message_cannot_be_written():
+    def notify(signal_name):
+        raise BrokenPipeError
+
+    with Interrupts(notify) as interrupted:
+        signal.raise_signal(signal.SIGUSR1)
+        assert interrupted()
 
 
 def test_what_all_processes_raise_ends_them_together_each_with_its_line(capsys):
