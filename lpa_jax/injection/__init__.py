@@ -1,7 +1,14 @@
 """Where a perturbation is injected: cutting a network at any of its layers."""
 
 from lpa_jax.injection.accumulation import accumulate
-from lpa_jax.injection.api import as_network, decode, encode, inject, nnx_submodule_paths
+from lpa_jax.injection.api import (
+    as_network,
+    decode,
+    encode,
+    inject,
+    nnx_submodule_paths,
+    submodule_paths,
+)
 from lpa_jax.injection.base import (
     INPUT,
     LOGITS,
@@ -15,7 +22,6 @@ from lpa_jax.injection.base import (
     run_perturbed,
 )
 from lpa_jax.injection.functions import CutFunctions
-from lpa_jax.injection.linen_module import submodule_paths
 from lpa_jax.injection.staged import StagedNetwork
 
 __all__ = [
