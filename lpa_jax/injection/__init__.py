@@ -21,6 +21,7 @@ from lpa_jax.injection.base import (
     model_state,
     run_perturbed,
 )
+from lpa_jax.injection.batches import check_examples, names_of, read_batch, with_batch_names
 from lpa_jax.injection.functions import CutFunctions
 from lpa_jax.injection.staged import StagedNetwork
 
@@ -36,12 +37,16 @@ __all__ = [
     "accumulate",
     "activation_shapes",
     "as_network",
+    "check_examples",
     "check_layer",
     "decode",
     "encode",
     "inject",
     "model_state",
+    "names_of",
     "nnx_submodule_paths",
+    "read_batch",
     "run_perturbed",
     "submodule_paths",
+    "with_batch_names",
 ]

@@ -218,7 +218,10 @@ def decode(
     """
     network = as_network(model)
     check_layer(network.layers, layer)
-    if inputs is None and not isinstance(network, StagedNetwork | CutFunctions):
+    innermost = network
+    while hasattr(innermost, "network"):
+        innermost = innermost.network
+    if inputs is None and not isinstance(innermost, StagedNetwork | CutFunctions):
         raise ValueError("inputs are needed to decode a network that was cut by inject")
     given = Pass(variables, inputs, train, rng)
     return network.run(given, {layer: activation}, LOGITS)[0]

@@ -168,14 +168,26 @@ def untapped(activation: Array) -> Array:
 def activation_shapes(
     network: Network, variables: Variables, inputs: Any, layers: Sequence[str]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Layer -> shape of its activation for a batch like `inputs`, without computing it."""
+    """Layer -> shape of its activation for a batch like `inputs`, without computing it.
+
+    Raises:
+      ValueError: An unknown layer, or inputs of several arrays where one is asked for.
+    """
     for layer in layers:
         check_layer(network.layers, layer)
-    return {
-        layer: jax.eval_shape(
-            lambda v, x, stop=layer: network.run(Pass(v, x), {}, stop)[0],
-            variables,
-            inputs,
+    if INPUT in layers and not hasattr(inputs, "shape"):
+        raise ValueError(
+            "layer 'input' must be one array to be perturbed, got inputs of type "
+            f"{type(inputs).__name__}: perturb a later layer"
         )
-        for layer in layers
-    }
+
+    def activations(variables, inputs):
+        seen = {}
+
+        def tap_at(layer):
+            return lambda activation: seen.setdefault(layer, activation)
+
+        network.run_with_taps(Pass(variables, inputs), {layer: tap_at(layer) for layer in layers})
+        return seen
+
+    return jax.eval_shape(activations, variables, inputs) if layers else {}

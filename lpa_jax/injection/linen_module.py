@@ -16,7 +16,7 @@ from lpa_jax.injection.submodules import InjectedModule, record_output
 from lpa_jax.injection.train_switch import unknown_switch
 
 # What a module records of one batch (`Module.sow`, `Module.perturb`) is no state of the model.
-_RECORDS = DenyList(("intermediates", "perturbations"))
+RECORDS = DenyList(("intermediates", "perturbations"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class InjectedLinen(InjectedModule):
                 return self.call(module, given._replace(inputs=inputs))
 
             with nn.intercept_methods(without_sow):
-                return self._in_mode(False).init(rngs, method=run, mutable=_RECORDS)
+                return self._in_mode(False).init(rngs, method=run, mutable=RECORDS)
 
         return init(rngs, inputs)
 
