@@ -53,7 +53,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Flags of this module."""
     domain_flags.define_flags("runs/domain_generalization")
-    flags.DEFINE_list("seeds", ["3"], f"{run_flags.SEEDS}; paired over methods.")
+    run_flags.define_seeds(about="; paired over methods")
     flags.DEFINE_integer("draws", 1, "Sets of hyperparameters of each method; 1: fixed ones.")
     flags.DEFINE_bool(
         "leave_two_out", False, "Also train without each pair of domains, for cross-validation."
@@ -90,6 +90,7 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: tuned_file.Tuned
     if FLAGS.draws > 1 and FLAGS.hparams not in ("auto", "none"):
         raise ValueError(f"--draws={FLAGS.draws} draws hyperparameters: --hparams must be none")
     methods.check_different(FLAGS.methods)
+    method_flags.check_reach(FLAGS.methods)
     hidden = method_flags.searched_layers(settings.model)
     ranges = domain_flags.search_ranges()
 
@@ -101,7 +102,7 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: tuned_file.Tuned
 
     return [
         Run(method, seed, test, tuple(options(method, seed, test, d) for d in range(FLAGS.draws)))
-        for seed in run_flags.seeds(FLAGS.seeds)
+        for seed in run_flags.seeds()
         for method in FLAGS.methods
         for test in tests
     ]
@@ -161,7 +162,7 @@ def compare(interrupts: Interrupts) -> None:
         by_method: dict[str, list[Mapping[str, Any]]] = {}
         for result in results:
             by_method.setdefault(result["method"], []).append(result)
-        tables.write_comparison(title, by_method, workdir, limits, quiet=FLAGS.quiet)
+        tables.write_comparison(title, by_method, workdir, limits)
 
 
 def main(argv: list[str]) -> None:

@@ -24,7 +24,7 @@ from experiments.domains.networks import Training, Trainings
 from experiments.domains.selection import best_validation
 from experiments.domains.settings import DomainSettings
 from experiments.methods import flags as method_flags
-from experiments.methods import search
+from experiments.methods import names, search
 from experiments.runtime import hosts
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
@@ -49,9 +49,11 @@ def plan(trainings: Trainings, settings: DomainSettings, domains: tuple[str, ...
     Raises:
       ValueError: a flag or option that does not fit.
     """
+    names.check_different(FLAGS.methods)
+    method_flags.check_reach(FLAGS.methods)
     hidden, ranges = method_flags.searched_layers(settings.model), domain_flags.search_ranges()
     trials = []
-    for seed in run_flags.seeds(FLAGS.seeds):
+    for seed in run_flags.seeds():
         for method in FLAGS.methods:
             for number in range(FLAGS.trials):
                 drawn = search.draw(method, number, hidden, FLAGS.search_seed, ranges)
@@ -95,10 +97,10 @@ def tune(interrupts: Interrupts) -> None:
     todo = search_loop.missing(trials)
     places = [trial.lock.relative_to(workdir).as_posix() for trial in todo]
     hosts.check(workdir, places, hosts.UNFINISHED)
-    progress = RunProgress(len(todo), settings.intervals, FLAGS.quiet or not first, unit="interval")
+    progress = RunProgress(len(todo), settings.intervals, FLAGS.quiet or not first)
     search_loop.run(workdir, todo, progress, interrupts)
     if first:
-        seeds = run_flags.seeds(FLAGS.seeds)
+        seeds = run_flags.seeds()
         searched = {"settings": settings.as_dict(), "seeds": seeds}
         search_loop.finish(trials, searched | {"search_seed": FLAGS.search_seed})
 

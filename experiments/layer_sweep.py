@@ -1,6 +1,6 @@
 r"""Layer sweep: at which layer does a perturbation help, and what does it resemble there?
 
-    python -m experiments.layer_sweep --methods=lpa --seeds=5
+    python -m experiments.layer_sweep --methods=lpa --num_seeds=5
 
 trains every method at every injection point from `input` to `logits`, and ERM. Each model is
 compared with ERM, with the model perturbed at the input and with the one perturbed at the logits,
@@ -22,6 +22,7 @@ compiles six programs.
 
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -38,7 +39,6 @@ from experiments.reporting import class_figures, frame, measured_figures, measur
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.runtime.fields import named
-from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from lpa_jax import models, perturbations
 from lpa_jax.files import hold
@@ -53,7 +53,7 @@ def define_flags() -> None:
     """Defines the flags of this module."""
     trained.define_flags("layer_sweep")
     FLAGS.set_default("methods", ["lpa"])
-    FLAGS.set_default("seeds", ["5"])
+    FLAGS.set_default("num_seeds", 5)
     flags.DEFINE_list(
         "hidden_layers", [], "Hidden layers to sweep between input and logits; unset: all."
     )
@@ -137,18 +137,18 @@ def resolve_options(
     methods.check_different(FLAGS.methods)
     if FLAGS.cka_images < 4:
         raise ValueError(f"--cka_images must be >= 4, got {FLAGS.cka_images}")
-    explicit, radii = method_flags.explicit_options(), layer_radii(layers)
-    run_options = method_flags.explicit_run_options()
-    options = {ERM: methods.options_for(ERM, tuned.get(ERM, {}), explicit) | run_options}
+    method_flags.check_reach(FLAGS.methods)
+    radii = layer_radii(layers)
+    options = {ERM: method_flags.options_for(ERM, tuned.get(ERM, {}))}
     for method in FLAGS.methods:
         for layer in layers:
             placed = place(method, layer)
-            given = explicit | ({"radius": radii[layer]} if layer in radii else {})
+            given = {"radius": radii[layer]} if layer in radii else {}
             chosen = tuned.get(placed) or tuned.get(method) or image_flags.recipe_options(method)
             found = dict(chosen)
             for name in _movable():
                 found.pop(f"{name}.layer", None)  # the layer at which it was tuned
-            options[placed] = methods.options_for(placed, found, given) | run_options
+            options[placed] = method_flags.options_for(placed, found, **given)
     return options
 
 
@@ -169,22 +169,17 @@ def measure(
 ) -> dict[str, dict[int, dict[str, float | None]]]:
     """Accuracy of every model and its similarity to the references of the same seed."""
     values: dict[str, dict[int, dict[str, float | None]]] = {name: {} for name in found.options}
-    places = [(seed, method) for seed in found.tasks for method in FLAGS.methods]
-    with RunProgress(len(places), len(layers), FLAGS.quiet, unit="layer") as progress:
-        for seed, method in places:
-            progress.start(f"{method} seed {seed}")
-            outputs = cache(partial(_outputs, found, seed))  # each model is loaded at most once
+    for seed in found.tasks:
+        outputs = cache(partial(_outputs, found, seed))  # each model is loaded at most once
+        for method in FLAGS.methods:
             references = {INPUT: place(method, INPUT), LOGITS: place(method, LOGITS), ERM: ERM}
             settings = {"cka_images": FLAGS.cka_images, "references": references}
-            for number, layer in enumerate(layers):
-                progress.part(number, f"similarity at {layer}")
+            for placed in (place(method, layer) for layer in layers):
                 trained.go_on(interrupts)
-                placed = place(method, layer)
                 values[placed][seed] = found.measured(
                     placed, seed, "layer_sweep", settings,
                     partial(compared, placed, references, outputs),
                 )  # fmt: skip
-            progress.finish(f"compared at {', '.join(layers)}")
     at = {place(method, layer): layer for method in FLAGS.methods for layer in layers}
     for method, results in found.results.items():
         for result in results:
@@ -227,8 +222,9 @@ def sweep(interrupts: Interrupts) -> None:
     placed = {method: {layer: place(method, layer) for layer in layers} for method in FLAGS.methods}
     measured_figures.layer_sweep(table, placed, workdir / "layer_sweep.png")
     class_figures.swept(table, placed, workdir / "layer_sweep_geometry.png")
-    measured_tables.show(table, title, _in_order(table))
-    run_flags.say(f"Written to {workdir}/layer_sweep.{{csv,md,png}}")
+    print(text)
+    if not FLAGS.quiet:
+        print(f"Written to {workdir}/layer_sweep.{{csv,md,png}}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:

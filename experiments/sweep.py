@@ -1,6 +1,6 @@
 r"""Methods x seeds x settings as jobs, on this machine or on a Slurm cluster.
 
-    python -m experiments.sweep --experiment=long_tail --methods=erm,lpl,lpa --seeds=8 \
+    python -m experiments.sweep --experiment=long_tail --methods=erm,lpl,lpa --num_seeds=8 \
         --set imbalance=10,100 --set model=mlp,small_cnn --num_workers=2 -- --epochs=60
 
 Each job is one run of the experiment and has its own log. Flags after `--` go to every job; `--set
@@ -26,13 +26,13 @@ from absl import flags
 
 from experiments import report
 from experiments.jobs import jobs, run_job, slurm
-from experiments.runtime import console, files
+from experiments.runtime import console, fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
 from lpa_jax import interrupts
 
 FLAGS = flags.FLAGS
-HINT = "; flags of the jobs go after --, as in: sweep --seeds=8 -- --dataset=cifar10"
+HINT = "; flags of the jobs go after --, as in: sweep --num_seeds=8 -- --dataset=cifar10"
 CLUSTERS = ("none", "slurm", "local", "debug")
 
 
@@ -50,7 +50,7 @@ def define_flags() -> None:
     """Defines the flags of this module."""
     flags.DEFINE_string("experiment", "long_tail", "Experiment that jobs run.")
     flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to run.")
-    flags.DEFINE_list("seeds", ["8"], f"{run_flags.SEEDS}.")
+    run_flags.define_seeds(8)
     flags.DEFINE_multi_string("set", [], "FLAG=VALUE,VALUE: a flag of the jobs and its values.")
     flags.DEFINE_string("description", None, "JSON file in place of the four flags above.")
     flags.DEFINE_string("workdir", "runs/sweep", "Folder of the jobs and their report.")
@@ -79,7 +79,7 @@ def from_flags(common: Sequence[str]) -> Sweep:
         if name in settings:
             raise ValueError(f"--set must name a flag once, got {name!r} twice")
         settings[name] = values.split(",")
-    seeds = tuple(run_flags.seeds(FLAGS.seeds))
+    seeds = tuple(run_flags.seeds())
     return Sweep(FLAGS.experiment, tuple(FLAGS.methods), seeds, settings, tuple(common))
 
 
@@ -108,6 +108,7 @@ def from_file(path: str, common: Sequence[str]) -> Sweep:
     seeds = content["seeds"]
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"--description: 'seeds' must be whole numbers >= 0, got {seeds!r}")
+    fields.named("description", lambda: run_flags.numbers([f"{seed}-{seed}" for seed in seeds]))
     return Sweep(
         content["experiment"],
         tuple(content["methods"]),
@@ -134,7 +135,7 @@ def described(argv: Sequence[str]) -> Sweep:
     if FLAGS.description is None:
         sweep = from_flags(argv)
     else:
-        for name in ("experiment", "methods", "seeds", "set"):
+        for name in ("experiment", "methods", "num_seeds", "seeds", "set"):
             if FLAGS[name].present:
                 raise ValueError(f"--{name} and --description say the same: give one")
         sweep = from_file(FLAGS.description, argv)
@@ -142,7 +143,7 @@ def described(argv: Sequence[str]) -> Sweep:
         values = getattr(sweep, name)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"--{name} must name different {name}, got {list(values)!r}")
-    for name in ("methods", "seeds", "workdir"):
+    for name in ("methods", "num_seeds", "seeds", "workdir"):
         if name in sweep.settings or any(f.startswith(f"--{name}=") for f in sweep.common):
             raise ValueError(f"--set: the sweep itself decides --{name} of its jobs")
     return sweep

@@ -85,8 +85,7 @@ class Search:
         drawn = search.draw(method, number, layers, FLAGS.search_seed, ranges)
         if self.suggestions is not None:
             drawn = self.suggestions.recentred(method, drawn)
-        options = methods.options_for(method, drawn, method_flags.explicit_options())
-        return options | method_flags.explicit_run_options()
+        return method_flags.options_for(method, drawn)
 
     def train(self, method: str, number: int, path: pathlib.Path, progress: RunProgress) -> None:
         """Trains a draw with every seed and writes the outcome; a diverged draw scores null.
@@ -132,6 +131,8 @@ def describe(settings: Settings, seeds: list[int], digests: Mapping[str, str]) -
       ValueError: a layer or a range that this search cannot draw.
     """
     # Refuse bad names and ranges before anything is written.
+    methods.check_different(FLAGS.methods)
+    method_flags.check_reach(FLAGS.methods)
     method_flags.searched_layers(settings.model)
     ranges = method_flags.searched_space()
     for name in {*methods.COMPILED_RUN_OPTIONS} & {*ranges}:
@@ -163,7 +164,7 @@ def tune(interrupts: Interrupts) -> None:
     image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     source = TaskSource(settings)
-    tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
+    tasks = {seed: source.task(seed) for seed in run_flags.seeds()}
     setting = describe(settings, list(tasks), source.digests)
     setting = search_loop.check_setting(workdir, setting)
     suggestions = None

@@ -148,7 +148,12 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 def nearest(value: Any, known: Iterable[Any]) -> str:
     """What an error adds about a misspelt name: ` (did you mean 'NAME'?)`, or nothing."""
-    near = difflib.get_close_matches(value, map(str, known), 1) if isinstance(value, str) else []
+    if not isinstance(value, str):
+        return ""
+    known = [str(name) for name in known]
+    # Letters in another order come first: of 'lap', 'lpl' is as near as 'lpa'.
+    near = [name for name in known if sorted(name) == sorted(value)]
+    near = near or difflib.get_close_matches(value, known, 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -122,11 +122,11 @@ def options_for(method: str, found: Mapping[str, Any], train_steps: int) -> dict
     usual = dict.fromkeys(annealed, int(ANNEALED_SHARE * train_steps))
     if names.MIXUP in parts:
         usual[f"{names.MIXUP}.alpha"] = MIXUP_ALPHA
-    options = names.options_for(method, usual | dict(found), method_flags.explicit_options())
+    options = method_flags.options_for(method, usual | dict(found))
     for key in annealed:
         if isinstance(options[key], int | float) and options[key] >= train_steps:
             raise ValueError(
                 f"--option={key} must be below --train_steps={train_steps}, or the penalty never "
                 f"reaches its weight, got {options[key]}"
             )
-    return options | method_flags.explicit_run_options()
+    return options

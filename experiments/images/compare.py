@@ -40,7 +40,7 @@ def define_flags(experiment: str, profile: str) -> None:
         "Methods to compare: erm, any perturbation, or sums such as lpa+lpl; dropout@hidden2 names "
         "the layer, manifold_mixup@input|hidden1 layers of which each step draws one.",
     )
-    flags.DEFINE_list("seeds", ["3"], f"{run_flags.SEEDS}; paired over methods.")
+    run_flags.define_seeds(about="; paired over methods")
     flags.DEFINE_string("workdir", f"runs/{experiment}", "Folder for everything that is written.")
     flags.DEFINE_string(
         "hparams",
@@ -57,13 +57,11 @@ def define_flags(experiment: str, profile: str) -> None:
 def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Options of every chosen method: defaults, then tuned or else the recipe's, then flags."""
     methods.check_different(FLAGS.methods)
-    explicit = method_flags.explicit_options()
-    run_options = method_flags.explicit_run_options()
+    method_flags.check_reach(FLAGS.methods)
     return {
-        method: methods.options_for(
-            method, pooled.get(method) or image_flags.recipe_options(method), explicit
+        method: method_flags.options_for(
+            method, pooled.get(method) or image_flags.recipe_options(method)
         )
-        | run_options
         for method in FLAGS.methods
     }
 
@@ -77,7 +75,7 @@ def jobs(
       ValueError: a flag or option that does not fit.
     """
     programs = Programs(settings, FLAGS.layer)
-    tasks = {seed: source.task(seed) for seed in run_flags.seeds(FLAGS.seeds)}
+    tasks = {seed: source.task(seed) for seed in run_flags.seeds()}
     return [
         ImageJob(
             programs.program(method, options[method], task),
@@ -160,7 +158,7 @@ def report(
     figures.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
     class_figures.over_epochs(results, workdir / "class_geometry.png")
     title = frame.title_of(settings.as_dict())
-    tables.write_comparison(title, results, workdir, notes, ("lpa", "lpl"), FLAGS.quiet)
+    tables.write_comparison(title, results, workdir, notes, pair=("lpa", "lpl"))
 
 
 def main(experiment: str, argv: list[str]) -> None:

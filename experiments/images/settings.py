@@ -1,12 +1,14 @@
 """What defines a classification run, apart from its method and seed: data, training, loss."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import optax
 
+from experiments.methods.build import option_named
+from experiments.methods.names import own_options
 from experiments.runtime.fields import setting
 from experiments.training.settings import RunSettings
 from experiments.training.task import Length
@@ -129,9 +131,10 @@ class Settings(RunSettings):
             factor=self.decay_factor,
         )
 
-    def default_loss(self, counts: Sequence[int]) -> losses.Loss:
-        """The loss of methods without one of their own."""
-        return losses.create(self.loss, counts)
+    def default_loss(self, counts: Sequence[int], options: Mapping[str, Any]) -> losses.Loss:
+        """The loss of methods without one of their own, whose options are among a method's."""
+        with option_named(self.loss):
+            return losses.create(self.loss, counts, **own_options(self.loss, options))
 
     @property
     def loss_needs_counts(self) -> bool:

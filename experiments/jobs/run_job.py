@@ -21,10 +21,12 @@ from types import ModuleType
 from absl import flags
 
 from experiments.jobs import jobs
+from experiments.methods import flags as method_flags
 from experiments.methods import names
 from experiments.reporting.runs import OUTCOME, collect
 from experiments.runtime import console, files
 from experiments.training import flags as run_flags
+from lpa_jax import checks
 from lpa_jax.files import LockedError, hold
 from lpa_jax.interrupts import SIGNALS
 
@@ -38,12 +40,9 @@ def parsed(experiment: str, arguments: Sequence[str]) -> Iterator[ModuleType]:
     Raises:
       ValueError: no such experiment, flag, value or method.
     """
-    try:
-        module = importlib.import_module(f"experiments.{experiment}")
-    except ImportError as error:
-        raise ValueError(f"--experiment must be a module, got {experiment!r} ({error})") from None
-    if not hasattr(module, "define_flags"):
-        raise ValueError(f"--experiment must be a module with flags, got {experiment!r}")
+    found = pathlib.Path(__file__).parents[1].glob("[!_]*.py")
+    checks.choice("--experiment", experiment, sorted(path.stem for path in found))
+    module = importlib.import_module(f"experiments.{experiment}")
     before = set(FLAGS)
     try:
         module.define_flags()
@@ -53,7 +52,7 @@ def parsed(experiment: str, arguments: Sequence[str]) -> Iterator[ModuleType]:
         for method in FLAGS.methods if "methods" in FLAGS else ():
             names.parse(method)
         if "seeds" in FLAGS:
-            run_flags.seeds(FLAGS.seeds)
+            run_flags.seeds()
         yield module
     except flags.Error as error:
         raise ValueError(f"{experiment}: {error}") from None
@@ -83,9 +82,11 @@ def _run_locked(folder: pathlib.Path) -> int:
     workdir = folder / jobs.RUN
     try:
         job = jobs.read(folder)
-        # --seeds=4 would mean the seeds 0 to 3.
+        # --num_seeds=4 would mean four seeds.
         own = (f"--seeds={job.seed}-{job.seed}", f"--workdir={workdir}")
         with parsed(job.experiment, [*job.arguments, *own]) as module:
+            if "option" in FLAGS:
+                method_flags.forget_unreached(FLAGS.methods)
             module.main([job.experiment])
         error = None
     except KeyboardInterrupt:
@@ -128,11 +129,16 @@ def check(experiment: str, argument_lists: Sequence[Sequence[str]]) -> None:
     """Parses the flags of jobs as the jobs will.
 
     Raises:
-      ValueError: naming the first flag that a job would refuse.
+      ValueError: naming the first flag that a job would refuse, or that reaches no job's method.
     """
+    missed: dict[str, list[bool]] = {}
     for arguments in argument_lists:
-        with parsed(experiment, [*arguments, "--seeds=1", "--workdir=unused"]):
-            pass
+        with parsed(experiment, [*arguments, "--seeds=1-1", "--workdir=unused"]):
+            for flag, is_missed in method_flags.reach(FLAGS.methods) if "option" in FLAGS else ():
+                missed.setdefault(flag, []).append(is_missed)
+    for flag, of_jobs in missed.items():
+        if all(of_jobs):
+            raise ValueError(f"{experiment}: {flag} reaches no method of the sweep")
 
 
 def check_in_new_process(experiment: str, argument_lists: Sequence[Sequence[str]]) -> None:

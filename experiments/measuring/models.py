@@ -162,7 +162,7 @@ def train_or_load(
         raise ValueError("--keep_finished_checkpoints must be true: weights are what is measured")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every checkpoint that it reads
-    seeds = run_flags.seeds(FLAGS.seeds)
+    seeds = run_flags.seeds()
     for method in options:
         for seed in seeds:
             folder = compare.folder_of(workdir, method, seed)

@@ -1,6 +1,7 @@
 """Builds a method from its name and options: perturbations, penalties, losses, optimizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from experiments.methods.names import (
     loss_names,
     own_options,
     parse,
+    part_options,
 )
 from lpa_jax import losses, optimizers, penalties, perturbations
 from lpa_jax.injection import INPUT, LOGITS, check_layer
@@ -144,24 +146,38 @@ def assemble(
     penalizing, stages, sam_rho, adjust = {}, None, None, None
     given = {"num_domains": num_domains or 1, "total_steps": total_steps}
     for part in parse(method):
-        own = own_options(part.name, options)
-        if part.name == SAM:
-            sam_rho = own.get("rho", SAM_RHO)
-        elif part.name == MIXUP:
-            perturbing.setdefault(INPUT, []).append(_mixup(own, num_domains))
-        elif part.name == POSTHOC:
-            adjust = _posthoc(counts, **own)
-        elif part.name in loss_names():
-            stages = _loss_stages(part.name, own, counts, epochs, head)
-        elif part.name in penalties.names():
-            if part.name == "isda" and head != "linear":
-                raise ValueError(f"--head must be linear for isda, which reads it, got {head!r}")
-            penalizing[part.name] = _penalty(part, own, given, layers)
-        else:
-            at, perturbation = _perturbation(part, own, layers, layer, counts)
-            perturbing.setdefault(at, []).append(perturbation)
+        with option_named(part.name):
+            own = own_options(part.name, options)
+            if part.name == SAM:
+                sam_rho = own.get("rho", SAM_RHO)
+            elif part.name == MIXUP:
+                perturbing.setdefault(INPUT, []).append(_mixup(own, num_domains))
+            elif part.name == POSTHOC:
+                adjust = _posthoc(counts, **own)
+            elif part.name in loss_names():
+                stages = _loss_stages(part.name, own, counts, epochs, head)
+            elif part.name in penalties.names():
+                if part.name == "isda" and head != "linear":
+                    raise ValueError(
+                        f"--head must be linear for isda, which reads it, got {head!r}"
+                    )
+                penalizing[part.name] = _penalty(part, own, given, layers)
+            else:
+                at, perturbation = _perturbation(part, own, layers, layer, counts)
+                perturbing.setdefault(at, []).append(perturbation)
     chained = {at: p[0] if len(p) == 1 else lpa_jax.chain(*p) for at, p in perturbing.items()}
     return Assembled(chained, penalizing, stages, sam_rho, adjust)
+
+
+@contextlib.contextmanager
+def option_named(part: str) -> Iterator[None]:
+    """Puts the part before the option that a ValueError of the block names."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition(" ")[0] in part_options(part):
+            raise ValueError(f"{part}.{error}") from None
+        raise
 
 
 def traceable(method: str, options: Mapping[str, Any]) -> tuple[str, ...]:

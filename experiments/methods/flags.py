@@ -1,6 +1,8 @@
 """Flags of methods: options of their perturbations, and what a random search draws."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -28,7 +30,7 @@ class Perturbing:
         None, "Radius of lpa and adversarial, relative to mean ||h||.", low=0
     )
     lpl_radius: float | None = setting(None, "Radius of lpl, in units of the logits.", low=0)
-    steps: int | None = setting(None, "PGD steps.", low=0, high=10**4)
+    steps: int | None = setting(None, "PGD steps.", low=0, high=names.MOST_STEPS)
     step_size: float | None = setting(
         None, "Path length of all PGD steps together, in radii.", above=0
     )
@@ -92,6 +94,84 @@ def explicit_options() -> dict[str, Any]:
             raise ValueError(f"--option must be PART.OPTION=VALUE, got {text!r}")
         options[key] = names.parsed_value(value)
     return options
+
+
+def options_for(method: str, found: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    """Options of a method: what was tuned or drawn, then flags.
+
+    Args:
+      method: its name.
+      found: what was tuned or drawn.
+      **others: options that come before those of the flags.
+
+    Raises:
+      ValueError: a flag's option that does not exist, or a value that it does not take.
+    """
+    given = explicit_options() | others
+    return names.options_for(method, found, given, _loss()) | explicit_run_options()
+
+
+def check_reach(methods: Sequence[str]) -> None:
+    """Refuses options and ranges from flags that no method takes.
+
+    Raises:
+      ValueError: naming the flag; or an option that does not exist, or a value that it does not
+        take.
+    """
+    for flag, is_missed in reach(methods):
+        if is_missed:
+            loss = f" --loss={_loss()}" if _loss() else ""
+            raise ValueError(
+                f"{flag} must be an option of a method in --methods={','.join(methods)}{loss}"
+            )
+
+
+def reach(methods: Sequence[str]) -> list[tuple[str, bool]]:
+    """The options and ranges that were given, as flags, and whether no method takes them.
+
+    Raises:
+      ValueError: an option that does not exist, or a value that it does not take.
+    """
+    return [
+        (flag, not any(names.reached(method, key, loss) for method in methods))
+        for flag, key, loss in _given()
+    ]
+
+
+def forget_unreached(methods: Sequence[str]) -> None:
+    """Takes back the flags that set no option of a method.
+
+    A job of a sweep runs one of its methods, and the flags of the jobs are for all of them.
+    """
+    missed = [flag for flag, is_missed in reach(methods) if is_missed]
+    FLAGS.option = [text for text in FLAGS.option if f"--option={text}" not in missed]
+    for name in fields.flag_names(Perturbing):
+        if f"--{name}" in missed:
+            FLAGS[name].unparse()
+
+
+def _given() -> list[tuple[str, str, str | None]]:
+    """(flag as it was written, option, loss that it may be of) of all that was given."""
+    explicit_options()  # raises for what is no option
+    given = [
+        (f"--{name}", "lpl.radius" if name == "lpl_radius" else name, _loss())
+        for name in fields.flag_names(Perturbing)
+        if name != "option" and FLAGS[name].present and FLAGS[name].value is not None
+    ]
+    for text in FLAGS.option:
+        key, _, value = text.partition("=")
+        value = names.parsed_value(value)
+        fields.named("option", functools.partial(names.check_option, key, value))
+        given.append((f"--option={text}", key, _loss()))
+    for text in FLAGS.space if "space" in FLAGS else ():
+        key, _ = search.parse_space(text)
+        if "." in key:
+            given.append((f"--space={text}", key, None))
+    return given
+
+
+def _loss() -> str | None:
+    return FLAGS.loss if "loss" in FLAGS and FLAGS.loss != "cross_entropy" else None
 
 
 def explicit_run_options() -> dict[str, float]:

@@ -10,13 +10,16 @@ which later ones win: the method's defaults, tuned hyperparameters, explicit fla
 the parts of a method from its name.
 """
 
+import collections.abc
+import functools
 import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lpa_jax import losses, penalties, perturbations
+from experiments.runtime import fields
+from lpa_jax import checks, losses, penalties, perturbations
 
 ERM = "erm"
 MIXUP = "mixup"
@@ -34,6 +37,8 @@ ASSIGNMENT_OPTIONS = {"assignment": str, "kappa": float, "split": float, "ema": 
 _OF_ITS_OWN = {"lpl": ("radius", "layer"), "rsc": ("layer",)}
 # Options that the task decides, not the user.
 _GIVEN_BY_THE_TASK = ("num_domains", "total_steps")
+# PGD steps are compiled one by one.
+MOST_STEPS = 1000
 # What error messages call the types of JSON values.
 _KINDS = {
     float: "a number",
@@ -79,7 +84,8 @@ def parse(method: str) -> tuple[Part, ...]:
         if name not in part_names():
             known = ", ".join((ERM, *part_names()))
             raise ValueError(
-                f"--methods: unknown method {name!r} in {method!r}; known: {known}, "
+                f"--methods: unknown method {name!r} in {method!r}"
+                f"{checks.nearest(name, (ERM, *part_names()))}; known: {known}, "
                 "sums such as lpa+lpl, and name@layer"
             )
         if layer and name not in perturbations.names() and name not in penalties.names():
@@ -125,7 +131,13 @@ def _option_types(name: str) -> dict[str, Any]:
     }
     if name in numbers:
         return dict.fromkeys(numbers[name], float)
-    return losses.option_types(name)
+    own = losses.option_types(name)
+    # A function cannot be written on a command line.
+    return {option: own[option] for option in own if not _is_function(own[option])}
+
+
+def _is_function(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is collections.abc.Callable
 
 
 def check_value(key: str, value: Any) -> None:
@@ -152,6 +164,8 @@ def check_value(key: str, value: Any) -> None:
     kinds = dict.fromkeys(_KINDS[kind] for kind in taken)
     if _KINDS.get(type(value)) not in kinds:
         raise ValueError(f"{key} must be {' or '.join(kinds)}, got {repr(value)[:80]}")
+    if option == "steps" and value is not None:
+        checks.integer(key, value, 0, MOST_STEPS)
 
 
 def own_options(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def parsed_value(text: str) -> Any:
 
 
 def options_for(
-    method: str, tuned: Mapping[str, Any], explicit: Mapping[str, Any]
+    method: str, tuned: Mapping[str, Any], explicit: Mapping[str, Any], loss: str | None = None
 ) -> dict[str, Any]:
     """Options of a method: `part.option`, and `learning_rate` and `weight_decay` of the run.
 
@@ -185,32 +199,53 @@ def options_for(
       method: its name.
       tuned: hyperparameters found for this method, `{"lpa.radius": 0.1, ...}`, or empty.
       explicit: `option` (every part that has it) or `part.option` -> value, from flags.
+      loss: `--loss`, the loss of methods without one of their own.
 
     Raises:
       ValueError: a `part.option` that does not exist, or a value that it does not take.
     """
-    parts = parse(method)
     options = dict(tuned)
     for key, value in explicit.items():
-        name, _, option = key.rpartition(".")
-        if name and name not in part_names():
-            raise ValueError(f"--option: unknown part {name!r} in {key!r}")
-        if name and option not in part_options(name):
-            raise ValueError(
-                f"--option: {name} has no option {option!r}; it has: "
-                f"{', '.join(part_options(name))}"
-            )
-        if name:
-            _check_given(key, value)
-        for part in parts:
-            shared = not name and option not in _OF_ITS_OWN.get(part.name, ())
-            if part.name == name or (shared and option in part_options(part.name)):
-                options[f"{part.name}.{option}"] = value
+        if "." in key:
+            fields.named("option", functools.partial(check_option, key, value))
+        options |= dict.fromkeys(reached(method, key, loss), value)
     return options
 
 
-def _check_given(key: str, value: Any) -> None:
-    try:
+def reached(method: str, key: str, loss: str | None = None) -> list[str]:
+    """The options of a method that an option from a flag sets.
+
+    Args:
+      method: its name.
+      key: `option` (every part that has it) or `part.option`.
+      loss: `--loss`, the loss of methods without one of their own.
+
+    >>> reached("lpa+lpl", "steps"), reached("erm", "focal.gamma", "focal"), reached("erm", "norm")
+    (['lpa.steps', 'lpl.steps'], ['focal.gamma'], [])
+    """
+    name, _, option = key.rpartition(".")
+    parts = [part.name for part in parse(method)]
+    if loss is not None and not {*parts} & {*loss_names()}:
+        parts.append(loss)
+    return [
+        f"{part}.{option}"
+        for part in dict.fromkeys(parts)
+        if part == name
+        or (not name and option in part_options(part) and option not in _OF_ITS_OWN.get(part, ()))
+    ]
+
+
+def check_option(key: str, value: Any) -> None:
+    """Refuses a `part.option` that does not exist, or a value of a type that it does not take.
+
+    Raises:
+      ValueError: naming the nearest spelling.
+    """
+    name, _, option = key.rpartition(".")
+    if not name:
+        checks.choice("the option", key, DOMAIN_RUN_OPTIONS)
         check_value(key, value)
-    except ValueError as error:
-        raise ValueError(f"--option: {error}") from None
+        return
+    checks.choice(f"the part of {key!r}", name, part_names())
+    checks.choice(f"the option of {name} in {key!r}", option, part_options(name))
+    check_value(key, value)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from experiments.methods import names
+from experiments.runtime import fields
 from lpa_jax import models
 from lpa_jax.injection import activation_shapes, as_network, check_layer
 
@@ -62,12 +63,12 @@ def parse_space(text: str) -> tuple[str, Space]:
     (('lpa.radius_target', LogUniform(low=0.03, high=2.0)), ('lpa.steps', Choice(values=(1, 3))))
     """
     name, _, values = text.partition("=")
-    part, _, option = name.rpartition(".")
-    of_part = part in names.part_names() and option in names.part_options(part)
-    if not (of_part or name in names.DOMAIN_RUN_OPTIONS) or not values:
-        raise ValueError(f"--space: {text!r} is not OPTION=RANGE, such as lpa.radius_target=0.03:2")
-    if ":" not in values:
-        return name, Choice(tuple(names.parsed_value(value) for value in values.split("|")))
+    chosen = tuple(names.parsed_value(value) for value in values.split("|"))
+    is_range = ":" in values
+    for value in (1.0,) if is_range else chosen:
+        fields.named(f"space: {text!r}", functools.partial(names.check_option, name, value))
+    if not is_range:
+        return name, Choice(chosen)
     try:
         low, high = (float(bound) for bound in values.split(":"))
     except ValueError:

@@ -146,6 +146,16 @@ def check(settings: Any) -> None:
                 _check(field, member)
 
 
+def check_value(of: type, name: str, value: Any) -> None:
+    """Refuses a value that is out of the bounds of a field of a dataclass.
+
+    Raises:
+      ValueError: naming the field's flag.
+    """
+    (field,) = (field for field in _fields(of) if field.name == name)
+    _check(field, value)
+
+
 def left_out(settings: Any) -> list[str]:
     """Names of `later` fields at their defaults, which a configuration does not hold."""
     return [

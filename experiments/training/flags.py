@@ -1,8 +1,10 @@
 """Flags of every training experiment that change no number of a run: seeds, output, checkpoints."""
 
+import functools
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,14 +12,31 @@ from absl import flags
 
 from experiments.runtime import fields, hosts
 from experiments.training.saving import Saving
-from lpa_jax import multihost
+from lpa_jax import checks, multihost
 
 FLAGS = flags.FLAGS
 
-# Seeds are hashed as 32 bits; more of them in one command are a slip, such as 2026 for 2026-2026.
-MOST_SEEDS, SEED_LIMIT = 1000, 2**32
-# Help of every --seeds.
-SEEDS = "Number of seeds, or a list of seeds and ranges such as 0-3,8 (4-4: seed 4 alone)"
+# Seeds are hashed as 32 bits.
+SEED_LIMIT = 2**32
+# More seeds in one command are a slip, such as 0-20260101 for 20260101.
+MOST_SEEDS = 1000
+# A bare number up to this one counts seeds, as in commands of the first release. A larger one may
+# be meant as a seed.
+MOST_UNNAMED = 20
+
+
+def define_seeds(count: int | None = 3, seeds: Sequence[str] = (), about: str = "") -> None:
+    """Defines --num_seeds and --seeds.
+
+    Args:
+      count: default of --num_seeds; None where the seeds are named.
+      seeds: default of --seeds.
+      about: follows the help.
+    """
+    flags.DEFINE_integer("num_seeds", count, f"Number of seeds: 0, 1, ...{about}.")
+    flags.DEFINE_list(
+        "seeds", list(seeds), "Seeds by name, in place of --num_seeds: 0-3,8; 4-4 is seed 4 alone."
+    )
 
 
 def define_console_flags() -> None:
@@ -59,41 +78,73 @@ def saving() -> Saving:
     return fields.read(Saving)
 
 
-def seeds(texts: list[str]) -> list[int]:
-    """Seeds from a flag: one number n means 0..n-1, several numbers and ranges mean themselves.
+def seeds() -> list[int]:
+    """The seeds that --num_seeds counts or --seeds names.
+
+    Raises:
+      ValueError: as `numbers`; or both flags are given.
+    """
+    if FLAGS["num_seeds"].present and FLAGS["seeds"].present:
+        raise ValueError("--num_seeds and --seeds say the same: give one")
+    if FLAGS["seeds"].present or FLAGS.num_seeds is None:
+        return numbers(FLAGS.seeds)
+    return [*range(checks.integer("--num_seeds", FLAGS.num_seeds, 1, MOST_SEEDS))]
+
+
+def numbers(texts: Sequence[str]) -> list[int]:
+    """Seeds by name: several numbers and ranges; one small number alone counts them.
 
     Raises:
       ValueError: not whole numbers >= 0 or ranges of them, none, one twice, or too many.
 
-    >>> seeds(["3"]), seeds(["4", "7"]), seeds(["0-3", "8"]), seeds(["4-4"])
-    ([0, 1, 2], [4, 7], [0, 1, 2, 3, 8], [4])
+    >>> numbers(["4", "7"]), numbers(["0-3", "8"]), numbers(["4-4"])
+    ([4, 7], [0, 1, 2, 3, 8], [4])
     """
-    given = ",".join(texts)
-    if len(texts) == 1 and texts[0].strip().isdecimal():
-        texts = [f"0-{int(texts[0]) - 1}"] if int(texts[0]) else []
-        if int(given) > MOST_SEEDS:
-            raise ValueError(
-                f"--seeds must be at most {MOST_SEEDS} seeds, got {given!r}; the one seed is "
-                f"{given.strip()}-{given.strip()}"
-            )
-    numbers = []
-    for text in texts:
-        first, dash, last = (part.strip() for part in text.partition("-"))
-        last = last if dash else first
-        if not first.isdecimal() or not last.isdecimal():
-            raise ValueError(
-                f"--seeds must be whole numbers >= 0 or ranges such as 4-7, got {given!r}"
-            )
-        if int(last) < int(first):
+    if len(texts) == 1 and _whole(texts[0]) is not None:
+        return _counted(_whole(texts[0]))
+    given, found = ",".join(texts), []
+    for text in texts or [""]:
+        first, dash, last = text.partition("-")
+        low, high = _whole(first), _whole(last if dash else first)
+        if low is None or high is None:
+            allowed = f"whole numbers in 0..2**32-1, or ranges such as 4-7, at most {MOST_SEEDS}"
+            raise ValueError(f"--seeds must be {allowed}, got {given[:200]!r}")
+        if high < low:
             raise ValueError(f"--seeds: the range {text.strip()!r} ends before it begins")
-        if int(last) >= SEED_LIMIT or int(last) - int(first) >= MOST_SEEDS:
-            raise ValueError(
-                f"--seeds must be below 2**32 and at most {MOST_SEEDS}, got {text.strip()!r}"
-            )
-        numbers += range(int(first), int(last) + 1)
-    if not numbers or len(set(numbers)) < len(numbers):
+        if high - low + len(found) >= MOST_SEEDS:
+            raise ValueError(f"--seeds must be at most {MOST_SEEDS}, got {given[:200]!r}")
+        found += range(low, high + 1)
+    if len(set(found)) < len(found):
         raise ValueError(f"--seeds must name different seeds, got {given!r}")
-    return numbers
+    return found
+
+
+def _whole(text: str) -> int | None:
+    """A seed; None for what is none."""
+    text = text.strip()
+    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(SEED_LIMIT))
+    return int(text) if is_number and int(text) < SEED_LIMIT else None
+
+
+def _counted(count: int) -> list[int]:
+    """0..count-1, as the first release took --seeds=COUNT; says how to write that now."""
+    one = f"--seeds={count}-{count}"
+    if not 0 < count <= MOST_UNNAMED:
+        raise ValueError(
+            f"--seeds must name seeds, such as 0-3,8; write --num_seeds={count} for {count} seeds, "
+            f"{one} for the one seed, got {count}"
+        )
+    _note(
+        f"--seeds={count} takes {count} seeds, 0 to {count - 1}: write --num_seeds={count} for "
+        f"this, {one} for the one seed"
+    )
+    return [*range(count)]
+
+
+@functools.cache
+def _note(line: str) -> None:
+    if not FLAGS.quiet:
+        print(line, file=sys.stderr)
 
 
 def resolved() -> dict[str, Any]:

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from experiments.methods.build import Built, assemble, build, traceable
-from experiments.methods.names import POSTHOC, loss_names, parse, part_options
-from experiments.runtime import files
+from experiments.methods.names import POSTHOC, RUN_OPTIONS, loss_names, parse, part_options
+from experiments.runtime import fields, files
 from experiments.training.settings import RunSettings
 from experiments.training.task import Task
-from lpa_jax import losses, parallel
+from lpa_jax import checks, losses, parallel
 from lpa_jax.diagnostics import class_geometry, observe, perturbation_effect
 from lpa_jax.injection import as_network
 from lpa_jax.training.loop import Step
@@ -123,6 +123,9 @@ class Program:
     def _build(self, options: Mapping[str, Any]) -> Built:
         """The method's parts; numbers are known outside jit and traced inside."""
         settings, length = self.settings, self.length
+        for name in {*RUN_OPTIONS} & {*options}:
+            if checks.is_known(options[name]):
+                fields.check_value(RunSettings, name, options[name])
         parts = assemble(
             self.method,
             options,
@@ -136,9 +139,8 @@ class Program:
         )
         rate = options.get("learning_rate", settings.learning_rate)
         schedule = settings.rate_schedule(rate, length)
-        return build(
-            parts, settings, options, schedule, ((0, settings.default_loss(self._counts)),)
-        )
+        default = settings.default_loss(self._counts, options)
+        return build(parts, settings, options, schedule, ((0, default),))
 
     def _created(self, known: Built, rng: jax.Array, loaded: Any) -> TrainState:
         return TrainState.create(

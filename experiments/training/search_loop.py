@@ -58,11 +58,8 @@ class Search:
 def define_flags(trials: int, seeds: str) -> None:
     """Defines the flags of a search, with its default number of trials and its default seeds."""
     fields.define(Search, trials=trials)
-    flags.DEFINE_list(
-        "seeds",
-        [seeds],
-        f"{run_flags.SEEDS}; every trial is averaged over them. Do not use test seeds.",
-    )
+    about = "; every trial is averaged over them. Do not use test seeds"
+    run_flags.define_seeds(None, [seeds], about)
 
 
 def check_flags() -> None:

@@ -214,8 +214,8 @@ class RunSettings:
         """The learning rate by step, whose highest value is `rate`."""
         return optimizers.schedule(self.schedule, rate, total_steps=length.total_steps)
 
-    def default_loss(self, counts: Sequence[int]) -> losses.Loss:
-        """The loss of methods without one of their own."""
+    def default_loss(self, counts: Sequence[int], options: Mapping[str, Any]) -> losses.Loss:
+        """The loss of methods without one of their own, whose options are among a method's."""
         return losses.cross_entropy
 
     @property

@@ -19,19 +19,19 @@ import tempfile
 
 DOMAINS = "--images_per_domain=300 --test_domains=0,30 --evaluate_every=5 --train_steps=10"
 COMMANDS = {
-    "long_tail": "long_tail --epochs=5 --seeds=2 --class_geometry_batches=1",
+    "long_tail": "long_tail --epochs=5 --seeds=0-1 --class_geometry_batches=1",
     "many": "long_tail --epochs=2 --evaluate_every=1 --seeds=5-5 --hparams=none --methods="
     "dropout@hidden2,ldam_drw,logit_adjusted+lpa,sam,posthoc_logit_adjustment,"
     "manifold_mixup@input|hidden1,mixup,isda,adversarial",
-    "balanced": "balanced --per_class=20 --epochs=3 --seeds=2",
-    "domains": f"domain_generalization {DOMAINS} --seeds=2 --methods=erm,lpa,coral+lpa,mixup,irm",
-    "draws": "domain_generalization --train_steps=10 --evaluate_every=5 --seeds=1 --draws=2 "
+    "balanced": "balanced --per_class=20 --epochs=3 --seeds=0-1",
+    "domains": f"domain_generalization {DOMAINS} --seeds=0-1 --methods=erm,lpa,coral+lpa,mixup,irm",
+    "draws": "domain_generalization --train_steps=10 --evaluate_every=5 --seeds=0-0 --draws=2 "
     "--dataset=ColoredMNIST --model=mlp --images_per_domain=300 --methods=erm,lpa+group_dro "
     "--leave_two_out",
     "tune": "tune --trials=2 --seeds=100-101 --epochs=3 --methods=erm,lpa",
     "domain_tune": f"domain_tune --trials=2 {DOMAINS} --methods=erm,lpa",
-    "layer_sweep": "layer_sweep --epochs=2 --seeds=1 --methods=lpa",
-    "landscape": "landscape --epochs=2 --seeds=1 --methods=erm,lpa",
+    "layer_sweep": "layer_sweep --epochs=2 --seeds=0-0 --methods=lpa",
+    "landscape": "landscape --epochs=2 --seeds=0-0 --methods=erm,lpa",
     "report": "report long_tail --html --compare=lpa:lpl",
 }
 OF_THE_MACHINE = {"seconds", "environment", "examples_per_second", "workdir", "output"}

@@ -173,7 +173,7 @@ COMMANDS = {
     "domain_generalization": (
         "training.json",
         ("--dataset=ColoredMNIST", "--image_size=14", "--images_per_domain=40", "--model=mlp",
-         "--test_domains=+90%", "--methods=lpa", "--seeds=1", "--train_steps=600",
+         "--test_domains=+90%", "--methods=lpa", "--num_seeds=1", "--train_steps=600",
          "--evaluate_every=20", "--compilation_cache=", "--checkpoint_every=never", "--quiet"),
     ),
 }  # fmt: skip

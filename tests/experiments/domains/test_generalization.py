@@ -21,7 +21,7 @@ from tests.helpers.protocols import DOMAIN, DOMAINS
 
 FLAGS = flags.FLAGS
 TINY = DOMAIN.tiny
-JOB = ("--methods=erm,lpa", "--steps=1", "--seeds=2")
+JOB = ("--methods=erm,lpa", "--steps=1", "--num_seeds=2")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_accuracies_are_shares_of_each_part_of_each_domain(job):
 
 def test_draws_and_pairs_are_selected_as_the_selections_say(run, tmp_path):
     workdir = tmp_path / "job"
-    message, out, _ = run("domain_generalization", *TINY, "--methods=erm", "--seeds=1",
+    message, out, _ = run("domain_generalization", *TINY, "--methods=erm", "--num_seeds=1",
                           "--draws=2", "--leave_two_out", f"--workdir={workdir}")  # fmt: skip
     assert message is None and "leave-one-domain-out" in out
     networks = [
@@ -133,7 +133,7 @@ def test_batch_size_and_dropout_are_drawn_where_asked_and_reach_the_training(
     monkeypatch.setattr(trainer, "train", noticed_train)
     monkeypatch.setattr(DomainSettings, "network", noticed_network)
     workdir = tmp_path / "job"
-    message, *_ = run("domain_generalization", *TINY, "--methods=erm", "--seeds=1", "--draws=3",
+    message, *_ = run("domain_generalization", *TINY, "--methods=erm", "--num_seeds=1", "--draws=3",
                       "--test_domains=+90%", "--space=batch_size=2:6.9",
                       "--space=model_dropout=0.1:0.6", f"--workdir={workdir}")  # fmt: skip
     assert message is None
@@ -144,7 +144,7 @@ def test_batch_size_and_dropout_are_drawn_where_asked_and_reach_the_training(
 
 def test_pairs_can_be_added_to_a_finished_job(run, job, tmp_path):
     workdir = pathlib.Path(shutil.copytree(job[0], tmp_path / "job"))
-    message, _, err = run("domain_generalization", *TINY, "--methods=erm", "--seeds=2",
+    message, _, err = run("domain_generalization", *TINY, "--methods=erm", "--num_seeds=2",
                           "--leave_two_out", f"--workdir={workdir}")  # fmt: skip
     assert message is None and "[6/6]" in err
     result = read(workdir / "runs/erm/test_-90%/seed_1/result.json")
@@ -173,8 +173,9 @@ def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_dom
         found = chosen["by_test_domain"][test]
         assert found["validation_accuracy"] == pytest.approx(best)
         assert max(scores[test][json.dumps(found["options"])]) == pytest.approx(best)
-    message, out, err = run("domain_generalization", *TINY, "--methods=erm,dropout", "--seeds=1",
-                            f"--hparams={output}", f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    message, out, err = run("domain_generalization", *TINY, "--methods=erm,dropout",
+                            "--num_seeds=1", f"--hparams={output}",
+                            f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None and "tuned on validation" in err
     untuned = "Not tuned, because hparams.json lacks them: dropout."
     assert f"{untuned}\n" in err and untuned in (tmp_path / "job/table.md").read_text()

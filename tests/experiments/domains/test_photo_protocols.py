@@ -25,8 +25,9 @@ from tests.lpa_jax.models.test_models_pretrained import made_tensors
 DOMAINS = ("Caltech101", "LabelMe", "SUN09", "VOC2007")
 SIZE = 32
 PHOTOS = "resized_crop+flip+jitter+grayscale"
-TINY = ("--dataset=VLCS", f"--image_size={SIZE}", "--model=resnet18", "--methods=erm", "--seeds=1",
-        "--test_domains=LabelMe", "--train_steps=2", "--evaluate_every=1", "--batch_size=2",
+TINY = ("--dataset=VLCS", f"--image_size={SIZE}", "--model=resnet18", "--methods=erm",
+        "--num_seeds=1", "--test_domains=LabelMe", "--train_steps=2", "--evaluate_every=1",
+        "--batch_size=2",
         "--compilation_cache=", "--quiet", f"--augmentation={PHOTOS}",
         "--freeze_batch_norm")  # fmt: skip
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from experiments import long_tail
 from experiments.domains.settings import DomainSettings
 from experiments.images.data import TaskSource
 from experiments.images.job import ImageJob
@@ -18,13 +19,14 @@ from experiments.methods import build as assembly
 from experiments.training import flags as run_flags
 from experiments.training.program import Program
 from lpa_jax import models, parallel
+from tests.helpers.commands import parsed
 from tests.helpers.module_call import call_by_name
 from tests.helpers.protocols import IMAGES
 
 FLAGS = flags.FLAGS
 
 TINY = IMAGES.tiny
-JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--seeds=2", "--class_geometry_batches=2",
+JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--num_seeds=2", "--class_geometry_batches=2",
        "--tensorboard=full", "--option=lpa.radius_target=0.2")  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
 
 def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(run, tmp_path):
     workdir = tmp_path / "job"
-    message, out, _ = run("balanced", *TINY, "--methods=erm,lpa", "--seeds=1", "--per_class=5",
+    message, out, _ = run("balanced", *TINY, "--methods=erm,lpa", "--num_seeds=1", "--per_class=5",
                           f"--workdir={workdir}")  # fmt: skip
     assert message is None
     assert "5 training images a class" in out
@@ -137,7 +139,7 @@ def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(
 
 def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
     method = "manifold_mixup@input|hidden1"
-    message, *_ = run("long_tail", *TINY, f"--methods={method}", "--seeds=1",
+    message, *_ = run("long_tail", *TINY, f"--methods={method}", "--num_seeds=1",
                       f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None
     assert (tmp_path / "job" / "runs" / method / "seed_0" / "result.json").exists()
@@ -174,41 +176,67 @@ def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [("3", [0, 1, 2]), ("4,7", [4, 7]), ("4-7", [4, 5, 6, 7]), ("4-4", [4]),
-     ("0-2, 8", [0, 1, 2, 8]), ("8,0-1", [8, 0, 1])],
-)  # fmt: skip
-def test_seeds_are_a_number_or_a_list_of_seeds_and_ranges(text, expected):
-    assert run_flags.seeds(text.split(",")) == expected
+    ("arguments", "expected"),
+    [
+        ([], [0, 1, 2]),
+        (["--num_seeds=2"], [0, 1]),
+        (["--seeds=4,7"], [4, 7]),
+        (["--seeds=4-7"], [4, 5, 6, 7]),
+        (["--seeds=4-4"], [4]),
+        (["--seeds=0-2, 8"], [0, 1, 2, 8]),
+        (["--seeds=8,0-1"], [8, 0, 1]),
+        (["--seeds=4294967295-4294967295"], [2**32 - 1]),
+    ],
+)
+def test_seeds_are_counted_or_named(arguments, expected):
+    with parsed(long_tail, arguments):
+        assert run_flags.seeds() == expected
+
+
+def test_a_bare_number_counts_as_in_the_first_release_and_one_line_says_what_to_write(capsys):
+    with parsed(long_tail, ["--seeds=4"]):
+        assert run_flags.seeds() == run_flags.seeds() == [0, 1, 2, 3]
+    assert capsys.readouterr().err == (
+        "--seeds=4 takes 4 seeds, 0 to 3: write --num_seeds=4 for this, --seeds=4-4 for the one "
+        "seed\n"
+    )
+
+
+ALLOWED = "--seeds must be whole numbers in 0..2**32-1, or ranges such as 4-7, at most 1000, got "
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("argument", "expected"),
     [
-        ("0", "--seeds must name different seeds, got '0'"),
-        ("", "--seeds must be whole numbers >= 0 or ranges such as 4-7, got ''"),
-        ("-3", "ranges such as 4-7, got '-3'"),
-        ("4-", "ranges such as 4-7, got '4-'"),
-        ("1-2-3", "ranges such as 4-7, got '1-2-3'"),
-        ("1.5", "ranges such as 4-7, got '1.5'"),
-        ("20240101", "got '20240101'; the one seed is 20240101-20240101"),
-        (
-            str(10**25),
-            f"--seeds must be at most 1000 seeds, got '{10**25}'; the one seed is "
-            f"{10**25}-{10**25}",
-        ),
-        (f"0-{10**25}", f"--seeds must be below 2**32 and at most 1000, got '0-{10**25}'"),
-        (
-            "4294967296-4294967296",
-            "--seeds must be below 2**32 and at most 1000, got '4294967296-4294967296'",
-        ),
-        ("7-4", "--seeds: the range '7-4' ends before it begins"),
-        ("0-3,2", "--seeds must name different seeds, got '0-3,2'"),
+        ("--seeds=0", "--seeds must name seeds, such as 0-3,8;"),
+        ("--seeds=100", "write --num_seeds=100 for 100 seeds, --seeds=100-100 for the one seed"),
+        ("--seeds=20240101", "--seeds=20240101-20240101 for the one seed, got 20240101"),
+        ("--num_seeds=0", "--num_seeds must be a whole number in 1..1000, got 0"),
+        ("--num_seeds=1001", "--num_seeds must be a whole number in 1..1000, got 1001"),
+        ("--seeds=", f"{ALLOWED}''"),
+        ("--seeds=-3", f"{ALLOWED}'-3'"),
+        ("--seeds=4-", f"{ALLOWED}'4-'"),
+        ("--seeds=1-2-3", f"{ALLOWED}'1-2-3'"),
+        ("--seeds=1.5", f"{ALLOWED}'1.5'"),
+        ("--seeds=\u0663", f"{ALLOWED}'\u0663'"),
+        (f"--seeds={10**25}", f"{ALLOWED}'{10**25}'"),
+        (f"--seeds=0-{'9' * 5000}", ALLOWED),
+        ("--seeds=4294967296-4294967296", f"{ALLOWED}'4294967296-4294967296'"),
+        ("--seeds=0-999,1001", "--seeds must be at most 1000, got '0-999,1001'"),
+        ("--seeds=0-4294967295", "--seeds must be at most 1000, got '0-4294967295'"),
+        ("--seeds=7-4", "--seeds: the range '7-4' ends before it begins"),
+        ("--seeds=0-3,2", "--seeds must name different seeds, got '0-3,2'"),
     ],
 )
-def test_wrong_seeds_are_named(text, expected):
-    with pytest.raises(ValueError, match=re.escape(expected) + "$"):
-        run_flags.seeds(text.split(","))
+def test_wrong_seeds_are_named(argument, expected):
+    with parsed(long_tail, [argument]), pytest.raises(ValueError, match=re.escape(expected)):
+        run_flags.seeds()
+
+
+def test_seeds_are_named_or_counted_but_not_both():
+    both, message = ["--seeds=1,2", "--num_seeds=2"], "--num_seeds and --seeds say the same"
+    with parsed(long_tail, both), pytest.raises(ValueError, match=message):
+        run_flags.seeds()
 
 
 def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):
@@ -226,8 +254,8 @@ def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, 
     assert chosen["chosen"] == best["options"]
     fixed = {"lpa.assignment": "all_positive", "lpa.layer": "hidden2"}
     assert all(fixed.items() <= trial["options"].items() for trial in trials)
-    message, _, err = run("long_tail", *TINY, "--methods=lpa", "--seeds=1", f"--hparams={output}",
-                          f"--workdir={tmp_path / 'job'}")  # fmt: skip
+    message, _, err = run("long_tail", *TINY, "--methods=lpa", "--num_seeds=1",
+                          f"--hparams={output}", f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None and "tuned on validation" in err
     config = json.loads((tmp_path / "job/runs/lpa/seed_0/config.json").read_text())
     assert config["options"] == best["options"]
@@ -271,7 +299,7 @@ def test_tuning_draws_from_the_spaces_and_layers_that_flags_name(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--space=lpa.radius", "--space: 'lpa.radius' is not OPTION=RANGE"),
+        ("--space=lpa.radius", "--space: 'lpa.radius': lpa.radius must be a number, got ''"),
         ("--space=learning_rate=2:1", "--space: 'learning_rate=2:1' must be OPTION=LOW:HIGH"),
         ("--search_layers=stage9", "unknown layer 'stage9'"),
         ("--space=batch_size=8:32", "--space: batch_size is drawn in domain generalization alone"),
@@ -301,7 +329,7 @@ def test_tuning_refuses_the_test_images(run, tmp_path):
               ("--methods=lpa", "--option=lpa.radius=1e38")], ids=("rate", "radius"),
 )  # fmt: skip
 def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path, cause):
-    message, *_ = run("long_tail", *TINY, *cause, "--seeds=1", f"--workdir={tmp_path / 'job'}")
+    message, *_ = run("long_tail", *TINY, *cause, "--num_seeds=1", f"--workdir={tmp_path / 'job'}")
     assert re.search("the (training loss|gradient's norm) is (nan|infinite) at step", message)
     assert not list((tmp_path / "job").glob("**/result.json"))
 

@@ -75,7 +75,8 @@ def test_a_sweep_runs_its_jobs_reports_them_and_names_the_one_that_failed(
 ):
     workdir = tmp_path / "sweep"
     message = call(
-        "--experiment=long_tail", "--methods=erm,lpa@hidden9", "--seeds=1", f"--workdir={workdir}",
+        "--experiment=long_tail", "--methods=erm,lpa@hidden9", "--num_seeds=1",
+        f"--workdir={workdir}",
         "--set=imbalance=10", "--num_workers=2", "--", "--dataset=digits", "--epochs=1",
         f"--data_dir={data_dir}", "--compilation_cache=", "--hparams=none",
     )  # fmt: skip
@@ -107,7 +108,7 @@ def test_a_flag_of_the_jobs_in_the_wrong_place_is_told_where_it_goes(monkeypatch
         FLAGS.unparse_flags()
     assert stop.value.code == (
         "error: Unknown command line flag 'dataset'; flags of the jobs go after --, as in: sweep "
-        "--seeds=8 -- --dataset=cifar10"
+        "--num_seeds=8 -- --dataset=cifar10"
     )
 
 
@@ -141,6 +142,8 @@ def test_a_description_in_a_file_says_the_same_as_flags(tmp_path, monkeypatch, u
         (["--set=imbalance=10,,100"], "--set must be FLAG=VALUE,VALUE"),
         (["--set=a=1", "--set=a=2"], "--set must name a flag once, got 'a' twice"),
         (["--set=seeds=3"], "the sweep itself decides --seeds"),
+        (["--set=num_seeds=3"], "the sweep itself decides --num_seeds"),
+        (["--seeds=100"], "write --num_seeds=100 for 100 seeds, --seeds=100-100 for the one seed"),
         (["--methods=erm,erm"], "--methods must name different methods"),
         (["--seeds=x"], "--seeds must be whole numbers"),
         (["--num_workers=0"], "--num_workers must be >= 1"),
@@ -149,7 +152,7 @@ def test_a_description_in_a_file_says_the_same_as_flags(tmp_path, monkeypatch, u
             ["--description=/nowhere.json"],
             "--description must name a file with a JSON object, got '/nowhere.json'",
         ),
-        (["--description=x", "--seeds=1"], "--seeds and --description say the same"),
+        (["--description=x", "--num_seeds=1"], "--num_seeds and --description say the same"),
         (["--cluster=debug", "--slurm=gpus"], "--slurm must be NAME=VALUE"),
         (["--cluster=debug", "--slurm=gpu=1"], "--slurm: "),
         (["--cluster=slurm"], "--cluster=slurm: Could not detect"),
@@ -188,13 +191,16 @@ def test_a_wrong_description_is_refused_by_key(tmp_path, unchecked, change, expe
         ("long_tail", ["--imbalence=3"], "Unknown command line flag 'imbalence'"),
         ("long_tail", ["--epochs=many"], "--epochs=many"),
         ("long_tail", ["--methods=lpaa"], "unknown method 'lpaa'"),
-        ("reporting", [], "must be a module with flags, got 'reporting'"),
-        ("nonsense", [], "--experiment must be a module, got 'nonsense'"),
+        ("reporting", [], "--experiment must be one of .*, got 'reporting'"),
+        ("nonsense", [], "--experiment must be one of .*, got 'nonsense'"),
+        ("longtail", [], r"got 'longtail' \(did you mean 'long_tail'\?\)"),
+        ("long_tail", ["--methods=lpa", "--option=dropout.rate=1"], "--option=.* reaches no"),
     ],
 )
 def test_flags_of_jobs_are_refused_before_any_starts(experiment, arguments, expected):
     before = set(FLAGS)
     run_job.check("long_tail", [["--imbalance=3"]])
+    run_job.check("long_tail", [[f"--methods={m}", "--lpl_radius=3"] for m in ("erm", "lpl")])
     with pytest.raises(ValueError, match=expected):
         run_job.check(experiment, [arguments])
     assert set(FLAGS) == before, "flags of an experiment must not outlive the check"
@@ -208,7 +214,7 @@ def test_a_sweep_that_is_told_to_stop_says_so_and_exits_as_documented(
     tmp_path, monkeypatch, unchecked, capsys, number, status
 ):
     monkeypatch.setattr(jobs, "run_here", lambda *arguments: signal.raise_signal(number))
-    assert call("--methods=erm", "--seeds=1", f"--workdir={tmp_path / 'sweep'}") == status
+    assert call("--methods=erm", "--num_seeds=1", f"--workdir={tmp_path / 'sweep'}") == status
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line == "interrupted: finished jobs are kept, the same command resumes it"
 
@@ -235,7 +241,7 @@ def test_finished_jobs_are_skipped_and_the_others_run(tmp_path, planned, monkeyp
     monkeypatch.setattr(jobs, "start", lambda job, env=None: started.append(job) or start(job))
     call("--methods=erm,lpa", "--seeds=4,", "--set=imbalance=10,100", f"--workdir={tmp_path}")
     assert not started, "--seeds=4, is refused"
-    call("--methods=erm,lpa", "--seeds=2", "--set=imbalance=10,100", f"--workdir={tmp_path}")
+    call("--methods=erm,lpa", "--num_seeds=2", "--set=imbalance=10,100", f"--workdir={tmp_path}")
     assert len(started) == 2 * 2 * 2 - 1 and planned[0] not in started
     assert "8 jobs: 7 done, 1 done before" in capsys.readouterr().out
 

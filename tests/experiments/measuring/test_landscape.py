@@ -16,7 +16,7 @@ from tests.helpers import browser, tiny_models
 from tests.helpers.module_call import call
 
 TINY = (
-    "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--seeds=2",
+    "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--num_seeds=2",
     "--methods=erm,dropout", "--compilation_cache=", "--quiet", "--measure_batches=1",
     "--measure_batch_size=32", "--measure_layers=hidden2", "--lanczos_steps=4", "--eigenvalues=2",
     "--probes=2", "--spectrum_probes=2", "--directions=1", "--resolution=3", "--power_iterations=5",

@@ -16,7 +16,7 @@ from tests.helpers import tiny_models
 from tests.helpers.module_call import call
 
 TINY = (
-    "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--seeds=2",
+    "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--num_seeds=2",
     "--methods=adversarial", "--steps=1", "--hidden_layers=hidden2",
     "--layer_radii=hidden2=0.3", "--compilation_cache=", "--quiet", "--class_geometry_batches=3",
 )  # fmt: skip

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 
 import lpa_jax
+from experiments import long_tail
+from experiments.images import compare
+from experiments.images import flags as image_flags
+from experiments.methods import flags, search
 from experiments.methods import names as methods
-from experiments.methods import search
 from experiments.methods.build import assemble, traceable
 from lpa_jax import losses, optimizers
 from lpa_jax.models import MLP
 from lpa_jax.perturbations import Site
 from tests.helpers import toy
+from tests.helpers.commands import parsed
 
 LAYERS = ("input", "hidden1", "hidden2", "logits")
 COUNTS = (100, 10, 1)
@@ -146,7 +150,10 @@ def test_a_perturbation_may_stand_at_several_layers():
 def test_an_option_reaches_its_part_only():
     options = methods.options_for("focal+sam", {}, {"focal.gamma": 3.0})
     assert options == {"focal.gamma": 3.0}
-    with pytest.raises(ValueError, match="--option: focal has no option 'tau'; it has: gamma"):
+    with pytest.raises(
+        ValueError,
+        match=r"the option of focal in 'focal\.tau' must be one of gamma, got 'tau'",
+    ):
         methods.options_for("focal", {}, {"focal.tau": 1})
     with pytest.raises(ValueError, match=r"--option: lpa\.layer must be text, got 3"):
         methods.options_for("lpa", {}, {"lpa.layer": 3})
@@ -224,3 +231,50 @@ def test_a_bad_space_is_refused_in_one_line(text):
     with pytest.raises(ValueError, match=r"--space: .*") as error:
         search.parse_space(text)
     assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods=erm", "--option=nonsense.rate=1"], "must be one of"),
+        (["--methods=erm", "--option=lpa.raduis=1"], r"got 'raduis' \(did you mean 'radius'\?\)"),
+        (["--methods=erm", "--option=lap.radius=1"], r"got 'lap' \(did you mean 'lpa'\?\)"),
+        (["--methods=erm", "--option=lpa.radius=1"], r"--option=lpa.radius=1 must be an option of"),
+        (["--methods=erm", "--radius=1"], "--radius must be an option of a method in"),
+        (["--methods=lpa", "--lpl_radius=1"], "--lpl_radius must be an option of a method in"),
+        (["--methods=lpa", "--option=focal.gamma=1"], "--option=focal.gamma=1 must be an option"),
+        (
+            ["--methods=ldam", "--loss=focal", "--option=focal.gamma=1"],
+            "--methods=ldam --loss=focal",
+        ),
+        (["--methods=emr"], r"unknown method 'emr' in 'emr' \(did you mean 'erm'\?\)"),
+        (["--methods=lpa", "--option=lpa.steps=1000000000000"], r"lpa.steps must be .* in 0..1000"),
+        (["--methods=class_balanced", "--option=class_balanced.base=5"], "must be one of beta"),
+    ],
+)
+def test_an_option_that_reaches_no_method_is_refused_by_name(arguments, message):
+    with parsed(long_tail, arguments), pytest.raises(ValueError, match=message):
+        compare.resolve_options({})
+
+
+def test_options_reach_the_loss_of_methods_without_one_of_their_own():
+    arguments = ["--methods=erm,ldam", "--loss=focal", "--option=focal.gamma=0", "--hparams=none"]
+    with parsed(long_tail, arguments):
+        options = compare.resolve_options({})
+        settings = image_flags.settings()
+    assert options == {"erm": {"focal.gamma": 0}, "ldam": {}}
+    logits, labels = jnp.array([[1.0, 3.0]]), jnp.array([[1.0, 0.0]])
+    value = settings.default_loss([1, 1], options["erm"])(logits, labels)
+    np.testing.assert_array_equal(value, losses.cross_entropy(logits, labels))
+    with pytest.raises(ValueError, match=r"focal.gamma must be finite and >= 0, got -3"):
+        settings.default_loss([1, 1], {"focal.gamma": -3})
+
+
+def test_a_job_of_a_sweep_forgets_the_options_of_other_methods():
+    given = ["--radius=0.1", "--option=dropout.rate=0.3", "--option=lpa.steps=2"]
+    with parsed(long_tail, ["--methods=lpl", *given]):
+        flags.forget_unreached(["lpl"])
+        assert compare.resolve_options({}) == {"lpl": {}}
+    with parsed(long_tail, ["--methods=lpa", *given]):
+        flags.forget_unreached(["lpa"])
+        assert compare.resolve_options({}) == {"lpa": {"lpa.radius": 0.1, "lpa.steps": 2}}

@@ -91,7 +91,7 @@ def test_the_tables_own_notes_name_them_and_so_does_a_line_before_training(
     content = {"search": {"settings": {"epochs": 60}}, "methods": {"erm": {"chosen": {}}}}
     (tmp_path / "balanced_digits_mlp.json").write_text(json.dumps(content))
     message, out, err = run("balanced", "--dataset=digits", "--epochs=1", "--per_class=5",
-                            "--methods=erm,focal", "--seeds=1",
+                            "--methods=erm,focal", "--num_seeds=1",
                             f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None
     table = (tmp_path / "job/table.md").read_text()

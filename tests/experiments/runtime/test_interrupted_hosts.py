@@ -17,7 +17,7 @@ from tests.reliability.test_reliability import newest_step
 
 STEPS = 16
 FLAGS = ("--dataset=digits", "--per_class=12", "--imbalance=4", "--batch_size=8", "--epochs=2",
-         "--evaluate_every=1", "--seeds=1", "--compilation_cache=", "--checkpoint_every=never",
+         "--evaluate_every=1", "--num_seeds=1", "--compilation_cache=", "--checkpoint_every=never",
          "--keep_finished_checkpoints", "--quiet")  # fmt: skip
 ERM = ("--methods=erm",)
 RUN = "runs/erm/seed_0"

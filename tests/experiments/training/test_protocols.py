@@ -36,7 +36,7 @@ from tests.helpers.protocols import PROTOCOLS, DomainRuns, ImageRuns
 from tests.helpers.toy import assert_trees_equal
 
 FLAGS = flags.FLAGS
-JOB = ("--methods=erm,lpa", "--seeds=2", "--steps=1", "--quiet")
+JOB = ("--methods=erm,lpa", "--num_seeds=2", "--steps=1", "--quiet")
 FIXED = {"lpa.assignment": "confidence", "lpa.steps": 1, "lpa.radius_target": 0.2}
 WEAK = FIXED | {"learning_rate": 1e-3, "lpa.radius": 0.1}
 STRONG = FIXED | {"learning_rate": 1e-2, "lpa.radius": 0.7}
