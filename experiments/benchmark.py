@@ -68,7 +68,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_classes", 10, "Number of classes.", lower_bound=2)
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
     flags.DEFINE_integer("rounds", 11, "Rounds of one ERM and one method step.", lower_bound=1)
-    flags.DEFINE_string("csv", None, "CSV file to write the table to.")
+    files.define_path("csv", None, "CSV file to write the table to.")
 
 
 class Row(NamedTuple):
@@ -165,6 +165,7 @@ def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
 def main(argv: list[str]) -> None:
     """Measures every case, prints the table and writes it to --csv."""
     entry_point.refuse_arguments(argv)
+    entry_point.check_devices()
     try:
         state, batch, cases = set_up()
     except ValueError as error:

@@ -88,7 +88,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "grid", None, ["full", "star"], "Fills the list flags that are not given with a grid."
     )
-    flags.DEFINE_string("output", None, "JSON file that keeps compiled programs between runs.")
+    files.define_path("output", None, "JSON file that keeps compiled programs between runs.")
     flags.DEFINE_bool("compile", True, "Compile programs that --output lacks; if not, skip them.")
     flags.DEFINE_bool("markdown", False, "Print one Markdown table instead of a report per case.")
 

@@ -41,6 +41,7 @@ from experiments.methods import names as methods
 from experiments.methods import search
 from experiments.methods import tuned as tuned_file
 from experiments.reporting import tables
+from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
 from lpa_jax import multihost
@@ -58,7 +59,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "leave_two_out", False, "Also train without each pair of domains, for cross-validation."
     )
-    flags.DEFINE_string(
+    files.define_path(
         "hparams",
         "auto",
         "File of tuned hyperparameters from experiments.domain_tune; auto takes the one that comes "

@@ -138,6 +138,7 @@ def measure_all() -> tuple[list[list[str]], list[str]]:
 def main(argv: list[str]) -> None:
     """Measures every combination and prints the table."""
     entry_point.refuse_arguments(argv)
+    entry_point.check_devices()
     try:
         rows, reasons = measure_all()
     except ValueError as error:

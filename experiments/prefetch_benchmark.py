@@ -131,6 +131,7 @@ def _cells(source: str, rates: timing.Rounds) -> list[str]:
 def main(argv: list[str]) -> None:
     """Measures every source and prints the table."""
     entry_point.refuse_arguments(argv)
+    entry_point.check_devices()
     if FLAGS.batch_size % jax.device_count():
         sys.exit(
             f"error: --batch_size must be a multiple of the {jax.device_count()} devices, "

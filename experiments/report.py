@@ -34,7 +34,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Flags of this module."""
-    flags.DEFINE_string("output", "runs/report", "Folder for what is written.")
+    files.define_path("output", "runs/report", "Folder for what is written.", folder=True)
     flags.DEFINE_string("baseline", ERM, "Method that the others are compared to.")
     flags.DEFINE_list(
         "compare",
@@ -85,9 +85,9 @@ def make(
 
 def main(argv: list[str]) -> None:
     """Entry point."""
-    folders = [pathlib.Path(name) for name in argv[1:]]
     output = pathlib.Path(FLAGS.output)
     try:
+        folders = [pathlib.Path(files.local_path(name)) for name in argv[1:]]
         if not folders:
             raise ValueError("name at least one folder of results")
         pairs = paired.parse_pairs(FLAGS.compare)

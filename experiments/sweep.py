@@ -52,8 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to run.")
     run_flags.define_seeds(8)
     flags.DEFINE_multi_string("set", [], "FLAG=VALUE,VALUE: a flag of the jobs and its values.")
-    flags.DEFINE_string("description", None, "JSON file in place of the four flags above.")
-    flags.DEFINE_string("workdir", "runs/sweep", "Folder of the jobs and their report.")
+    files.define_path("description", None, "JSON file in place of the four flags above.")
+    files.define_path("workdir", "runs/sweep", "Folder of the jobs and their report.", folder=True)
     flags.DEFINE_integer("num_workers", 1, "Most jobs at once.")
     flags.DEFINE_list("gpus", [], "Devices that workers take in turn, such as 0,1; empty: all.")
     flags.DEFINE_enum(

@@ -52,7 +52,7 @@ def define_flags() -> None:
         "within a factor of 10 around the one that lpa_jax.suggest_radius finds after a short ERM "
         "warm-up on the first seed.",
     )
-    flags.DEFINE_string("workdir", "runs/tune", "Folder of the trials.")
+    files.define_path("workdir", "runs/tune", "Folder of the trials.", folder=True)
     image_flags.define()
     fields.define(method_flags.Searching)
     fields.define(method_flags.Perturbing)

@@ -9,7 +9,7 @@ from experiments.domains.settings import DomainSettings
 from experiments.methods import flags as method_flags
 from experiments.methods import names
 from experiments.methods.search import ADAM_LARGE, ADAM_SMALL, Choice, LogUniform, Space
-from experiments.runtime import fields
+from experiments.runtime import fields, files
 from experiments.training import flags as run_flags
 from lpa_jax.data.domain_folders import FOLDER_SETS
 
@@ -33,7 +33,7 @@ def define_flags(workdir: str) -> None:
     flags.DEFINE_list(
         "test_domains", ["all"], "Domains to hold out, one at a time; all means every domain."
     )
-    flags.DEFINE_string("workdir", workdir, "Folder for everything that is written.")
+    files.define_path("workdir", workdir, "Folder for everything that is written.", folder=True)
     flags.DEFINE_list(
         "learning_rate_range",
         [],

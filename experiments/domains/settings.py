@@ -21,7 +21,7 @@ class DomainSettings(RunSettings):
         "--data_dir, in DomainBed's folders.",
         allowed=data.DOMAIN_SETS,
     )
-    data_dir: str | None = setting(None, "Folder that holds the data set's folder.")
+    data_dir: str | None = setting(None, "Folder that holds the data set's folder.", path=True)
     deal_seed: int = setting(
         0, "Seed that assigns MNIST's images to domains; the same for all runs.", low=0
     )

@@ -41,8 +41,10 @@ def define_flags(experiment: str, profile: str) -> None:
         "the layer, manifold_mixup@input|hidden1 layers of which each step draws one.",
     )
     run_flags.define_seeds(about="; paired over methods")
-    flags.DEFINE_string("workdir", f"runs/{experiment}", "Folder for everything that is written.")
-    flags.DEFINE_string(
+    files.define_path(
+        "workdir", f"runs/{experiment}", "Folder for everything that is written.", folder=True
+    )
+    files.define_path(
         "hparams",
         "auto",
         "File of tuned hyperparameters from experiments.tune; auto takes the one that comes with "

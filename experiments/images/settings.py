@@ -33,13 +33,16 @@ class Settings(RunSettings):
     data_dir: str | None = setting(
         None,
         "Folder of prepared TFDS sets, TFDS's default if unset; or of the published list files.",
+        path=True,
     )
     train_list: str | None = setting(
-        None, "File of training images, one a line: path within --image_root, label."
+        None, "File of training images, one a line: path within --image_root, label.", path=True
     )
-    eval_list: str | None = setting(None, "With --train_list: the same for the test images.")
+    eval_list: str | None = setting(
+        None, "With --train_list: the same for the test images.", path=True
+    )
     image_root: str | None = setting(
-        None, "Folder of the images that lists name; for published lists --data_dir."
+        None, "Folder of the images that lists name; for published lists --data_dir.", path=True
     )
     image_size: int = setting(
         224,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from experiments.runtime import files
 from lpa_jax import checks
 
 FLAGS = flags.FLAGS
@@ -42,6 +43,7 @@ class Setting:
       parse: from the value of the flag to that of the field, where they differ.
       nonempty: whether a list must have a member.
       repeated: whether the flag is given once for each member, not as a list with commas.
+      path: whether it is a path, in which the flag understands `~`.
       later: whether the field came after the first runs: their configurations lack it, so that
         it is not written at its default.
     """
@@ -57,6 +59,7 @@ class Setting:
     parse: Callable[[Any], Any] | None = None
     nonempty: bool = False
     repeated: bool = False
+    path: bool = False
     later: bool = False
 
 
@@ -101,6 +104,8 @@ def define(of: type, **defaults: Any) -> None:
         name, default = field.flag, defaults.get(field.flag, usual)
         if field.about.repeated:
             flags.DEFINE_multi_string(name, list(default), field.about.help)
+        elif field.about.path:
+            files.define_path(name, default, field.about.help, optional=default == "")
         elif field.length is not None:
             texts = [f"{one:g}" if isinstance(one, float) else str(one) for one in default]
             flags.DEFINE_list(name, texts, field.about.help)

@@ -6,14 +6,17 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from lpa_jax import files, multihost
 
+FLAGS = flags.FLAGS
 SOURCES = ("experiments", "lpa_jax")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "tensorflow-datasets")
 
@@ -27,6 +30,72 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes JSON like `write_text`; non-finite numbers become null, NumPy values plain ones."""
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+
+
+class _PathParser(flags.ArgumentParser):
+    """Reads the value of a flag with `local_path`."""
+
+    def __init__(self, folder: bool, optional: bool):
+        super().__init__()
+        self.folder, self.optional, self.syntactic_help = folder, optional, "a path"
+
+    def parse(self, argument: str) -> str:
+        return "" if self.optional and not argument else local_path(argument)
+
+
+def define_path(
+    name: str, default: str | None, help: str, *, folder: bool = False, optional: bool = False
+) -> None:
+    """Defines a flag for a path; `~` is the home folder, which shells leave alone after `=`.
+
+    Args:
+      name: of the flag.
+      default: of the flag.
+      help: of the flag.
+      folder: whether it must be a folder to write to, which `check_folders` checks.
+      optional: whether it may be empty.
+    """
+    parser, serializer = _PathParser(folder, optional), flags.ArgumentSerializer()
+    flags.DEFINE(parser, name, default, help, serializer=serializer)
+
+
+def local_path(text: str) -> str:
+    """The path with `~` and `~user` replaced.
+
+    Raises:
+      ValueError: it is empty, an address, below an unknown home folder, or not UTF-8.
+
+    >>> local_path("s3://bucket/runs")
+    Traceback (most recent call last):
+    ValueError: must be a path on this machine, got 's3://bucket/runs'
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ValueError(f"must be a path on this machine, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"must be a path in UTF-8, got {text!r}") from None
+    if not text or "\0" in text:
+        raise ValueError(f"must be a path, got {text!r}")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"must be a path, got {text!r} without a home folder for it")
+    return path
+
+
+def check_folders() -> None:
+    """Refuses flags for folders to write to that name files, or places below files.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    for name in FLAGS:
+        flag = FLAGS[name]
+        if isinstance(flag.parser, _PathParser) and flag.parser.folder:
+            path = pathlib.Path(flag.value).absolute()
+            there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+            if not there.is_dir():
+                raise ValueError(f"--{name} must name a folder, got {flag.value!r}")
 
 
 def check_writable(flag: str, path: str) -> None:

@@ -1,13 +1,15 @@
 """What every experiment's `main` does around its work: flags, arguments, errors and signals."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags
 
-from experiments.runtime import console, hosts
+from experiments.runtime import console, files, hosts
 from lpa_jax.checkpoints import checkpoints
 from lpa_jax.files import LockedError
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
@@ -29,10 +31,12 @@ def start(
 
     def parse(argv):
         try:
-            return FLAGS(argv)
+            rest = FLAGS(argv)
+            files.check_folders()
+            return rest
         except flags.UnrecognizedFlagError as error:
             sys.exit(f"error: {error}{hint}")
-        except flags.Error as error:
+        except (flags.Error, ValueError) as error:
             sys.exit(f"error: {error}")
 
     console.install()
@@ -53,6 +57,17 @@ def refuse_arguments(argv: list[str]) -> None:
             f"error: unexpected argument {argv[1]!r}; write flags as --name=value, lists with "
             "commas: --methods=erm,lpa"
         )
+
+
+def check_devices() -> None:
+    """Exits with one line if JAX finds no device of the kind that JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    # JAX has an assertion here, too.
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        sys.exit(f"error: JAX_PLATFORMS={platforms}: JAX finds no such device{reason}")
 
 
 def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
@@ -79,6 +94,7 @@ def _work(work: Callable[[Interrupts], None]) -> None:
     interrupts = Interrupts(
         lambda signal_name: console.announce(f"{signal_name}: saving at the next safe point")
     )
+    check_devices()
     try:
         work(interrupts)
     except (

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments.runtime import fields, hosts
+from experiments.runtime import fields, files, hosts
 from experiments.training.saving import Saving
 from lpa_jax import checks, multihost
 
@@ -41,10 +41,11 @@ def define_seeds(count: int | None = 3, seeds: Sequence[str] = (), about: str = 
 
 def define_console_flags() -> None:
     """Defines the flags of a process that saves no checkpoints."""
-    flags.DEFINE_string(
+    files.define_path(
         "compilation_cache",
         "runs/compilation_cache",
         "Folder where compiled programs are kept between runs; empty keeps none.",
+        optional=True,
     )
     flags.DEFINE_bool("quiet", False, "Print only the result, no progress.")
 

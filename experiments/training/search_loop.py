@@ -46,7 +46,9 @@ class Search:
 
     trials: int = fields.setting(40, "Trials of every method.", low=1, high=10**5)
     search_seed: int = fields.setting(0, "Seed of the random search.", low=0)
-    output: str = fields.setting("", "File for the chosen hyperparameters; empty writes none.")
+    output: str = fields.setting(
+        "", "File for the chosen hyperparameters; empty writes none.", path=True
+    )
     worker: int = fields.setting(
         0, "Number of the share of the trials that this process runs.", low=0
     )

@@ -57,6 +57,7 @@ class RunSettings:
         "safetensors file with weights for resnet18, resnet34 or resnet50, under torchvision's "
         "names. A head for another number of classes is ignored.",
         parse=read,
+        path=True,
         later=True,
     )
     freeze_batch_norm: bool = setting(

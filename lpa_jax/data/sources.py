@@ -240,6 +240,10 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
     from lpa_jax.data.builders import BUILDERS
 
     data_dir = None if data_dir is None else os.fspath(data_dir)
+    if data_dir is None and not (
+        os.environ.get("TFDS_DATA_DIR") or os.path.isabs(os.path.expanduser("~"))
+    ):
+        raise ValueError("data_dir must be given: neither HOME nor TFDS_DATA_DIR is set")
     try:
         with _quiet_log(), _quiet_preparation():
             if name in BUILDERS:
@@ -252,7 +256,9 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
     except ImportError as error:
         # TFDS wraps the import error in a sentence of its own
         missing = error.name or str(error).rsplit(": ", 1)[-1]
-        raise ValueError(f"dataset={name!r}: needs a package that is missing ({missing})") from None
+        raise ValueError(
+            f"dataset={name!r}: needs a package that is missing or may not be read ({missing})"
+        ) from None
     except (ValueError, AssertionError) as error:
         raise ValueError(f"dataset={name!r}: refused by TFDS ({_first_line(error)})") from None
     except OSError as error:
