@@ -35,7 +35,7 @@ import lpa_jax
 from experiments.compiled import step_cost, timing
 from experiments.compiled.cases import Case, make_cases
 from experiments.methods import build, names
-from experiments.reporting import tables
+from experiments.reporting import screen
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from lpa_jax import injection, models, perturbations
@@ -111,6 +111,8 @@ COLUMNS = (
     *(("ratio", "{ratio:.3f}"), ("floor", "{floor:.3f}"), ("ratio/floor", "{ratio_to_floor:.3f}")),
     *(("flops", "{flops:.3f}"), ("compile_s", "{compile_s:.1f}"), ("memory_MB", "{memory_mb:.1f}")),
 )
+# Columns that a narrow terminal does without, the first first.
+SECONDARY = ("[min..max]", "memory_MB", "compile_s", "flops")
 
 
 def measure(
@@ -188,7 +190,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         failure = "interrupted: the table holds what was measured"
     cells = [[text.format(**row._asdict()) for _, text in COLUMNS] for row in rows]
-    print(tables.aligned_table([[header for header, _ in COLUMNS], *cells]), end="")
+    screen.show_table([[header for header, _ in COLUMNS], *cells], SECONDARY, keys=3)
     if failure:
         sys.exit(failure)
     if FLAGS.csv:

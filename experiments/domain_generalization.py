@@ -163,7 +163,7 @@ def compare(interrupts: Interrupts) -> None:
         by_method: dict[str, list[Mapping[str, Any]]] = {}
         for result in results:
             by_method.setdefault(result["method"], []).append(result)
-        tables.write_comparison(title, by_method, workdir, limits)
+        tables.write_comparison(title, by_method, workdir, limits, quiet=FLAGS.quiet)
 
 
 def main(argv: list[str]) -> None:

@@ -97,7 +97,7 @@ def tune(interrupts: Interrupts) -> None:
     todo = search_loop.missing(trials)
     places = [trial.lock.relative_to(workdir).as_posix() for trial in todo]
     hosts.check(workdir, places, hosts.UNFINISHED)
-    progress = RunProgress(len(todo), settings.intervals, FLAGS.quiet or not first)
+    progress = RunProgress(len(todo), settings.intervals, FLAGS.quiet or not first, unit="interval")
     search_loop.run(workdir, todo, progress, interrupts)
     if first:
         seeds = run_flags.seeds()

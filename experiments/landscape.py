@@ -23,7 +23,6 @@ only if a flag that decides them changes.
 """
 
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -36,9 +35,17 @@ from experiments.measuring import models as trained
 from experiments.measuring.measurements import MEASUREMENTS
 from experiments.measuring.settings import Measuring
 from experiments.methods import names as methods
-from experiments.reporting import class_figures, frame, measured_figures, measured_tables, tables
+from experiments.reporting import (
+    class_figures,
+    frame,
+    measured_figures,
+    measured_tables,
+    screen,
+    tables,
+)
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
+from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from lpa_jax.files import hold
 from lpa_jax.interrupts import Interrupts
@@ -93,13 +100,16 @@ def measure(
         name: {method: {} for method in models.options} for name in names
     }
     # Seeds vary slowest: an interrupted job has complete pairs.
-    for number, seed in enumerate(models.tasks):
-        for method in models.options:
+    places = [(seed, method) for seed in models.tasks for method in models.options]
+    with RunProgress(len(places), len(names), FLAGS.quiet, unit="measurement") as progress:
+        for seed, method in places:
+            progress.start(f"{method} seed {seed}")
             # A model is loaded once, if anything is left to measure.
             load = cache(partial(models.load, method, seed))
-            for name in names:
-                if name == _FIRST_SEED_ONLY and number:
+            for number, name in enumerate(names):
+                if name == _FIRST_SEED_ONLY and seed != places[0][0]:
                     continue
+                progress.part(number, name)
                 trained.go_on(interrupts)
                 fields = {field: getattr(how, field) for field in MEASUREMENTS[name][1]}
                 try:
@@ -108,8 +118,7 @@ def measure(
                     )
                 except ValueError as error:
                     raise ValueError(f"{method} seed {seed}, {name}: {error}") from error
-            if not FLAGS.quiet:
-                print(f"measured {method} seed {seed}", file=sys.stderr, flush=True)
+            progress.finish(f"measured {', '.join(names)}")
     return found
 
 
@@ -135,13 +144,16 @@ def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> Non
         if table.empty:
             continue
         files.write_text(workdir / f"{name}.csv", tables.csv_text(table))
-        text = measured_tables.markdown(table, f"{name}: {title}")
+        heading = f"{name}: {title}"
+        text = measured_tables.markdown(table, heading)
         files.write_text(workdir / f"{name}.md", text + "\n" + measured_tables.LEGEND)
         if name == "geometry":
             classes = measured_tables.class_frame(measured)
             files.write_text(workdir / "geometry_classes.csv", tables.csv_text(classes))
-        long = text.count("\n") > _SCREEN
-        print(f"{name}: a long table, in {workdir}/{name}.md\n" if long else text)
+        if text.count("\n") > _SCREEN:
+            screen.show(f"{name}: a long table, in {workdir}/{name}.md\n")
+        else:
+            measured_tables.show(table, heading)
 
 
 def run(interrupts: Interrupts) -> None:
@@ -160,8 +172,7 @@ def run(interrupts: Interrupts) -> None:
     report(found, title, workdir)
     if "geometry" in found:
         class_figures.over_epochs(models.results, workdir / "geometry_epochs.png")
-    if not FLAGS.quiet:
-        print(f"Written to {workdir}/", file=sys.stderr)
+    run_flags.say(f"Written to {workdir}/")
 
 
 def main(argv: list[str]) -> None:

@@ -22,7 +22,6 @@ compiles six programs.
 
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -39,6 +38,7 @@ from experiments.reporting import class_figures, frame, measured_figures, measur
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.runtime.fields import named
+from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from lpa_jax import models, perturbations
 from lpa_jax.files import hold
@@ -169,17 +169,22 @@ def measure(
 ) -> dict[str, dict[int, dict[str, float | None]]]:
     """Accuracy of every model and its similarity to the references of the same seed."""
     values: dict[str, dict[int, dict[str, float | None]]] = {name: {} for name in found.options}
-    for seed in found.tasks:
-        outputs = cache(partial(_outputs, found, seed))  # each model is loaded at most once
-        for method in FLAGS.methods:
+    places = [(seed, method) for seed in found.tasks for method in FLAGS.methods]
+    with RunProgress(len(places), len(layers), FLAGS.quiet, unit="layer") as progress:
+        for seed, method in places:
+            progress.start(f"{method} seed {seed}")
+            outputs = cache(partial(_outputs, found, seed))  # each model is loaded at most once
             references = {INPUT: place(method, INPUT), LOGITS: place(method, LOGITS), ERM: ERM}
             settings = {"cka_images": FLAGS.cka_images, "references": references}
-            for placed in (place(method, layer) for layer in layers):
+            for number, layer in enumerate(layers):
+                progress.part(number, f"similarity at {layer}")
                 trained.go_on(interrupts)
+                placed = place(method, layer)
                 values[placed][seed] = found.measured(
                     placed, seed, "layer_sweep", settings,
                     partial(compared, placed, references, outputs),
                 )  # fmt: skip
+            progress.finish(f"compared at {', '.join(layers)}")
     at = {place(method, layer): layer for method in FLAGS.methods for layer in layers}
     for method, results in found.results.items():
         for result in results:
@@ -222,9 +227,8 @@ def sweep(interrupts: Interrupts) -> None:
     placed = {method: {layer: place(method, layer) for layer in layers} for method in FLAGS.methods}
     measured_figures.layer_sweep(table, placed, workdir / "layer_sweep.png")
     class_figures.swept(table, placed, workdir / "layer_sweep_geometry.png")
-    print(text)
-    if not FLAGS.quiet:
-        print(f"Written to {workdir}/layer_sweep.{{csv,md,png}}", file=sys.stderr)
+    measured_tables.show(table, title, _in_order(table))
+    run_flags.say(f"Written to {workdir}/layer_sweep.{{csv,md,png}}")
 
 
 def main(argv: list[str]) -> None:

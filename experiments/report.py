@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments.methods.names import ERM
-from experiments.reporting import frame, html, paired, runs, sections, tables
+from experiments.reporting import frame, html, paired, runs, screen, sections, tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 
@@ -95,12 +95,14 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for section in made:
-        print(f"\n{section.title}\n\n{tables.markdown_table(section.table)}", end="")
+        screen.show(f"\n{section.title}\n")
+        screen.show_table(section.table, tables.SECONDARY)
         if not section.contrasts.empty:
-            table = tables.contrast_table(section.contrasts)
-            print(f"\n{tables.markdown_table(table)}", end="")
-        print("".join(f"- {note}\n" for note in section.notes), end="")
-    print(f"\nWritten to {output}")
+            screen.show()
+            screen.show_table(tables.contrast_table(section.contrasts), tables.SECONDARY)
+        for note in section.notes:
+            screen.show(note)
+    screen.show(f"\nWritten to {output}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from lpa_jax.assignment import (
     by_frequency,
     custom,
 )
-from lpa_jax.injection import CutFunctions, Network, decode, encode, inject
+from lpa_jax.injection import (
+    CutFunctions,
+    Network,
+    decode,
+    encode,
+    inject,
+    with_batch_names,
+)
 from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Penalty
 from lpa_jax.perturbations import (
@@ -84,6 +91,7 @@ __all__ = [
     "rsc",
     "spatial_dropout",
     "suggest_radius",
+    "with_batch_names",
 ]
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax.checks import check_labels, choice, integer, is_known, number, require
+from lpa_jax.sharding import in_auto_axes, in_own_axes
 from lpa_jax.tables import (
     BatchClasses,
     as_rows,
@@ -353,6 +354,14 @@ def class_perturbation(
       Method of arXiv 2605.29525 (abstract); equations as in the module docstring.
     """
     options = PGDOptions(steps, step_size, geometry, norm, shape, min_cosine).validate()
+    loss_fn = in_own_axes(loss_fn, activations)
+    return _class_perturbation(
+        loss_fn, activations, labels, sign, radius, options, initial, axis_name
+    )
+
+
+@in_auto_axes()
+def _class_perturbation(loss_fn, activations, labels, sign, radius, options, initial, axis_name):
     activations, labels = jnp.asarray(activations), jnp.asarray(labels)
     sign, radius = jnp.asarray(sign), jnp.asarray(radius)
     _check_arguments(activations, labels, sign, radius)
@@ -362,13 +371,15 @@ def class_perturbation(
 
     classes = BatchClasses.of(labels, sign.shape[0], axis_name, dtype)
     radius = jnp.where((classes.counts > 0) & (sign != 0), jnp.maximum(radius, 0.0), 0.0)
-    table = (sign.shape[0], *row_shape(activations, shape))
+    table = (sign.shape[0], *row_shape(activations, options.shape))
     if initial is not None:
         require(jnp.shape(initial) == table, "initial", f"of shape {table}", jnp.shape(initial))
         initial = jax.lax.stop_gradient(initial).astype(dtype)
 
     def gradient_fn(delta):
-        return class_gradient(lambda h: (loss_fn(h), None), activations, classes, delta, shape)[0]
+        return class_gradient(
+            lambda h: (loss_fn(h), None), activations, classes, delta, options.shape
+        )[0]
 
     delta = ascend_by_class(gradient_fn, activations, classes, sign, radius, options, initial)
     return jnp.zeros(table, dtype) if delta is None else jax.lax.stop_gradient(delta)

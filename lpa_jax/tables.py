@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lpa_jax.sharding import in_auto_axes
+
 Array = jax.Array
 
 
@@ -102,6 +104,7 @@ def beyond_if_ignored(labels: Array, num_classes: int) -> Array:
     return jnp.where(labels < 0, num_classes, labels)
 
 
+@in_auto_axes()
 def class_sums(
     values: Array, labels: Array, num_classes: int, axis_name: str | None = None
 ) -> Array:

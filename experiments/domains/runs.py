@@ -141,7 +141,7 @@ def train_all(
     missing = [number for number, result in enumerate(results) if result is None]
     hosts.check(workdir, [configs[number] for number in missing], hosts.UNFINISHED)
     todo = _check_all(trainings, [runs[number] for number in missing], pairs_of)
-    progress = RunProgress(todo, settings.intervals, quiet)
+    progress = RunProgress(todo, settings.intervals, quiet, unit="interval")
     with folder.held(workdir), interrupts, progress:
         for place in (workdir / "trainings", *(runs[number].folder(workdir) for number in missing)):
             folder.check_inside(workdir, place)

@@ -160,7 +160,7 @@ def report(
     figures.training_curves(results, workdir / "training_curves.png", settings.evaluate_on)
     class_figures.over_epochs(results, workdir / "class_geometry.png")
     title = frame.title_of(settings.as_dict())
-    tables.write_comparison(title, results, workdir, notes, pair=("lpa", "lpl"))
+    tables.write_comparison(title, results, workdir, notes, ("lpa", "lpl"), FLAGS.quiet)
 
 
 def main(experiment: str, argv: list[str]) -> None:

@@ -65,7 +65,8 @@ def page(
     body.append("</ul>")
     for i, section in enumerate(sections):
         body += _section(section, f"t{i}")
-    body += ["<h2>How to read the tables</h2>", f"<p>{html.escape(tables.LEGEND)}</p>"]
+    lines = "".join(f"<li>{html.escape(x)}</li>" for x in report_sections.how_to_read(sections))
+    body += ["<h2>How to read the tables</h2>", f"<ul>{lines}</ul>"]
     body += ["<h2>Not counted</h2>", _problems(problems)]
     body += ["<h2>Environment</h2>", *_environments(runs)]
     return (

@@ -1,21 +1,23 @@
 """Tables of anything that is measured of models: over seeds, and beside a baseline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.reporting import paired, tables
+from experiments.reporting import paired, screen, tables
 
 # Anything that is measured of models: method -> seed -> {"values": {measure: value}, ...}.
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 LEGEND = (
     "Mean +- standard error over seeds; vs: mean +- standard error of the paired difference to the "
-    "baseline (same seed, same data). The CSV has 95% bootstrap intervals and Wilcoxon p-values, "
-    "Holm-corrected over the methods of a measure.\n"
+    "baseline (same seed, same data). From 5 seeds on, the CSV has 95% bootstrap intervals and "
+    "Wilcoxon p-values, Holm-corrected over the methods of a measure.\n"
 )
+# First words of measures that are fractions of the examples.
+_SHARES = ("accuracy", "agreement", "ece", "adaptive ece")
 
 
 def values_of(found: Found, part: str = "values") -> pd.DataFrame:
@@ -34,7 +36,7 @@ def compare(found: Found, baseline: str) -> pd.DataFrame:
     values = values_of(found)
     if values.empty:
         return values
-    compared = paired.compare(values, baseline).drop(columns="higher")
+    compared = paired.compare(values, baseline).drop(columns=["higher", "each"])
     if all("errors" in one for seeds in found.values() for one in seeds.values()):
         errors = values_of(found, "errors").groupby(["measure", "method"])["value"].mean()
         places = pd.MultiIndex.from_frame(compared[["measure", "method"]])
@@ -52,29 +54,49 @@ def markdown(compared: pd.DataFrame, title: str, measures: Sequence[str] | None 
       title: above the tables.
       measures: those to show, in order; None for all.
     """
-    parts = [f"## {title}\n"]
+    text = [f"## {title}\n"]
+    for part, both in _by_part(compared, measures):
+        text += [f"### {part}\n"] if part else []
+        text += map(tables.markdown_table, both)
+    return "\n".join(text)
+
+
+def show(compared: pd.DataFrame, title: str, measures: Sequence[str] | None = None) -> None:
+    """Prints the same tables."""
+    screen.show(title)
+    for part, both in _by_part(compared, measures):
+        for table in both:
+            screen.show(f"\n{part}\n" if part else "")
+            screen.show_table(table)
+    screen.show()
+
+
+def _by_part(
+    compared: pd.DataFrame, measures: Sequence[str] | None
+) -> Iterator[tuple[str, list[screen.Lines]]]:
     by_part: dict[str, list[str]] = {}
     for measure in compared["measure"].unique() if measures is None else measures:
         by_part.setdefault(measure.rpartition(": ")[0], []).append(measure)
     for part, own in by_part.items():
-        parts += [f"### {part}\n"] if part else []
-        parts += _tables(compared, own)
-    return "\n".join(parts)
+        yield part, _tables(compared, own)
 
 
-def _tables(compared: pd.DataFrame, measures: Sequence[str]) -> list[str]:
+def _tables(compared: pd.DataFrame, measures: Sequence[str]) -> list[screen.Lines]:
     methods, baseline = list(compared["method"].unique()), compared["baseline"].iloc[0]
     others = [method for method in methods if method != baseline]
     columns, differences = {"method": methods}, {f"vs {baseline}": others}
     for measure in measures:
-        name, rows = measure.rpartition(": ")[2], tables.of_measure(compared, measure, methods)
-        columns[name] = [text(*row) for row in zip(rows["mean"], rows["se"], strict=True)]
+        name = measure.rpartition(": ")[2].replace("_", " ")
+        cell, rows = text, tables.of_measure(compared, measure, methods)
+        if name.startswith(_SHARES):
+            name, cell = f"{name} %", tables.percent
+        columns[name] = [cell(*row) for row in zip(rows["mean"], rows["se"], strict=True)]
         if baseline in methods and rows["seeds"][baseline]:
             own = rows.loc[others]
             pairs = zip(own["difference"], own["difference_se"], strict=True)
-            differences[name] = [text(*pair, signed=True) for pair in pairs]
+            differences[name] = [cell(*pair, signed=True) for pair in pairs]
     both = [columns, differences] if others and len(differences) > 1 else [columns]
-    return [tables.markdown_table(tables.lines_of(table)) for table in both]
+    return [tables.lines_of(table) for table in both]
 
 
 def class_frame(found: Found) -> pd.DataFrame:

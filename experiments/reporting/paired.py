@@ -14,6 +14,8 @@ from scipy import stats
 LEVEL = 0.05
 CONFIDENCE = 1 - LEVEL
 RESAMPLES = 9999
+# With fewer seeds there is no interval and no p-value; tables give the difference of each seed.
+FEWEST_PAIRS = 5
 # Up to here the p-value comes from all 2^n signs, ties and zeros included.
 EXACT_PAIRS = 13
 # Differences of accuracies are fractions of the test set; below this only rounding differs.
@@ -34,11 +36,12 @@ class Comparison(NamedTuple):
 
     Attributes:
       difference: their mean and its standard error.
-      low: lower end of the 95% bootstrap interval of the mean; NaN with one pair.
+      low: lower end of the 95% bootstrap interval of the mean; NaN with fewer than 5 pairs.
       high: upper end.
-      p_value: two-sided Wilcoxon signed-rank p-value; NaN with one pair.
+      p_value: two-sided Wilcoxon signed-rank p-value; NaN with fewer than 5 pairs.
       pairs: number of seeds that both have.
       higher: number of them in which the first method is above the second.
+      each: the difference of every seed.
     """
 
     difference: Estimate
@@ -47,6 +50,7 @@ class Comparison(NamedTuple):
     p_value: float
     pairs: int
     higher: int
+    each: tuple[float, ...]
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -69,14 +73,16 @@ def compare_seeds(first: Mapping[Hashable, float], second: Mapping[Hashable, flo
     """
     common = [key for key in first if key in second]
     differences = np.array([first[key] - second[key] for key in common])
-    low, high = bootstrap_interval(differences)
+    tested = differences if len(common) >= FEWEST_PAIRS else differences[:0]
+    low, high = bootstrap_interval(tested)
     return Comparison(
         difference=estimate(differences),
         low=low,
         high=high,
-        p_value=wilcoxon_p(differences),
+        p_value=wilcoxon_p(tested),
         pairs=len(common),
         higher=int((differences > RESOLUTION / 2).sum()),
+        each=tuple(differences.tolist()),
     )
 
 
@@ -182,8 +188,9 @@ def compare(
     Returns:
       One row a measure and method: measure, method, seeds (their number), mean, se, baseline,
       pairs, difference, difference_se, difference_low, difference_high (95% bootstrap interval),
-      p_value, higher (pairs in which the method is above the baseline) and p_holm, which is
-      corrected over the methods of a measure. Without common seeds pairs is 0, the rest NaN.
+      p_value, higher (pairs in which the method is above the baseline), each (the differences of
+      the seeds) and p_holm, which is corrected over the methods of a measure. Without common seeds
+      pairs is 0, the rest NaN.
 
     Example:
       >>> rows = [("erm", 0, "trace", 1.0), ("erm", 1, "trace", 3.0), ("lpa", 1, "trace", 5.0)]
@@ -219,6 +226,7 @@ def _numbers(comparison: Comparison) -> dict[str, float]:
         "difference_high": comparison.high,
         "p_value": comparison.p_value,
         "higher": comparison.higher,
+        "each": comparison.each,
     }
 
 

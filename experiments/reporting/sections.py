@@ -224,10 +224,13 @@ def limits(compared: pd.DataFrame) -> list[str]:
     """What comparisons with few or equal seeds cannot show; rows with pairs."""
     rows = list(compared.itertuples())
     lines = []
-    single = [row.method for row in rows if row.pairs == 1]
-    if single:
-        lines.append(f"One common seed, so no interval and no test: {', '.join(single)}.")
-    tested = [row for row in rows if row.pairs > 1]
+    few = [row.method for row in rows if row.pairs < paired.FEWEST_PAIRS]
+    if few:
+        lines.append(
+            f"Fewer than {paired.FEWEST_PAIRS} common seeds, so no interval and no test: "
+            f"{', '.join(few)}."
+        )
+    tested = [row for row in rows if row.pairs >= paired.FEWEST_PAIRS]
     best = paired.holm([paired.smallest_p(row.pairs) for row in tested])
     hopeless = [
         f"{row.method} ({row.pairs})"
@@ -304,6 +307,13 @@ def seeds_table(section: Section) -> list[list[str]]:
     return [["method", "seeds"], *([name, ranges(own)] for name, own in section.seeds.items())]
 
 
+def how_to_read(made: Sequence[Section]) -> list[str]:
+    """What the columns of all tables mean, each line once."""
+    every = [section.table for section in made]
+    every += [tables.contrast_table(s.contrasts) for s in made if not s.contrasts.empty]
+    return list(dict.fromkeys(line for table in every for line in tables.legend(table)))
+
+
 def markdown(made: Sequence[Section], problems: Sequence[Problem], output: pathlib.Path) -> str:
     """The report in Markdown; figures are linked relative to the folder."""
     lines = ["# Report", ""]
@@ -316,7 +326,7 @@ def markdown(made: Sequence[Section], problems: Sequence[Problem], output: pathl
         for caption, path in section.figures:
             lines += [f"![{section.title}: {caption}]({path.relative_to(output).as_posix()})", ""]
         lines += ["Seeds:", "", tables.markdown_table(seeds_table(section))]
-    lines += ["## How to read the tables", "", tables.LEGEND, ""]
+    lines += ["## How to read the tables", "", *(f"- {line}" for line in how_to_read(made)), ""]
     lines += ["## Not counted", ""]
     lines += [f"- `{problem.folder}`: {problem.reason}" for problem in problems] or ["Nothing."]
     return "\n".join(lines) + "\n"

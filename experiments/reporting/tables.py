@@ -1,27 +1,23 @@
-"""Tables: text cells from compared numbers, and their Markdown, LaTeX, CSV and terminal output.
+"""Tables of accuracies: text cells from compared numbers, and their Markdown, LaTeX and CSV.
 
-All tables of this project are printed and written here. A table is a list of lines of text cells,
-header first; a table of numbers is a pandas frame.
+A table is a list of lines of text cells, header first; `screen` prints it. A table of numbers is a
+pandas frame.
 """
 
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from experiments.methods.names import ERM
-from experiments.reporting import paired
+from experiments.reporting import paired, screen
 from experiments.reporting.frame import Results, tidy, values_of
 from experiments.reporting.runs import SELECTIONS
+from experiments.reporting.screen import Lines
 from experiments.runtime import files
-
-# Text cells, header first.
-Lines = Sequence[Sequence[str]]
+from lpa_jax import metrics
 
 
 def markdown_table(lines: Lines) -> str:
@@ -36,21 +32,6 @@ def markdown_table(lines: Lines) -> str:
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     text = [f"| {' | '.join(line)} |" for line in cells]
     text.insert(1, "|---" + "|---:" * (len(lines[0]) - 1) + "|")
-    return "\n".join(text) + "\n"
-
-
-def aligned_table(lines: Lines) -> str:
-    """Text cells, header first, in columns of equal width, for a terminal or a log.
-
-    >>> print(aligned_table([["method", "ms"], ["lpa+lpl", "1.25"]]), end="")
-    method   ms
-    lpa+lpl  1.25
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
     return "\n".join(text) + "\n"
 
 
@@ -104,47 +85,11 @@ def csv_text(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def console(width: int = 120) -> Console:
-    """Standard output; a pipe or a file gets this width, however narrow the terminal is."""
-    return Console() if sys.stdout.isatty() else Console(width=width)
-
-
-def terminal_table(title: str, lines: Lines, no_wrap: bool = False) -> Table:
-    """Text cells, header first, as a table for `console().print`.
-
-    Args:
-      title: above the table.
-      lines: of equal length; the first column is aligned left, the others right.
-      no_wrap: whether cells are cut off instead of wrapped where the terminal is too narrow.
-    """
-    table = Table(title=title, title_justify="left")
-    header, *body = lines
-    for i, column in enumerate(header):
-        table.add_column(column, justify="right" if i else "left", no_wrap=no_wrap)
-    for line in body:
-        table.add_row(*line)
-    return table
-
-
 # Accuracies of methods: of what `paired.compare` returns.
 
-# Groups of classes that the short table of a terminal shows, which is at most 120 columns wide.
+# Columns that a narrow terminal does without, the first first.
+SECONDARY = ("published", "seconds", "seeds", "p", "95% interval", "p (Holm)")
 CLASS_GROUPS = ("many", "medium", "few")
-LEGEND = (
-    "Accuracy: mean +- standard error over seeds. vs: mean and standard error of the paired "
-    "difference to the baseline (same seed, same data), in percentage points, with its 95% "
-    f"bootstrap interval (BCa, {paired.RESAMPLES} resamples; too narrow with very few seeds) "
-    "and the p-value of Wilcoxon's signed-rank test, as it is and Holm-corrected for the "
-    "comparisons of the table; n pairs cannot give less than 2^(1-n). many/medium/few: mean "
-    "accuracy of the classes with > 100, 20-100, < 20 training images (by thirds where a group "
-    "would be empty). seconds: mean wall time of a run, compilation included in a method's first."
-)
-DOMAIN_LEGEND = (
-    "Accuracy in per cent on the held-out domain's images that no validation uses, mean +- "
-    "standard error over seeds; the average is over test domains within a seed. vs: paired "
-    "difference of the averages. The oracle chooses with labelled images of the test domain: no "
-    "other table does. seconds: mean wall time of the networks of a run, pairs apart."
-)
 SELECTION_TITLES = {
     "training_domain_validation": "model selection: training-domain validation",
     "leave_one_domain_out": "model selection: leave-one-domain-out",
@@ -189,15 +134,25 @@ def cells(compared: pd.DataFrame, measure: str, methods: Sequence[str]) -> list[
     return [percent(*row) for row in zip(rows["mean"], rows["se"], strict=True)]
 
 
-def difference_columns(rows: pd.DataFrame) -> list[list[str]]:
-    """Columns of the difference, its interval, the p-value and the corrected p-value."""
-    columns: list[list[str]] = [[], [], [], []]
-    for row in rows.itertuples():
-        columns[0].append(percent(row.difference, row.difference_se, signed=True))
-        low, high = 100 * row.difference_low, 100 * row.difference_high
-        columns[1].append("" if np.isnan(low) else f"[{low:+.2f}, {high:+.2f}]")
-        columns[2].append(number(row.p_value, "{:.3g}"))
-        columns[3].append(number(row.p_holm, "{:.3g}"))
+def difference(row) -> str:
+    """The mean paired difference in percentage points, with its error, or that of each seed."""
+    if 1 < row.pairs < paired.FEWEST_PAIRS:
+        each = " ".join(f"{100 * value:+.1f}" for value in row.each)
+        return f"{100 * row.difference:+.2f} ({each})"
+    return percent(row.difference, row.difference_se, signed=True)
+
+
+def difference_columns(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """The difference and, where some row has enough pairs, its interval and its p-values."""
+    columns = {"difference": [difference(row) for row in rows.itertuples()]}
+    if (rows["pairs"] >= paired.FEWEST_PAIRS).any():
+        columns["95% interval"] = [
+            "" if np.isnan(row.difference_low)
+            else f"[{100 * row.difference_low:+.2f}, {100 * row.difference_high:+.2f}]"
+            for row in rows.itertuples()
+        ]  # fmt: skip
+        columns["p"] = [number(value, "{:.3g}") for value in rows["p_value"]]
+        columns["p (Holm)"] = [number(value, "{:.3g}") for value in rows["p_holm"]]
     return columns
 
 
@@ -220,9 +175,12 @@ def accuracy_table(
     columns = {"method": methods, "seeds": [str(count) for count in rows["seeds"]]}
     columns["accuracy %"] = cells(compared, "accuracy", methods)
     if rows["pairs"].any():
-        names = (f"vs {rows['baseline'].iloc[0]}", "95% interval", "p", "p (Holm)")
-        columns |= dict(zip(names, difference_columns(rows), strict=True))
-    columns |= {f"{name} %": cells(compared, name, methods) for name in groups(compared)}
+        differences = difference_columns(rows)
+        columns[f"vs {rows['baseline'].iloc[0]}"] = differences.pop("difference")
+        columns |= differences
+    for name in groups(compared):
+        header = name if name.endswith("%") else f"{name} %"  # domains are called +90%
+        columns[header] = cells(compared, name, methods)
     seconds = of_measure(compared, "seconds", methods)["mean"]
     if seconds.notna().any():
         columns["seconds"] = [number(value, "{:.1f}") for value in seconds]
@@ -231,27 +189,53 @@ def accuracy_table(
     return lines_of(columns)
 
 
-def short_table(compared: pd.DataFrame, domains: bool = False) -> list[list[str]]:
-    """The same for a terminal, without intervals; the groups are classes or test domains."""
-    rows = accuracies(compared)
-    methods = list(rows["method"])
-    versus = {f"vs {rows['baseline'].iloc[0]}": difference_columns(rows)[0]}
-    mean = cells(compared, "accuracy", methods)
-    if domains:
-        columns = {"method": methods}
-        columns |= {name: cells(compared, name, methods) for name in groups(compared)}
-        columns |= {"average %": mean} | versus
-    else:
-        columns = {"method": methods, "accuracy %": mean} | versus
-        columns |= {f"{name} %": cells(compared, name, methods) for name in CLASS_GROUPS}
-    seconds = of_measure(compared, "seconds", methods)["mean"]
-    columns["seconds"] = [f"{value:.1f}" for value in seconds]
-    return lines_of(columns)
+def legend(table: Lines, by_thirds: bool | None = None) -> list[str]:
+    """What the columns of a table of accuracies mean, a line each.
+
+    Args:
+      table: of `accuracy_table` or `contrast_table`.
+      by_thirds: whether many, medium and few are thirds of the classes; None if unknown.
+    """
+    header, *body = table
+    text = " ".join(cell for line in body for cell in line)
+    error = " +- standard error" if "+-" in text else ""
+    lines = [f"Accuracies: mean{error} over seeds, in per cent."] if "accuracy %" in header else []
+    few = any("(" in cell for line in body for cell in line[1:])
+    for name in header:
+        if name.startswith("vs ") or name == "difference":
+            other = name[3:] or "the second"
+            each = f"; that of each seed where there are fewer than {paired.FEWEST_PAIRS}"
+            lines.append(
+                f"{name}: mean difference to {other} over seeds that both have (same data, same "
+                f"initial weights), in percentage points{each if few else ''}."
+            )
+    if "95% interval" in header:
+        lines.append(f"95% interval: bootstrap, BCa, {paired.RESAMPLES} resamples.")
+        lines.append(
+            "p: Wilcoxon's signed-rank test; p (Holm): corrected for the comparisons of the table. "
+            "n seeds cannot give less than 2^(1-n)."
+        )
+    if f"{CLASS_GROUPS[0]} %" in header:
+        sizes = "classes with > 100, 20-100, < 20 training images"
+        thirds = "the thirds of the classes with the most, fewer, fewest training images"
+        unknown = f"{sizes} (by thirds where a group would be empty)"
+        what = {True: thirds, False: sizes, None: unknown}[by_thirds]
+        lines.append(f"many, medium, few: {what}.")
+    if "seconds" in header:
+        lines.append("seconds: mean time of a run; a method's first includes compilation.")
+    return lines
+
+
+DOMAIN_LEGEND = (
+    "Accuracies are those on images of the held-out domain that no validation uses. accuracy %: "
+    "mean over the test domains within a seed. The oracle chooses with labelled images of the test "
+    "domain; the other selections do not."
+)
 
 
 def accuracy_frame(compared: pd.DataFrame) -> pd.DataFrame:
     """The table with one number a cell: accuracies as fractions, NaN where there is none."""
-    rows = accuracies(compared).drop(columns=["measure", "higher"])
+    rows = accuracies(compared).drop(columns=["measure", "higher", "each"])
     names = {"mean": "accuracy_mean", "se": "accuracy_se", "difference": "difference_mean"}
     wide = rows.rename(columns=names).reset_index(drop=True)
     for name in groups(compared):
@@ -263,9 +247,8 @@ def accuracy_frame(compared: pd.DataFrame) -> pd.DataFrame:
 
 def contrast_table(compared: pd.DataFrame) -> list[list[str]]:
     """Text cells of `paired.contrasts`, header first; differences in percentage points."""
-    names = ("difference", "95% interval", "p", "p (Holm)")
     columns = {"contrast": list(compared["method"]), "pairs": list(map(str, compared["pairs"]))}
-    columns |= dict(zip(names, difference_columns(compared), strict=True))
+    columns |= difference_columns(compared)
     columns["first is higher"] = [f"{row.higher} of {row.pairs}" for row in compared.itertuples()]
     return lines_of(columns)
 
@@ -273,7 +256,7 @@ def contrast_table(compared: pd.DataFrame) -> list[list[str]]:
 def contrast_frame(compared: pd.DataFrame) -> pd.DataFrame:
     """One number a cell, differences as fractions."""
     names = {"method": "contrast", "difference": "difference_mean", "higher": "first_is_higher"}
-    frame = compared.rename(columns=names)
+    frame = compared.drop(columns="each").rename(columns=names)
     frame["first_is_higher"] = frame.pop("first_is_higher")
     return frame
 
@@ -284,6 +267,7 @@ def write_comparison(
     workdir: pathlib.Path,
     notes: Sequence[str] = (),
     pair: paired.Pair | None = None,
+    quiet: bool = False,
 ) -> None:
     """Prints a comparison of methods to ERM, and writes table.md and table.csv.
 
@@ -295,29 +279,53 @@ def write_comparison(
       workdir: folder for the files.
       notes: what limits the numbers, a line each.
       pair: of methods, whose difference is printed as well.
+      quiet: whether to print the tables alone.
     """
     every = tidy(results)
     whole = every["selection"].value_counts() == sum(map(len, results.values()))
     names = [name for name in SELECTIONS if whole.get(name)]
-    screen = console(width=160 if names else 120)
-    text, frames, printed = [f"## {title}\n"], [], []
-    if names:
-        screen.print(title, style="bold")
+    text, frames, pairs = [f"## {title}\n"], [], []
+    explained, short = {}, {}  # in the order of the columns, each line once
     for name in names or [None]:
         values, _ = values_of(every, name)
         compared = paired.compare(values, ERM, tested=("accuracy",))
-        heading = f"### {SELECTION_TITLES[name]}\n\n" if name else ""
-        text.append(heading + markdown_table(accuracy_table(compared)))
+        table = accuracy_table(compared)
+        text += [f"### {SELECTION_TITLES[name]}\n"] if name else []
+        text.append(markdown_table(table))
         frames.append(accuracy_frame(compared))
         if name:
             frames[-1].insert(0, "selection", name)
-        above = SELECTION_TITLES[name] if name else title
-        screen.print(terminal_table(above, short_table(compared, bool(name)), not name))
+        heading = [title, *([SELECTION_TITLES[name]] if name else []), _seeds(compared)]
+        screen.show(f"{', '.join(filter(None, heading))}\n")
+        shown = screen.show_table(table, SECONDARY)
+        screen.show()
+        thirds = _by_thirds(results)
+        explained |= dict.fromkeys(legend(table, thirds))
+        short |= dict.fromkeys(legend(shown, thirds))
         for row in paired.contrasts(values, [pair] if pair else [])[0].itertuples():
-            difference = percent(row.difference, row.difference_se, signed=True)
-            printed.append(f"{' vs '.join(pair)}, paired: {difference}")
-    lines = [DOMAIN_LEGEND if names else LEGEND, *notes]
+            pairs.append(f"{row.method}: {difference(row)}")
+    protocol = [DOMAIN_LEGEND] if names else []
+    lines = [*protocol, *explained, *notes]
     files.write_text(workdir / "table.md", "\n".join([*text, *(f"{line}\n" for line in lines)]))
     files.write_text(workdir / "table.csv", csv_text(pd.concat(frames, ignore_index=True)))
-    for line in (*lines, *printed, f"Written to {workdir}{os.sep}"):
-        screen.print(line, highlight=False)
+    if not quiet:
+        for line in (*pairs, *protocol, *short, *notes, f"Written to {workdir}{os.sep}"):
+            screen.show(line)
+
+
+def _seeds(compared: pd.DataFrame) -> str:
+    """The number of seeds, if it is that of all methods."""
+    counts = set(accuracies(compared)["seeds"])
+    return f"{counts.pop()} seeds" if len(counts) == 1 and counts != {1} else ""
+
+
+def _by_thirds(results: Results) -> bool | None:
+    """Whether the classes of the first run are grouped by thirds; None if their sizes are unknown.
+
+    As `shot_groups` decides it: a group by size would be empty.
+    """
+    counts = next(iter(results.values()))[0].get("train_counts")
+    if not counts:
+        return None
+    groups = metrics.shot_groups(counts).values()
+    return not all(members.any() for members in groups)

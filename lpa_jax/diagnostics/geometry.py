@@ -17,6 +17,7 @@ from lpa_jax.checks import check_labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass, counted_labels
+from lpa_jax.sharding import in_auto_axes
 
 Array = jax.Array
 Loss = Callable[[Array, Array], Array]
@@ -46,6 +47,7 @@ class Observation(NamedTuple):
         return self.after - self.before
 
 
+@in_auto_axes()
 def observe(
     network: injection.Network,
     variables: injection.Variables,
@@ -125,6 +127,7 @@ def observe(
     return seen
 
 
+@in_auto_axes()
 def perturbation_effect(
     network: injection.Network,
     variables: injection.Variables,
@@ -183,6 +186,7 @@ def perturbation_effect(
     return pairs
 
 
+@in_auto_axes()
 def class_geometry(
     observation: Observation, labels: Array, num_classes: int, mask: Array | None = None
 ) -> dict[str, metrics.Pair]:

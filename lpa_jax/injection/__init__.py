@@ -1,7 +1,14 @@
 """Where a perturbation is injected: cutting a network at any of its layers."""
 
 from lpa_jax.injection.accumulation import accumulate
-from lpa_jax.injection.api import as_network, decode, encode, inject, nnx_submodule_paths
+from lpa_jax.injection.api import (
+    as_network,
+    decode,
+    encode,
+    inject,
+    nnx_submodule_paths,
+    submodule_paths,
+)
 from lpa_jax.injection.base import (
     INPUT,
     LOGITS,
@@ -14,8 +21,8 @@ from lpa_jax.injection.base import (
     model_state,
     run_perturbed,
 )
+from lpa_jax.injection.batches import check_examples, names_of, read_batch, with_batch_names
 from lpa_jax.injection.functions import CutFunctions
-from lpa_jax.injection.linen_module import submodule_paths
 from lpa_jax.injection.staged import StagedNetwork
 
 __all__ = [
@@ -30,12 +37,16 @@ __all__ = [
     "accumulate",
     "activation_shapes",
     "as_network",
+    "check_examples",
     "check_layer",
     "decode",
     "encode",
     "inject",
     "model_state",
+    "names_of",
     "nnx_submodule_paths",
+    "read_batch",
     "run_perturbed",
     "submodule_paths",
+    "with_batch_names",
 ]

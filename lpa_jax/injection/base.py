@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from flax.core import tracers
 
 Array = jax.Array
 Variables = Mapping[str, Any]
@@ -104,60 +103,6 @@ def last_pinned(layers: Sequence[str], pinned: Mapping[str, Array], stop: str) -
     return next((layer for layer in reversed(upto) if layer in pinned), None)
 
 
-class SubmoduleOutputs:
-    """Records the outputs of named submodules during one pass and replaces the tapped ones.
-
-    Attributes:
-      seen: The submodules' own outputs so far.
-      tapping: Whether a tap is running: its own passes through the module are not recorded.
-    """
-
-    def __init__(self, paths: Sequence[str], taps: Mapping[str, Callable[[Array], Array]]):
-        self.seen: dict[str, Array] = {}
-        self.tapping = False
-        self._paths = paths
-        self._taps = taps
-        self._trace = tracers.current_trace()
-
-    def exchange(self, path: str, output: Any) -> Array:
-        """What replaces `output`, which submodule `path` has returned.
-
-        Raises:
-          ValueError: The output cannot be an injection point.
-        """
-        if path in self.seen:
-            raise ValueError(
-                f"submodule {path!r} is called more than once in a pass, so it names no single "
-                "injection point"
-            )
-        for other in self._paths[self._paths.index(path) + 1 :]:
-            if other in self.seen:
-                raise ValueError(
-                    f"paths must be in the order of the pass, but {other!r}, named after {path!r}, "
-                    "returns before it"
-                )
-        if not isinstance(output, jax.Array):
-            raise ValueError(
-                f"submodule {path!r} returns {type(output).__name__}, an injection point must "
-                "return one array"
-            )
-        if tracers.current_trace() != self._trace:
-            raise ValueError(
-                f"submodule {path!r} runs inside a transformation of its own (remat, jit, scan or "
-                "vmap), out of which no activation can be taken"
-            )
-        self.seen[path] = output
-        self.tapping = True
-        replaced = self._taps.get(path, untapped)(output)
-        self.tapping = False
-        return replaced
-
-    def check_seen(self, expected: set[str]) -> None:
-        """Raises ValueError unless every submodule of `expected` was called."""
-        for path in sorted(expected - set(self.seen)):
-            raise ValueError(f"submodule {path!r} was not called in the pass through the module")
-
-
 def run_perturbed(
     network: Network, given: Pass, taps: Mapping[str, Tap]
 ) -> tuple[Array, Variables]:
@@ -223,14 +168,26 @@ def untapped(activation: Array) -> Array:
 def activation_shapes(
     network: Network, variables: Variables, inputs: Any, layers: Sequence[str]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Layer -> shape of its activation for a batch like `inputs`, without computing it."""
+    """Layer -> shape of its activation for a batch like `inputs`, without computing it.
+
+    Raises:
+      ValueError: An unknown layer, or inputs of several arrays where one is asked for.
+    """
     for layer in layers:
         check_layer(network.layers, layer)
-    return {
-        layer: jax.eval_shape(
-            lambda v, x, stop=layer: network.run(Pass(v, x), {}, stop)[0],
-            variables,
-            inputs,
+    if INPUT in layers and not hasattr(inputs, "shape"):
+        raise ValueError(
+            "layer 'input' must be one array to be perturbed, got inputs of type "
+            f"{type(inputs).__name__}: perturb a later layer"
         )
-        for layer in layers
-    }
+
+    def activations(variables, inputs):
+        seen = {}
+
+        def tap_at(layer):
+            return lambda activation: seen.setdefault(layer, activation)
+
+        network.run_with_taps(Pass(variables, inputs), {layer: tap_at(layer) for layer in layers})
+        return seen
+
+    return jax.eval_shape(activations, variables, inputs) if layers else {}

@@ -1,14 +1,22 @@
 """Cutting any existing Linen module at named submodules, without editing it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core.scope import DenyList
 
-from lpa_jax.injection.base import Array, Pass, SubmoduleOutputs, Variables, model_state
-from lpa_jax.injection.submodules import InjectedModule
-from lpa_jax.injection.train_switch import FIND, Switch, find_switch, unknown_switch
+from lpa_jax.injection.base import Array, Pass, Variables, model_state
+from lpa_jax.injection.calls import ModuleCall, module_call, stream_key
+from lpa_jax.injection.outputs import Keys, Outputs
+from lpa_jax.injection.submodules import InjectedModule, record_output
+from lpa_jax.injection.train_switch import unknown_switch
+
+# What a module records of one batch (`Module.sow`, `Module.perturb`) is no state of the model.
+RECORDS = DenyList(("intermediates", "perturbations"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,53 +30,111 @@ class InjectedLinen(InjectedModule):
     simplifies the one with a backward pass differently.)
 
     Attributes:
-      module: The module, unchanged. Its `__call__` takes the input and returns logits.
+      module: The module, unchanged.
       paths: Paths of the submodules, in the order of the pass, `/`-separated.
-      switch: What switches the module between training and evaluation.
-      arguments: Further keyword arguments of `__call__`, as (name, value) pairs.
+      call: How the module is called.
+      select: The part of an output that is cut, as (layer, keys) pairs.
     """
 
     module: nn.Module
     paths: tuple[str, ...]
-    switch: Switch
-    arguments: tuple[tuple[str, Any], ...] = ()
+    call: ModuleCall
+    select: tuple[tuple[str, Keys], ...] = ()
 
-    def _in_mode(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
-        """The module and the keywords of its call in training or evaluation mode."""
-        switched = self.switch.keywords(train)
-        if self.switch.is_field:
-            return self.module.clone(**switched), dict(self.arguments)
-        return self.module, {**dict(self.arguments), **switched}
+    def _in_mode(self, train: bool) -> nn.Module:
+        """The module, switched if a field of it is the switch."""
+        switch = self.call.switch
+        return self.module.clone(**switch.keywords(train)) if switch.is_field else self.module
 
-    def init(self, rng: Array, inputs: Array) -> Variables:
+    def init(self, rng: Array, inputs: Any) -> Variables:
         """Initial variables; see `Network.init`."""
         params_rng, dropout_rng = jax.random.split(rng)
-        rngs = {"params": params_rng, "dropout": dropout_rng}
-        module, keywords = self._in_mode(train=False)
-        return module.init(rngs, inputs, **keywords)
+        given = Pass({}, inputs)
+        rngs = {**self.call.rngs(given), "params": params_rng, "dropout": dropout_rng}
 
-    def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
-        """Runs the module, its outputs passing through `outputs`: logits and new model state."""
-        state = model_state(given.variables)
-        module, keywords = self._in_mode(given.train)
+        @jax.jit  # one compilation, not one for every initialiser
+        def init(rngs, inputs):
+            def run(module):
+                return self.call(module, given._replace(inputs=inputs))
+
+            with nn.intercept_methods(without_sow):
+                return self._in_mode(False).init(rngs, method=run, mutable=RECORDS)
+
+        return init(rngs, inputs)
+
+    def trace(self, given: Pass, outputs: Outputs, paths: Sequence[str]) -> tuple[Any, Variables]:
+        """Runs the module; see `InjectedModule.trace`."""
+        del paths  # all are intercepted
+        state, switch = model_state(given.variables), self.call.switch
+        module = self._in_mode(given.train)
+        lifted: set[str] = set()
+
+        def record_lifted(path, child):
+            lifted.add(path)
+            record_output(child, functools.partial(outputs.exchange, path))
 
         def intercept(next_function, args, kwargs, context):
-            if given.train and not self.switch.known and _depends_on_mode(context.module):
+            if outputs.tapping:  # a pass of its own, with an interceptor of its own
+                return next_function(*args, **kwargs)
+            _for_lifted_children(context.module, record_lifted)
+            if given.train and not switch.known and _depends_on_mode(context.module):
                 raise unknown_switch(module, f"{type(context.module).__name__} depends on it")
-            output = next_function(*args, **kwargs)
+            output = without_sow(next_function, args, kwargs, context)
             path = "/".join(context.module.path)
-            is_cut = context.method_name == "__call__" and path in self.paths
-            return outputs.exchange(path, output) if is_cut and not outputs.tapping else output
+            is_call = context.method_name == "__call__" and path and path not in lifted
+            return outputs.exchange(path, output) if is_call else output
 
         mutable = list(state) if given.train and state else False
-        # Linen uses "params" for streams without a key of their own.
-        rngs = None if given.rng is None else {"dropout": given.rng, "params": given.rng}
+        rngs = self.call.rngs(given)
+        if given.rng is not None:  # Linen uses "params" for streams without a key of their own
+            rngs["params"] = stream_key(given.rng, "params")
         with nn.intercept_methods(intercept):
             result = module.apply(
-                given.variables, given.inputs, rngs=rngs, mutable=mutable, **keywords
+                given.variables,
+                rngs=rngs or None,
+                mutable=mutable,
+                method=lambda module: self.call(module, given),
             )
-        logits, updated = result if mutable else (result, {})
-        return logits, {**state, **updated}
+        output, updated = result if mutable else (result, {})
+        return output, {**state, **updated}
+
+
+def without_sow(next_function, args, kwargs, context):
+    """Runs a method (as an interceptor of Linen) in which `Module.sow` does nothing.
+
+    A state with sown values would grow, and be compiled anew, at every step.
+    """
+    object.__setattr__(context.module, "sow", lambda *args, **kwargs: False)
+    return next_function(*args, **kwargs)
+
+
+class _Children(dict):
+    """The children of a Linen module, which tells of every new one."""
+
+    def __init__(self, children, tell):
+        super().__init__(children)
+        self._tell = tell
+        for name, child in children.items():
+            tell(name, child)
+
+    def __setitem__(self, name, child):
+        super().__setitem__(name, child)
+        self._tell(name, child)
+
+
+def _for_lifted_children(parent: nn.Module, do: Callable[[str, nn.Module], None]) -> None:
+    """Calls `do(path, child)` for the children whose class is transformed (remat, jit, scan, vmap).
+
+    An interceptor sees the calls of such a module only inside the transformation.
+    """
+
+    def tell(name, child):
+        inner = getattr(type(child).__call__, "__wrapped__", None)
+        if isinstance(child, nn.Module) and getattr(inner, "method_handler_wrapped", False):
+            do("/".join((*parent.path, name)), child)
+
+    if not isinstance(parent._state.children, _Children):
+        parent._state.children = _Children(parent._state.children, tell)
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
@@ -78,31 +144,8 @@ def _depends_on_mode(module: nn.Module) -> bool:
     return hasattr(module, "deterministic") or hasattr(module, "use_running_average")
 
 
-def submodule_paths(module: nn.Module, *arguments: Any, **keywords: Any) -> tuple[str, ...]:
-    """Paths of all submodules called in a pass, in the order in which they return.
-
-    Nothing is computed: the module is only traced.
-    """
-    returned: dict[str, None] = {}
-
-    def record(next_function, args, kwargs, context):
-        output = next_function(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.path:
-            returned["/".join(context.module.path)] = None
-        return output
-
-    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda *a: module.init(rngs, *a, **keywords), *arguments)
-    return tuple(returned)
-
-
 def inject_linen(
-    module: nn.Module,
-    *paths: str,
-    train_argument: str | None = FIND,
-    **arguments: Any,
+    module: nn.Module, *paths: str, select: tuple[tuple[str, Keys], ...], **options: Any
 ) -> InjectedLinen:
     """See `lpa_jax.inject`."""
-    switch = find_switch(module, train_argument, arguments)
-    return InjectedLinen(module, paths, switch, tuple(sorted(arguments.items())))
+    return InjectedLinen(module, paths, module_call(module, **options), select)

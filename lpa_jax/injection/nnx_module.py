@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lpa_jax.injection.base import Array, Pass, SubmoduleOutputs, Variables, model_state
-from lpa_jax.injection.submodules import InjectedModule
+from lpa_jax.injection.base import Array, Pass, Variables, model_state
+from lpa_jax.injection.calls import ModuleCall, module_call
+from lpa_jax.injection.outputs import Keys, Outputs, listed
+from lpa_jax.injection.submodules import InjectedModule, record_output
 from lpa_jax.injection.train_switch import FIND, Switch, find_switch, unknown_switch
 
 
@@ -28,16 +30,16 @@ class InjectedNNX(InjectedModule):
       variables: Its parameters and state at the time of the cut.
       random_state: Its random streams at the time of the cut.
       paths: Paths of the submodules, in the order of the pass, `/`-separated.
-      switch: What switches modules whose `__call__` takes the mode.
-      arguments: Further keyword arguments of `__call__`, as (name, value) pairs.
+      call: How the module is called.
+      select: The part of an output that is cut, as (layer, keys) pairs.
     """
 
     graphs: Mapping[bool, nnx.GraphDef]
     variables: Variables
     random_state: nnx.State
     paths: tuple[str, ...]
-    switch: Switch
-    arguments: tuple[tuple[str, Any], ...]
+    call: ModuleCall
+    select: tuple[tuple[str, Keys], ...] = ()
 
     def init(self, rng: Array, inputs: Array) -> Variables:
         """The module's variables at the time of the cut: NNX modules initialise themselves."""
@@ -45,40 +47,45 @@ class InjectedNNX(InjectedModule):
         # Copies: a step that donates its state would delete the module's own arrays.
         return jax.tree.map(jnp.copy, dict(self.variables))
 
-    def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
-        """Runs a copy of the module, its outputs passing through `outputs`."""
+    def trace(self, given: Pass, outputs: Outputs, paths: Sequence[str]) -> tuple[Any, Variables]:
+        """Runs a copy of the module; see `InjectedModule.trace`."""
         state, random_state = model_state(given.variables), self.random_state
         if given.rng is not None:
             random_state = _rekeyed(random_state, given.rng)
         # Copies: NNX refuses to write to variables from outside the current trace.
         graph, params = self.graphs[given.train], given.variables["params"]
         module = nnx.merge(graph, params, random_state, state["nnx"], copy=True)
-        for path in self.paths:
-            record = functools.partial(outputs.exchange, path)
-            _exchange_output(_submodule(module, path), record)
-        keywords = {**dict(self.arguments), **self.switch.keywords(given.train)}
-        logits = module(given.inputs, **keywords)
-        return logits, {"nnx": nnx.state(module, _is_model_state)} if given.train else state
+        for _, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Module):  # sown values would make the state grow
+                object.__setattr__(node, "sow", _sow_nothing)
+        for path in paths:
+            record_output(_submodule(module, path), functools.partial(outputs.exchange, path))
+        output = self.call(module, given)
+        if not given.train:
+            return output, state
+        _, _, _, updated = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return output, {"nnx": _as_before(updated, state["nnx"])}
 
 
 def inject_nnx(
-    module: nnx.Module, *paths: str, train_argument: str | None = FIND, **arguments: Any
+    module: nnx.Module, *paths: str, select: tuple[tuple[str, Keys], ...], **options: Any
 ) -> InjectedNNX:
     """See `lpa_jax.inject`."""
     graphs, parts = {}, ()
     for path in paths:
         _submodule(module, path)
-    switch = find_switch(module, train_argument, arguments)
-    _check_mode(module, switch)
+    call = module_call(module, **options)
+    _check_mode(module, call.switch)
     for train in (True, False):
         copy = nnx.clone(module)
+        # What earlier passes have sown is no state of the model.
+        nnx.pop(copy, nnx.Intermediate, nnx.Perturbation)
         if not train:
             copy.eval()
         graphs[train], *parts = nnx.split(copy, nnx.Param, nnx.RngState, ...)
     params, random_state, rest = parts
     variables = {"params": params, "nnx": rest}
-    keywords = tuple(sorted(arguments.items()))
-    return InjectedNNX(graphs, variables, random_state, paths, switch, keywords)
+    return InjectedNNX(graphs, variables, random_state, paths, call, select)
 
 
 def _check_mode(module: nnx.Module, switch: Switch) -> None:
@@ -97,9 +104,14 @@ def _check_mode(module: nnx.Module, switch: Switch) -> None:
             raise unknown_switch(module, f"{name!r} has one")
 
 
-def _is_model_state(path: Any, value: Any) -> bool:
-    del path
-    return isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param | nnx.RngState)
+def _sow_nothing(*arguments: Any, **keywords: Any) -> bool:
+    return False
+
+
+def _as_before(updated: nnx.State, before: nnx.State) -> nnx.State:
+    """The entries of `updated` that were there `before`."""
+    flat = dict(nnx.to_flat_state(updated))
+    return nnx.from_flat_state({path: flat[path] for path, _ in nnx.to_flat_state(before)})
 
 
 def _rekeyed(random_state: nnx.State, rng: Array) -> nnx.State:
@@ -125,7 +137,7 @@ def _submodule(module: nnx.Module, path: str) -> nnx.Module:
     if not (isinstance(node, nnx.Module) and callable(node)):
         raise ValueError(
             f"{type(module).__name__} has no callable submodule {path!r}; "
-            f"it has: {', '.join(submodule_paths(module))}"
+            f"it has: {listed(path, submodule_paths(module))}"
         )
     return node
 
@@ -137,17 +149,3 @@ def submodule_paths(module: nnx.Module) -> tuple[str, ...]:
         for path, node in nnx.iter_graph(module)
         if path and isinstance(node, nnx.Module) and callable(node)
     )
-
-
-def _exchange_output(module: nnx.Module, record: Callable[[Any], Array]) -> None:
-    """Makes this instance (of a private copy) pass its output to `record`."""
-    module.__class__ = _recording_class(type(module))
-    object.__setattr__(module, "_record_output", record)
-
-
-@functools.cache
-def _recording_class(cls: type) -> type:
-    def call(self, *arguments, **keywords):
-        return self._record_output(cls.__call__(self, *arguments, **keywords))
-
-    return type(cls)(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})

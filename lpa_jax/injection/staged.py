@@ -16,6 +16,7 @@ from lpa_jax.injection.base import (
     model_state,
     run_by_segments,
 )
+from lpa_jax.injection.linen_module import RECORDS, without_sow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,10 @@ class StagedNetwork:
         """Initial variables; see `Network.init`."""
         params_rng, dropout_rng = jax.random.split(rng)
         # Under jit there is one compilation, not one for every initialiser.
-        init = jax.jit(self.model.init, static_argnames="train")
-        return init({"params": params_rng, "dropout": dropout_rng}, inputs, train=False)
+        init = jax.jit(self.model.init, static_argnames=("train", "mutable"))
+        with nn.intercept_methods(without_sow):
+            rngs = {"params": params_rng, "dropout": dropout_rng}
+            return init(rngs, inputs, train=False, mutable=RECORDS)
 
     def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
         """Runs the stages between the deepest pinned layer and `stop`; see `Network.run`."""
@@ -51,12 +54,12 @@ class StagedNetwork:
             return activation, state
         arguments = {"train": given.train, "start": start, "stop": stop}
         rngs = None if given.rng is None else {"dropout": given.rng}
-        if not (given.train and state):
-            output = self.model.apply(given.variables, activation, rngs=rngs, **arguments)
-            return output, state
-        output, updated = self.model.apply(
-            given.variables, activation, rngs=rngs, mutable=list(state), **arguments
-        )
+        mutable = list(state) if given.train and state else False
+        with nn.intercept_methods(without_sow):
+            result = self.model.apply(
+                given.variables, activation, rngs=rngs, mutable=mutable, **arguments
+            )
+        output, updated = result if mutable else (result, {})
         return output, {**state, **updated}
 
     run_with_taps = run_by_segments

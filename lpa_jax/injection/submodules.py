@@ -1,25 +1,28 @@
 """The base class of Linen and NNX modules that are cut at submodules."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lpa_jax.injection.base import (
     INPUT,
     LOGITS,
     Array,
     Pass,
-    SubmoduleOutputs,
     Variables,
     check_layer,
     last_pinned,
     model_state,
     untapped,
 )
+from lpa_jax.injection.outputs import Keys, Outputs, SubmoduleOutputs
 
 
 class InjectedModule:
     """A module cut at the outputs of its submodules `paths`; a subclass runs a pass."""
 
     paths: tuple[str, ...]
+    select: tuple[tuple[str, Keys], ...]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -36,8 +39,7 @@ class InjectedModule:
         if stop == INPUT:
             return given.inputs, state
         taps = {path: lambda _, value=value: value for path, value in pinned.items()}
-        outputs = SubmoduleOutputs(self.paths, taps)
-        logits, updated = self._pass(given, outputs)
+        outputs, logits, updated = self._tapped(given, taps)
         if stop == LOGITS:
             outputs.check_seen(set(pinned) - {INPUT, LOGITS})
             return logits, updated
@@ -48,12 +50,40 @@ class InjectedModule:
         self, given: Pass, taps: Mapping[str, Callable[[Array], Array]]
     ) -> tuple[Array, Variables]:
         """Runs the module once, with the taps inside the pass; see `Network.run_with_taps`."""
-        outputs = SubmoduleOutputs(self.paths, taps)
         inputs = taps.get(INPUT, untapped)(given.inputs)
-        logits, state = self._pass(given._replace(inputs=inputs), outputs)
+        outputs, logits, state = self._tapped(given._replace(inputs=inputs), taps)
         outputs.check_seen(set(taps) - {INPUT, LOGITS})
         return taps.get(LOGITS, untapped)(logits), state
 
-    def _pass(self, given: Pass, outputs: SubmoduleOutputs) -> tuple[Array, Variables]:
-        """Runs the module, its outputs passing through `outputs`: logits and new model state."""
+    def _tapped(
+        self, given: Pass, taps: Mapping[str, Callable[[Array], Array]]
+    ) -> tuple[SubmoduleOutputs, Array, Variables]:
+        """One pass with taps at submodules: their outputs, the logits and the new model state."""
+        outputs = SubmoduleOutputs(self.paths, taps, dict(self.select), given.inputs)
+        output, state = self.trace(given, outputs, self.paths)
+        return outputs, outputs.logits(output), state
+
+    def trace(self, given: Pass, outputs: Outputs, paths: Sequence[str]) -> tuple[Any, Variables]:
+        """Runs the module; `outputs.exchange` replaces the outputs of the submodules `paths`.
+
+        Linen modules report their other submodules, too.
+
+        Returns:
+          What the module returns, and the new model state.
+        """
         raise NotImplementedError
+
+
+def record_output(module: Any, record: Callable[[Any], Any]) -> None:
+    """Makes this instance, and no other one of its class, pass its output through `record`."""
+    object.__setattr__(module, "__class__", _recording_class(type(module)))
+    object.__setattr__(module, "_record_output", record)
+
+
+@functools.cache
+def _recording_class(cls: type) -> type:
+    def call(self, *arguments, **keywords):
+        return self._record_output(cls.__call__(self, *arguments, **keywords))
+
+    call.method_handler_wrapped = True  # Linen must not intercept it
+    return type(cls)(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})

@@ -18,6 +18,7 @@ from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Observed
 from lpa_jax.perturbations import Feedback, Site
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass, counted_labels
+from lpa_jax.sharding import in_auto_axes
 from lpa_jax.tables import weight_of_counted
 from lpa_jax.training.state import (
     Batch,
@@ -36,6 +37,7 @@ Loss = Callable[[Array, Array], Array]
 Augment = Callable[[Array, Array, Array], Array]
 
 
+@in_auto_axes(like=lambda state, *args, **kwargs: (state, None))
 def lpa_step(
     state: TrainState,
     batch: Batch,
@@ -129,6 +131,7 @@ def lpa_step(
     return new_state, pairs
 
 
+@in_auto_axes()
 def eval_step(
     state: TrainState,
     batch: Batch,

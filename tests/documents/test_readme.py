@@ -6,7 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from tests.helpers import commands
+from experiments import long_tail
+from experiments.reporting import tables
+from tests.helpers import commands, module_call
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +43,54 @@ def test_the_extras_of_the_commands_exist():
     assert "experiments" in named and "test" in named
     for extra in {name for group in named for name in group.split(",")}:
         assert re.search(rf"^{extra} =$", setup, flags=re.MULTILINE), extra
+
+
+# What the main command found, by method: of each seed the accuracy, and that of the three groups.
+FOUND = {
+    "erm": [
+        (0.764, 0.99, 0.863333, 0.52),
+        (0.762, 0.976667, 0.863333, 0.525),
+        (0.749, 0.97, 0.886667, 0.48),
+    ],
+    "lpl": [
+        (0.808, 0.953333, 0.863333, 0.6575),
+        (0.808, 0.953333, 0.853333, 0.665),
+        (0.8, 0.943333, 0.883333, 0.63),
+    ],
+    "lpa": [
+        (0.808, 0.976667, 0.87, 0.635),
+        (0.812, 0.953333, 0.893333, 0.645),
+        (0.808, 0.966667, 0.883333, 0.6325),
+    ],
+    "lpa+lpl": [
+        (0.811, 0.96, 0.866667, 0.6575),
+        (0.811, 0.953333, 0.876667, 0.655),
+        (0.809, 0.963333, 0.906667, 0.62),
+    ],
+}
+
+
+def test_the_table_is_what_the_main_command_prints(tmp_path, capsys):
+    counts = (400, 239, 143, 86, 51, 30, 18, 11, 6, 4)
+    results = {
+        method: [
+            {"seed": seed, "accuracy": all_, "train_counts": counts, "seconds": 9.9,
+             "group_accuracy": dict(zip(tables.CLASS_GROUPS, groups, strict=True))}
+            for seed, (all_, *groups) in enumerate(seeds)
+        ]
+        for method, seeds in FOUND.items()
+    }  # fmt: skip
+    title = "mnist5k, exponential 100:1, mlp, test accuracy"
+    tables.write_comparison(title, results, tmp_path, quiet=True)
+    printed = capsys.readouterr().out.rstrip()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert f"```text\n{printed}\n```" in README
+
+
+@pytest.mark.slow
+def test_the_main_command_prints_that_table(tmp_path):
+    message, printed = module_call.call(long_tail, "--quiet", f"--workdir={tmp_path / 'run'}")
+    assert message is None and f"```text\n{printed.rstrip()}\n```" in README
 
 
 def test_it_is_short_and_no_line_is_wide_outside_tables_and_the_two_commands():

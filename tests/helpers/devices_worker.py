@@ -264,6 +264,26 @@ def over_shard_map(check_vma):
     return trained(setup, jax.jit(jax.shard_map(step, mesh=devices, **specs)))
 
 
+def over_mesh():
+    """What `trained` gives for a jitted step on arrays over 4 devices of a default mesh."""
+    setup = SETUPS["carried and free lpa"]
+    step = functools.partial(
+        lpa_jax.lpa_step, perturbations=setup.perturbations, augment=setup.augment
+    )
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    everywhere, split = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+        for names in ((), mesh.axis_names)
+    )
+    compiled = jax.jit(step)
+    return trained(
+        setup,
+        lambda state, batch: compiled(
+            jax.device_put(state, everywhere), jax.device_put(batch, split)
+        ),
+    )
+
+
 def refusals():
     def never(state, batch, axis_name):
         raise AssertionError("a device was called")
@@ -296,6 +316,7 @@ def main():
         "donation": donation(),
         "replicated": {count: replicated(count) for count in (1, 2)},
         "shard_map": {str(check): over_shard_map(check) for check in (True, False)},
+        "mesh": over_mesh(),
         "refusals": refusals(),
     }
     json.dump(results, sys.stdout)

@@ -57,6 +57,10 @@ def test_a_step_under_shard_map_is_that_of_one_device(worker, check_vma):
     assert_nearly_the_same(worker["shard_map"][check_vma], expected)
 
 
+def test_a_jitted_step_on_the_default_mesh_is_that_of_one_device(worker):
+    assert_nearly_the_same(worker["mesh"], worker["runs"]["carried and free lpa"]["1"])
+
+
 def assert_nearly_the_same(found, expected):
     """Metrics, parameters and all states, to float32 rounding."""
     assert list(found) == list(expected)

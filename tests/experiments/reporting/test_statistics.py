@@ -72,8 +72,19 @@ def test_mean_error_interval_and_p_value_agree_with_their_definitions(thousandth
 
 
 def test_differences_that_are_all_zero_give_no_evidence_and_no_warning():
-    comparison = paired.compare_seeds({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.5, 1: 0.6, 2: 0.7})
-    assert comparison == ((0.0, 0.0), 0.0, 0.0, 1.0, 3, 0)
+    seeds = {seed: 0.5 + seed / 10 for seed in range(5)}
+    comparison = paired.compare_seeds(seeds, seeds)
+    assert comparison == ((0.0, 0.0), 0.0, 0.0, 1.0, 5, 0, (0.0,) * 5)
+
+
+@pytest.mark.parametrize("count", [2, 4, 5])
+def test_fewer_than_five_pairs_have_no_interval_and_no_p_value_but_their_own_differences(count):
+    values = {seed: 0.5 + seed / 10 for seed in range(count)}
+    comparison = paired.compare_seeds(values, dict.fromkeys(values, 0.5))
+    tested = (comparison.low, comparison.high, comparison.p_value)
+    assert np.isfinite(tested).all() == (count == 5) == np.isfinite(tested).any()
+    assert comparison.each == pytest.approx([seed / 10 for seed in range(count)])
+    assert comparison.difference.error > 0
 
 
 def test_one_pair_has_a_difference_but_no_interval_and_no_p_value():

@@ -3,6 +3,7 @@
 import io
 import re
 
+import pytest
 from rich.console import Console
 
 from experiments.runtime import progress
@@ -24,19 +25,31 @@ def shown(console=None, quiet=False):
         run.finish("test accuracy 78.70 %")
 
 
-def test_a_terminal_shows_step_loss_accuracy_speed_and_time_left_on_one_line_of_80_columns():
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_terminal_shows_the_job_with_a_bar_and_the_run_with_its_units_and_totals(width):
     out = io.StringIO()
-    shown(Console(file=out, force_terminal=True, width=80, color_system=None))
+    shown(Console(file=out, force_terminal=True, width=width, color_system=None))
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()
-    assert max(map(len, lines)) <= 80
-    # On a busy machine the only frame may be that of the finished run, of 60 epochs.
-    bars = [line for line in lines if "step" in line]
-    assert bars and all(
-        re.search(r"(7|60)/240 (-|\d+):[-\d:]+ step 19200 loss 0\.123 acc 99% 12k img/s", line)
-        for line in bars[:1]
-    ), bars
-    assert bars[0].startswith("manifold_mixup@…")
+    assert max(map(len, lines)) <= width
+    place = next(i for i, line in enumerate(lines) if "epoch" in line)
+    job, run = lines[place - 1 : place + 1]
+    assert job.startswith("all runs ") and re.search(r"run [12]/4( +\d:\d\d:\d\d left)?$", job)
+    numbers = r"epoch 7/60  loss 0\.123  acc 99 %  12k images/s  \d:\d\d:\d\d left$"
+    assert run.startswith("manifold_mixup") and re.search(numbers, run)
+    assert (NAME in run) == (width == 200)
     assert "a line of its own" in lines
+
+
+def test_measurements_are_shown_by_their_names(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_LINE_EVERY", -1.0)
+    with RunProgress(2, 3, unit="measurement") as run:
+        run.start("lpa seed 0")
+        for number, what in enumerate(("flatness", "spectrum")):
+            run.part(number, what)
+        run.finish("measured")
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\[1/2\] lpa seed 0: measurement 1/3, spectrum, 0:00:00 left", first)
+    assert last.startswith("[1/2] lpa seed 0: measured (")
 
 
 def test_without_a_terminal_there_are_plain_lines_and_with_quiet_nothing(capsys):
@@ -59,8 +72,8 @@ def test_a_run_that_lasts_says_where_it_is_without_a_terminal(capsys, monkeypatc
             run.epoch(RECORD._replace(epoch=epoch))
         run.finish("done")
     line, last = capsys.readouterr().err.splitlines()
-    expected = f"{NAME}: epoch 8/60 step 19200 loss 0.123 acc 99% 12k img/s, 0:17:20 left"
-    assert line == expected and last.endswith("done (60.0 s)")
+    expected = "epoch 8/60, loss 0.123, acc 99 %, 12k images/s, 0:17:20 left"
+    assert line == f"[1/4] {NAME}: {expected}" and last.endswith("done (60.0 s)")
 
 
 def test_an_epoch_that_lasts_says_where_it_is(capsys, monkeypatch):
@@ -75,8 +88,9 @@ def test_an_epoch_that_lasts_says_where_it_is(capsys, monkeypatch):
         run.step(125, 1.25, {"loss": (30.0, 300.0), "accuracy": (300.0, 300.0)})
         run.finish("done")
     first, second, last = capsys.readouterr().err.splitlines()
-    assert first == (f"{NAME}: epoch 0.25/2 step 25 loss 2.000 acc 0% 10 img/s, 0:04:08 left")
-    assert second == (f"{NAME}: epoch 1.25/2 step 125 loss 0.100 acc 100% 10 img/s, 0:00:42 left")
+    start = f"[1/4] {NAME}: epoch"
+    assert first == f"{start} 0.25/2, loss 2.000, acc 0 %, 10 images/s, 0:04:08 left"
+    assert second == f"{start} 1.25/2, loss 0.100, acc 100 %, 10 images/s, 0:00:42 left"
     assert last.endswith("done (80.0 s)")
 
 

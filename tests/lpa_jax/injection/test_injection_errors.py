@@ -27,7 +27,7 @@ class Odd(nn.Module):
         shared = nn.Dense(INPUTS, name="shared")
         x = shared(shared(x))
         x, _ = Pair(name="pair")(nn.Dense(INPUTS, name="middle")(x))
-        x = nn.remat(nn.Dense)(CLASSES, name="remat")(x)
+        x = nn.remat(lambda layer, h: layer(h))(nn.Dense(CLASSES, name="remat"), x)
         return nn.Dense(CLASSES, name="late")(x)
 
 
@@ -69,8 +69,8 @@ def module(kind):
     [
         (("unused",), r"submodule 'unused' was not called in the pass through the module"),
         (("shared",), r"submodule 'shared' is called more than once in a pass"),
-        (("pair",), r"submodule 'pair' returns tuple, an injection point must return one array"),
-        (("remat",), r"submodule 'remat' runs inside a transformation of its own"),
+        (("pair",), r"select must name the part of the output of 'pair' .* select=\{'pair': 0\}, "),
+        (("remat",), r"submodule 'remat' runs inside a scan, vmap, remat or jit, .*: cut the"),
         (("late", "middle"), r"paths must be in the order of the pass, but 'middle', named after"),
     ],
 )
@@ -95,7 +95,7 @@ def test_path_that_a_training_pass_leaves_out_is_refused():
     network = lpa_jax.inject(Fickle(), "body")
     variables = network.init(jax.random.key(0), IMAGES)
     taps = {"body": lambda h, decode: h}
-    with pytest.raises(ValueError, match=r"submodule 'body' was not called in the pass"):
+    with pytest.raises(ValueError, match=r"'body' was not called .*, which calls: Dense_0$"):
         injection.run_perturbed(network, injection.Pass(variables, IMAGES, train=True), taps)
 
 

@@ -1,0 +1,88 @@
+"""Arrays that are spread over a mesh, for `jax.jit`: the compiler adds the communication."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lpa_jax.checks import is_known
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def in_auto_axes(
+    like: Callable[..., Any] = lambda *args, **kwargs: None,
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Decorates a function of arrays on a mesh, so that the compiler shards what it computes.
+
+    The axes of `jax.make_mesh` are `AxisType.Explicit` unless it is told otherwise: the sharding of
+    an array is a part of its type, and every operation must derive that of its result or be told.
+    Sums by class, gathers and many networks do not. Such arrays enter the function with their axes
+    `AxisType.Auto`, and its results get a type again. Without such arrays, it is called as it is.
+
+    Args:
+      like: Arguments of the function -> prefix of the tree of its results, in which an array stands
+        for results with its sharding, and None for results that are the same on all devices.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            given = [*args, *kwargs.values()]
+            # The others stay as they are: JAX would sort the layers of perturbations by name.
+            places = [place for place, tree in enumerate(given) if _explicit_leaves(tree)]
+            if not places:
+                return function(*args, **kwargs)
+            trees = [given[place] for place in places]
+            arrays = [leaf for tree in trees for leaf in _explicit_leaves(tree)]
+            replicated = NamedSharding(jax.typeof(arrays[0]).sharding.mesh, PartitionSpec())
+            shardings = jax.tree.map(
+                lambda leaf: jax.typeof(leaf).sharding if _is_explicit(leaf) else replicated,
+                like(*args, **kwargs),
+                is_leaf=lambda leaf: leaf is None,
+            )
+
+            def call(arrays):
+                inside = iter(arrays)
+                changed = jax.tree.map(
+                    lambda leaf: next(inside) if _is_explicit(leaf) else leaf, trees
+                )
+                for place, tree in zip(places, changed, strict=True):
+                    given[place] = tree
+                return function(
+                    *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True))
+                )
+
+            # Outside jit, gradients need to be told the mesh.
+            known = is_known(arrays[0])
+            with jax.set_mesh(arrays[0].sharding.mesh) if known else contextlib.nullcontext():
+                return jax.sharding.auto_axes(call, out_sharding=shardings)(arrays)
+
+        return wrapped
+
+    return decorate
+
+
+def in_own_axes(function: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:
+    """A function of one array, for calls in auto axes: it runs in the axes of the array `like`.
+
+    So it can close over other arrays on the mesh.
+    """
+    if not _is_explicit(like):
+        return function
+    return jax.sharding.explicit_axes(function, in_sharding=jax.typeof(like).sharding)
+
+
+def _is_explicit(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and bool(jax.typeof(leaf).sharding.mesh.explicit_axes)
+
+
+def _explicit_leaves(tree: Any) -> list[jax.Array]:
+    def is_options(node):  # such as perturbations, which may have tuples of layers as keys
+        return isinstance(node, Mapping) and any(isinstance(key, tuple) for key in node)
+
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_options) if _is_explicit(leaf)]
