@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpa_jax.injection import check_examples, names_of
 from lpa_jax.pgd import check_labels
 
 AXIS_NAME = "batch"
@@ -64,26 +65,30 @@ class MappedStep:
         """
         return dataclasses.replace(self, bound=(*self.bound, *self.to_devices(replicated)))
 
-    def place(self, batch: Mapping[str, Any], num_classes: int | None = None) -> PlacedBatch:
+    def place(
+        self, batch: Mapping[str, Any], num_classes: int | None = None, labels: str = "label"
+    ) -> PlacedBatch:
         """Checks a host batch and starts to send it to the devices, without waiting for it.
 
         A call of the step does this first. A prefetcher does it for the next batch while the
         devices work on this one.
 
         Args:
-          batch: Arrays [B, ...] by name.
+          batch: Arrays [B, ...], or pytrees of them, by name.
           num_classes: C, if the step was made without it.
+          labels: The entry that holds the labels.
 
         Raises:
           ValueError: Labels outside 0..C-1, or a batch that does not split evenly.
         """
-        check_batch(batch, self.num_classes or num_classes)
+        check_batch(batch, self.num_classes or num_classes, labels)
         return PlacedBatch(batch, self.put_batch(batch))
 
     def __call__(self, state: Any, batch: Mapping[str, Any] | PlacedBatch, *replicated: Any) -> Any:
         """Runs the step; does not wait for its results."""
         if not isinstance(batch, PlacedBatch):
-            batch = self.place(batch, getattr(state, "num_classes", None))
+            labels = names_of(getattr(state, "network", None)).labels
+            batch = self.place(batch, getattr(state, "num_classes", None), labels)
         replicated = (*self.bound, *self.to_devices(replicated))
         return self.mapped(self.to_devices(state), batch.arrays, replicated)
 
@@ -228,30 +233,33 @@ def must_block() -> bool:
 def shard_batch(batch: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
     """Splits every array of a host batch: [B, ...] -> [num_shards, B / num_shards, ...].
 
+    Entries may be pytrees of arrays.
+
     Raises:
-      ValueError: B is not a multiple of `num_shards`.
+      ValueError: B is not a multiple of `num_shards`, or not the same for all arrays.
 
     Example:
       >>> shard_batch({"label": np.arange(4)}, 2)["label"].tolist()
       [[0, 1], [2, 3]]
     """
-    for name, values in batch.items():
+    check_examples(batch)
+
+    def shard(path, values):
         if values.shape[0] % num_shards:
             raise ValueError(
-                f"batch[{name!r}] has {values.shape[0]} examples, which do not split evenly over "
-                f"{num_shards} devices"
+                f"batch{jax.tree_util.keystr(path)} has {values.shape[0]} examples, which do not "
+                f"split evenly over {num_shards} devices"
             )
-    return {
-        name: values.reshape((num_shards, values.shape[0] // num_shards, *values.shape[1:]))
-        for name, values in batch.items()
-    }
+        return values.reshape((num_shards, values.shape[0] // num_shards, *values.shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(shard, dict(batch))
 
 
-def check_batch(batch: Mapping[str, Any], num_classes: int | None) -> None:
+def check_batch(batch: Mapping[str, Any], num_classes: int | None, labels: str = "label") -> None:
     """Refuses labels that a device would silently clamp.
 
     Raises:
       ValueError: A label outside 0..num_classes-1.
     """
-    if num_classes is not None and "label" in batch:
-        check_labels(batch["label"], num_classes, may_ignore=True)
+    if num_classes is not None and labels in batch:
+        check_labels(batch[labels], num_classes, may_ignore=True)
