@@ -43,7 +43,7 @@ from lpa_jax.perturbations import (
     spatial_dropout,
 )
 from lpa_jax.pgd import class_perturbation
-from lpa_jax.training import TrainState, eval_step, lpa_step
+from lpa_jax.training import TrainState, eval_step, initial_states, lpa_step, perturbed_forward
 
 if typing.TYPE_CHECKING:
     from lpa_jax import data, diagnostics, models
@@ -74,6 +74,7 @@ __all__ = [
     "encode",
     "eval_step",
     "gaussian_noise",
+    "initial_states",
     "inject",
     "injection",
     "losses",
@@ -88,6 +89,7 @@ __all__ = [
     "parallel",
     "penalties",
     "perturbations",
+    "perturbed_forward",
     "rsc",
     "spatial_dropout",
     "suggest_radius",

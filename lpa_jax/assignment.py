@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lpa_jax import checks
+from lpa_jax.registry import described
 
 Array = jax.Array
 Rule = Callable[[Array, Array], tuple[Array, Array]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Assignment:
     """A rule that gives every class a sign and a radius multiplier.
 
@@ -30,6 +31,7 @@ class Assignment:
       uses_confidence: Whether `rule` reads the confidence (if not, none is computed).
       ema: Smoothing of the confidence over steps, in [0, 1): q <- ema * q + (1 - ema) * q_batch.
       num_classes: How many classes the rule is made for, or None for any number.
+      description: What `print` shows, such as `by_confidence(kappa=0.0, ema=0.0)`.
     """
 
     name: str
@@ -37,6 +39,11 @@ class Assignment:
     uses_confidence: bool = False
     ema: float = 0.0
     num_classes: int | None = None
+    description: str = dataclasses.field(default="", compare=False)
+
+    def __repr__(self) -> str:
+        """The factory's call, with all options."""
+        return self.description or f"{self.name}(...)"
 
     def __call__(self, confidence: Array, present: Array) -> tuple[Array, Array]:
         """(sign, multiplier), both [C]; classes that are not present get sign 0."""
@@ -88,7 +95,8 @@ def by_confidence(kappa: float = 0.0, ema: float = 0.0) -> Assignment:
         tied = jnp.abs(deviation) <= 1e-6  # rounding of the mean must not decide a sign
         return jnp.where(tied, 0.0, jnp.sign(deviation)), 1.0 + kappa * jnp.abs(deviation)
 
-    return Assignment("confidence", rule, uses_confidence=True, ema=ema)
+    text = described("by_confidence", {"kappa": kappa, "ema": ema})
+    return Assignment("confidence", rule, uses_confidence=True, ema=ema, description=text)
 
 
 def by_frequency(counts: ArrayLike, split: float | int = 0.4, kappa: float = 0.0) -> Assignment:
@@ -129,7 +137,8 @@ def by_frequency(counts: ArrayLike, split: float | int = 0.4, kappa: float = 0.0
     head[np.argsort(-counts, kind="stable")[: int(head_size)]] = True
     sign = np.where(head, -1.0, 1.0)
     ratio = np.where(head, counts / counts.max(), counts.min() / counts)
-    return _fixed("frequency", sign, 1.0 + kappa * ratio)
+    text = described("by_frequency", {"counts": counts, "split": split, "kappa": kappa})
+    return _fixed("frequency", sign, 1.0 + kappa * ratio, text)
 
 
 def all_positive() -> Assignment:
@@ -174,14 +183,16 @@ def custom(sign: ArrayLike, multiplier: ArrayLike | None = None) -> Assignment:
         raise ValueError(
             f"multiplier must be {sign.size} finite numbers >= 0, got {multiplier.tolist()}"
         )
-    return _fixed("custom", sign, multiplier)
+    text = described("custom", {"sign": sign, "multiplier": multiplier})
+    return _fixed("custom", sign, multiplier, text)
 
 
-def _fixed(name: str, sign: np.ndarray, multiplier: np.ndarray) -> Assignment:
+def _fixed(name: str, sign: np.ndarray, multiplier: np.ndarray, text: str) -> Assignment:
     return Assignment(
         name,
         lambda confidence, present: (jnp.asarray(sign), jnp.asarray(multiplier)),
         num_classes=sign.size,
+        description=text,
     )
 
 
@@ -190,4 +201,4 @@ def _constant(name: str, sign: float) -> Assignment:
         ones = jnp.ones(present.shape, jnp.float32)
         return sign * ones, ones
 
-    return Assignment(name, rule)
+    return Assignment(name, rule, description=f"{name}()")

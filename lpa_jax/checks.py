@@ -44,7 +44,7 @@ def require(holds: bool, name: str, allowed: str, value: Any) -> None:
       ValueError: low must be below high, got 3.0
     """
     if not holds:
-        _refuse(name, allowed, _shown(value))
+        _refuse(name, allowed, shown(value))
 
 
 def number(
@@ -143,7 +143,7 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
     if value in allowed:
         return
     listed = f"one of {', '.join(map(str, allowed))}" if allowed else "none at all"
-    _refuse(name, listed, _shown(value) + nearest(value, allowed))
+    _refuse(name, listed, shown(value) + nearest(value, allowed))
 
 
 def nearest(value: Any, known: Iterable[Any]) -> str:
@@ -239,6 +239,17 @@ def check_labels(
         _refuse(name, allowed, f"{values[bad[0]]} at position {bad[0]}")
 
 
+def shown(value: Any) -> str:
+    """The value in one line of at most 200 characters, as errors show it."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    try:
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        text = "an integer of more than 4300 digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _index_vector(name: str, values: ArrayLike, limit: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
@@ -265,14 +276,3 @@ def _real(value: Any) -> float:
 
 def _refuse(name: str, allowed: str, got: str) -> NoReturn:
     raise ValueError(f"{name} must be {allowed}, got {got}")
-
-
-def _shown(value: Any) -> str:
-    """The value in one line of at most 200 characters."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    try:
-        text = re.sub(r"\s*\n\s*", " ", repr(value))
-    except ValueError:  # Python writes out no integer of more than 4300 digits
-        text = "an integer of more than 4300 digits"
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -100,6 +100,56 @@ def per_class_accuracy(
     return jnp.sum(members * correct[:, None], axis=0), jnp.sum(members, axis=0)
 
 
+def accuracy_of_several(logits: jax.Array, labels: jax.Array) -> Pair:
+    """Pair of the share of the known labels that the sign of the logit predicts.
+
+    Args:
+      logits: Scores [N, C]; above 0 predicts 1, a NaN is wrong.
+      labels: 0, 1 or -1 (not known, not counted), [N, C].
+
+    Example:
+      >>> compute(accuracy_of_several(jnp.array([[1.0, 1.0, 0.5]]), jnp.array([[1, 0, -1]])))
+      0.5
+    """
+    right, known = _right_and_known(logits, labels)
+    return jnp.sum(right & known, dtype=jnp.float32), jnp.sum(known, dtype=jnp.float32)
+
+
+def several_classes(logits: jax.Array, labels: jax.Array) -> dict[str, Pair]:
+    r"""Pairs of the measures of several classes an example; arguments as `accuracy_of_several`.
+
+        exact_match:         share of the examples with all known labels right
+        per_class_accuracy:  share of the members of class c that are found (recall), [C]
+        per_class_f1:        2 TP_c / (2 TP_c + FP_c + FN_c), [C]
+        f1:                  the same of all classes together
+
+    Example:
+      >>> pairs = several_classes(jnp.array([[1.0, 1.0], [-1.0, 1.0]]), jnp.array([[1, 0], [1, 1]]))
+      >>> compute(pairs)["per_class_f1"].round(2).tolist(), round(compute(pairs)["f1"], 2)
+      ([0.67, 0.67], 0.67)
+    """
+    right, known = _right_and_known(logits, labels)
+    found = jnp.sum(right & (labels > 0), axis=0, dtype=jnp.float32)
+    members = jnp.sum(labels > 0, axis=0, dtype=jnp.float32)
+    wrong = jnp.sum(~right & known, axis=0, dtype=jnp.float32)
+    counted = jnp.any(known, axis=1)
+    return {
+        "exact_match": mean(jnp.all(right | ~known, axis=1).astype(jnp.float32), counted),
+        "per_class_accuracy": (found, members),
+        "per_class_f1": (2 * found, 2 * found + wrong),
+        "f1": (jnp.sum(2 * found), jnp.sum(2 * found + wrong)),
+    }
+
+
+def _right_and_known(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape:
+        raise ValueError(
+            f"logits and labels must have shape [N, C], got {logits.shape} and {labels.shape}"
+        )
+    return ((logits > 0) == (labels > 0)) & ~jnp.isnan(logits), labels >= 0
+
+
 def add(a: Any, b: Any) -> Any:
     """Sum of two trees of pairs of one structure, for example those of two batches.
 

@@ -23,10 +23,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax.checks import check_labels, choice, integer, is_known, number, require
+from lpa_jax.checks import (
+    check_labels,  # noqa: F401 (users reach it here, too)
+    choice,
+    integer,
+    is_known,
+    number,
+    require,
+)
+from lpa_jax.labels import Labels, rows_of_positions
 from lpa_jax.sharding import in_auto_axes, in_own_axes
 from lpa_jax.tables import (
     BatchClasses,
+    SeveralClasses,
     as_rows,
     at_least_float32,
     class_counts,  # noqa: F401 (users reach the class statistics as pgd.class_means, ...)
@@ -36,7 +45,6 @@ from lpa_jax.tables import (
     over_classes,
     perturbation_dtype,
     row_norms,
-    rows_of,
     unit_rows,
 )
 
@@ -189,25 +197,40 @@ def ascent_step(
     return jnp.reshape(project(moved, radius, cone, options.norm, options.min_cosine), shape)
 
 
-def add_to_members(activations: Array, delta: Array | None, labels: Array | None) -> Array:
+def add_to_members(activations: Array, delta: Array | None, labels: Array) -> Array:
     """h_i + delta_{y_i} in the activation's own dtype; `delta=None` adds nothing.
 
-    With `labels=None` every example has a row of its own: h_i + delta_i. Examples with label -1 are
-    not perturbed.
+    Args:
+      activations: [B, ...], or [B, *P, ...] with labels of positions.
+      delta: [C, ...], from `class_perturbation`.
+      labels: [B] or [B, *P]; what has label -1 is not perturbed.
+
+    Example:
+      >>> h, labels = jnp.ones((1, 3, 1)), jnp.array([[1, 0, -1]])
+      >>> add_to_members(h, jnp.array([[1.0], [2.0]]), labels)[0, :, 0].tolist()
+      [3.0, 2.0, 1.0]
     """
     if delta is None:
         return activations
-    rows = as_rows(delta)
-    rows = jnp.where(rows == 0, -0.0, rows)  # h + 0.0 would turn -0.0 into 0.0
-    members = rows if labels is None else rows_of(rows, labels, fill=-0.0)
-    members = jnp.reshape(members, (-1, *delta.shape[1:]))
-    return (activations.astype(delta.dtype) + members).astype(activations.dtype)
+    rows = rows_of_positions(activations, labels.shape)
+    classes = BatchClasses(jnp.reshape(labels, -1), jnp.zeros(delta.shape[0]))
+    return jnp.reshape(add_perturbation(rows, delta, classes), activations.shape)
+
+
+def add_perturbation(
+    activations: Array, delta: Array | None, classes: BatchClasses | SeveralClasses
+) -> Array:
+    """h_i + what a table of perturbations adds to example i; `delta=None` adds nothing."""
+    if delta is None:
+        return activations
+    moved = activations.astype(delta.dtype) + classes.members_of(delta)
+    return moved.astype(activations.dtype)
 
 
 def class_gradient(
     loss_fn: Callable,
     activations: Array,
-    classes: BatchClasses,
+    classes: BatchClasses | SeveralClasses,
     delta: Array | None,
     shape: str = "full",
 ) -> tuple[Array, Array]:
@@ -228,10 +251,10 @@ def class_gradient(
         losses, aux = loss_fn(perturbed)
         return jnp.sum(losses), aux
 
-    perturbed = add_to_members(activations, delta, None if classes.by_example else classes.labels)
+    perturbed = add_perturbation(activations, delta, classes)
     gradients, aux = jax.grad(total_loss, has_aux=True)(perturbed)
     members = reduce_to_shape(gradients.astype(perturbation_dtype(activations)), shape, jnp.sum)
-    return classes.means(members), aux
+    return classes.means_of_gradients(members), aux
 
 
 def ascend(
@@ -261,7 +284,7 @@ def ascend(
 def ascend_by_class(
     gradient_fn: Callable[[Array | None], Array],
     activations: Array,
-    classes: BatchClasses,
+    classes: BatchClasses | SeveralClasses,
     sign: Array,
     radius: Array,
     options: PGDOptions,
@@ -304,6 +327,7 @@ def class_perturbation(
     shape: str = "full",
     min_cosine: float = 0.0,
     initial: Array | None = None,
+    several: bool = False,
     axis_name: str | None = None,
 ) -> Array:
     r"""Learns one perturbation per class by projected gradient ascent on the class's own loss.
@@ -318,11 +342,12 @@ def class_perturbation(
     through the result.
 
     Args:
-      loss_fn: Perturbed activations [B, *S] -> losses [B]. Targets (hard or soft), the rest of the
-        network and its parameters are closed over.
+      loss_fn: Perturbed activations [B, *S] -> losses [B] (of positions [B, *P]). Targets (hard or
+        soft), the rest of the network and its parameters are closed over.
       activations: h_i at the injection point, [B, *S], any rank, float32, bfloat16 or float64.
       labels: y_i, [B] integers in 0..C-1, the classes that share a perturbation; -1 for an example
-        that has no part in any.
+        that has no part in any. Labels of positions, [B, *P], belong to activations [B, *P, *S]:
+        every position is a member of its class.
       sign: s_c in {-1, 0, +1}, [C]. +1 raises the class's loss, -1 lowers it.
       radius: eps_c >= 0, [C], in units of the activation's norm.
       steps: Ascent steps; 0 returns the projected `initial`, or zero.
@@ -333,6 +358,8 @@ def class_perturbation(
         all positions.
       min_cosine: See `PGDOptions`; of the channel means for `"channel"`.
       initial: Starting perturbations [C, *S'] carried over from an earlier call, or None for zero.
+      several: `labels` are [B, C] of 0 and 1: example i is a member of m_i classes, and each of
+        them moves it by delta_c / m_i, so that ||h~_i - h_i|| is at most their mean radius.
       axis_name: Mapped axis over which the batch is spread. Class means are then taken over the
         global batch.
 
@@ -356,48 +383,60 @@ def class_perturbation(
     options = PGDOptions(steps, step_size, geometry, norm, shape, min_cosine).validate()
     loss_fn = in_own_axes(loss_fn, activations)
     return _class_perturbation(
-        loss_fn, activations, labels, sign, radius, options, initial, axis_name
+        loss_fn, activations, labels, sign, radius, options, initial, several, axis_name
     )
 
 
 @in_auto_axes()
-def _class_perturbation(loss_fn, activations, labels, sign, radius, options, initial, axis_name):
+def _class_perturbation(
+    loss_fn, activations, labels, sign, radius, options, initial, several, axis_name
+):
     activations, labels = jnp.asarray(activations), jnp.asarray(labels)
     sign, radius = jnp.asarray(sign), jnp.asarray(radius)
-    _check_arguments(activations, labels, sign, radius)
-    dtype = perturbation_dtype(activations)
-    activations = jax.lax.stop_gradient(activations)
+    labels = _checked_labels(activations, labels, sign, radius, several)
+    dtype, whole = perturbation_dtype(activations), activations.shape
+    activations = rows_of_positions(jax.lax.stop_gradient(activations), labels.lead)
     sign, radius = (jax.lax.stop_gradient(v).astype(dtype) for v in (sign, radius))
 
-    classes = BatchClasses.of(labels, sign.shape[0], axis_name, dtype)
+    classes = BatchClasses.of(labels.rows, sign.shape[0], axis_name, dtype)
     radius = jnp.where((classes.counts > 0) & (sign != 0), jnp.maximum(radius, 0.0), 0.0)
     table = (sign.shape[0], *row_shape(activations, options.shape))
     if initial is not None:
         require(jnp.shape(initial) == table, "initial", f"of shape {table}", jnp.shape(initial))
         initial = jax.lax.stop_gradient(initial).astype(dtype)
 
+    def losses(rows):
+        values = loss_fn(jnp.reshape(rows, whole))
+        return (labels.counted(values) if labels.may_interact else values), None
+
     def gradient_fn(delta):
-        return class_gradient(
-            lambda h: (loss_fn(h), None), activations, classes, delta, options.shape
-        )[0]
+        return class_gradient(losses, activations, classes, delta, options.shape)[0]
 
     delta = ascend_by_class(gradient_fn, activations, classes, sign, radius, options, initial)
     return jnp.zeros(table, dtype) if delta is None else jax.lax.stop_gradient(delta)
 
 
-def _check_arguments(activations: Array, labels: Array, sign: Array, radius: Array) -> None:
-    """Raises ValueError for shapes that disagree and, outside jit, for values out of range."""
+def _checked_labels(
+    activations: Array, labels: Array, sign: Array, radius: Array, several: bool
+) -> Labels:
+    """The labels; ValueError for shapes that disagree and, outside jit, for values out of range."""
     floating = activations.ndim >= 1 and jnp.issubdtype(activations.dtype, jnp.floating)
     if not floating:
         got = f"{activations.dtype} {activations.shape}"
         raise ValueError(f"activations must be a floating array [B, ...], got {got}")
-    if labels.shape != activations.shape[:1]:
-        batch = activations.shape[:1]
-        raise ValueError(f"labels must have shape {batch} like the activations, got {labels.shape}")
     if sign.ndim != 1 or radius.shape != sign.shape:
         got = f"{sign.shape} and {radius.shape}"
         raise ValueError(f"sign and radius must both have shape [C], got {got}")
-    check_labels(labels, sign.shape[0], may_ignore=True)
+    lead = labels.shape[:-1] if several else labels.shape
+    if not lead or lead != activations.shape[: len(lead)]:
+        allowed = (
+            f"[B, C] of the activations {activations.shape}"
+            if several
+            else (f"{activations.shape[:1]} like the activations")
+        )
+        raise ValueError(f"labels must have shape {allowed}, got {labels.shape}")
+    shape = jax.ShapeDtypeStruct((*lead, sign.shape[0]), activations.dtype)
+    given = Labels.of({"label": labels}, shape)
     # NumPy reads the values: jnp would stage the test under jit, also where they are constants.
     if is_known(sign):
         signs = np.asarray(sign)
@@ -406,3 +445,4 @@ def _check_arguments(activations: Array, labels: Array, sign: Array, radius: Arr
         radii = np.asarray(radius)
         valid = np.all(np.isfinite(radii) & (radii >= 0))
         require(valid, "radius", "finite and >= 0 for every class", radii)
+    return given

@@ -1,8 +1,12 @@
 """Factories by name: how methods, models and optimizers are listed and built."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
 
 from lpa_jax import checks
 
@@ -17,6 +21,7 @@ class Registry(Generic[Value]):
       kind: What messages call a value.
       factories: The factories by name.
       hidden: Arguments of factories that are no options.
+      describe: (value, text) -> the value, which prints as that text, if it has no text yet.
 
     Example:
       >>> shapes = Registry("shape")
@@ -32,20 +37,37 @@ class Registry(Generic[Value]):
         kind: str,
         factories: Mapping[str, Callable[..., Value]] | None = None,
         hidden: tuple[str, ...] = (),
+        describe: Callable[[Value, str], Value] | None = None,
     ):
         self.kind = kind
         self.factories: dict[str, Callable[..., Value]] = dict(factories or {})
         self.hidden = hidden
+        self.describe = describe
         self._in_order = factories is not None
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
-        """Decorator that enters a factory under `name`."""
+        """Decorator that enters a factory under `name`.
+
+        Where the registry has `describe`, values print as the call that made them.
+        """
 
         def add(factory: Factory) -> Factory:
+            if self.describe is not None:
+                factory = self._describing(name, factory)
             self.factories[name] = factory
             return factory
 
         return add
+
+    def _describing(self, name: str, factory: Factory) -> Factory:
+        @functools.wraps(factory)
+        def describing(*arguments, **options):
+            value = factory(*arguments, **options)
+            given = inspect.signature(factory).bind(*arguments, **options)
+            given.apply_defaults()
+            return self.describe(value, described(name, given.arguments))
+
+        return describing
 
     def names(self) -> tuple[str, ...]:
         """All names: in the order of the given factories, sorted if they were registered later."""
@@ -86,3 +108,26 @@ class Registry(Generic[Value]):
         for option in options:
             checks.choice(f"option of {self.kind} {name!r}", option, known)
         return self.factories[name](*arguments, **options)
+
+
+def describe(value: Any, text: str) -> Any:
+    """The NamedTuple with its `description`, unless it has one."""
+    return value if value.description else value._replace(description=text)
+
+
+def described(name: str, options: Mapping[str, Any]) -> str:
+    """A call as text.
+
+    Example:
+      >>> described("lpa", {"radius": 0.1, "counts": [1] * 100})
+      'lpa(radius=0.1, counts=<100 values>)'
+    """
+    return f"{name}({', '.join(f'{key}={shown(value)}' for key, value in options.items())})"
+
+
+def shown(value: Any) -> str:
+    """An option's value in a short line: long vectors by their length, traced values as such."""
+    if not checks.is_known(value):
+        return "<traced>"
+    length = np.size(value) if isinstance(value, list | tuple | np.ndarray | jax.Array) else 1
+    return f"<{length} values>" if length > 10 else checks.shown(value)

@@ -147,9 +147,15 @@ def class_counts(
     return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
 
 
+def counted_rows(labels: Array) -> Array:
+    """Whether a row counts, [N, ...] -> [N]: not if its label, or all of several, are -1."""
+    counted = labels >= 0
+    return counted if labels.ndim == 1 else jnp.any(counted, axis=tuple(range(1, labels.ndim)))
+
+
 def weight_of_counted(labels: Array, axis_name: str | None = None) -> Array:
     """Size of the global batch over the number of its examples that count: 1 if all do."""
-    counted = jnp.sum((labels >= 0).astype(jnp.float32))
+    counted = jnp.sum(counted_rows(labels).astype(jnp.float32))
     size = jnp.asarray(labels.shape[0], jnp.float32)
     if axis_name is not None:
         counted, size = jax.lax.psum((counted, size), axis_name)
@@ -175,8 +181,13 @@ class BatchClasses(NamedTuple):
     @classmethod
     def of(
         cls, labels: Array, num_classes: int, axis_name: str | None = None, dtype=jnp.float32
-    ) -> "BatchClasses":
-        """Counts the classes of a batch; arguments as for `class_counts`."""
+    ) -> "BatchClasses | SeveralClasses":
+        """Counts the classes of a batch; arguments as for `class_counts`, or [B, C] of 0 and 1."""
+        if labels.ndim > 1:
+            members = (labels > 0).astype(dtype)
+            counts = jnp.sum(members, axis=0)
+            counts = counts if axis_name is None else jax.lax.psum(counts, axis_name)
+            return SeveralClasses(members, counts, axis_name)
         return cls(labels, class_counts(labels, num_classes, axis_name, dtype), axis_name)
 
     def means(self, values: Array) -> Array:
@@ -191,3 +202,82 @@ class BatchClasses(NamedTuple):
         """
         rows = self.labels if self.by_example else None
         return class_means(values, self.labels, self.counts, self.axis_name, rows)
+
+    def means_of_gradients(self, gradients: Array) -> Array:
+        """Class means of d loss_i / d delta_{y_i}, from gradients at the activation [B, ...]."""
+        return self.means(gradients)
+
+    def members_of(self, table: Array) -> Array:
+        """What a table of perturbations adds to every example, [C, ...] -> [B, ...]."""
+        rows = as_rows(table)
+        rows = jnp.where(rows == 0, -0.0, rows)  # h + 0.0 would turn -0.0 into 0.0
+        members = rows if self.by_example else rows_of(rows, self.labels, fill=-0.0)
+        return jnp.reshape(members, (-1, *table.shape[1:]))
+
+    def confidence(self, logits: Array) -> Array:
+        """q_c, the mean probability of the true class over the global batch, [C]."""
+        own = jnp.take_along_axis(jax.nn.softmax(logits), self.labels[:, None], axis=1)
+        return self.means(own[:, 0])
+
+
+class SeveralClasses(NamedTuple):
+    """`BatchClasses` for examples that are members of several classes, m_i of them.
+
+    Attributes:
+      members: 1 where example i is a member of class c, [B, C].
+      counts: As of `BatchClasses`, [C].
+      axis_name: As of `BatchClasses`.
+      by_example: Always False.
+    """
+
+    members: Array
+    counts: Array
+    axis_name: str | None = None
+    by_example: bool = False
+
+    @property
+    def _shares(self) -> Array:
+        """1 / m_i for the classes of an example, [B, C]; rows of zeros without a class."""
+        sizes = jnp.sum(self.members, axis=1, keepdims=True)
+        return self.members / jnp.maximum(sizes, 1.0)
+
+    def _mean(self, weights: Array, values: Array) -> Array:
+        # What belongs to no class may be anything, also NaN.
+        member = over_classes(jnp.any(weights > 0, axis=1), values)
+        rows = as_rows(jnp.where(member, values, 0.0))
+        sums = jnp.einsum("bc,b...->c...", weights, rows, precision=jax.lax.Precision.HIGHEST)
+        sums = sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+        means = sums / over_classes(jnp.maximum(self.counts, 1.0).astype(sums.dtype), sums)
+        return jnp.reshape(means, (-1, *values.shape[1:]))
+
+    def means(self, values: Array) -> Array:
+        """Class means of `values` [B, ...] over the global batch, [C, ...].
+
+        Example:
+          >>> classes = BatchClasses.of(jnp.array([[1, 1], [0, 1]]), num_classes=2)
+          >>> classes.means(jnp.array([1.0, 3.0])).tolist()
+          [1.0, 2.0]
+        """
+        return self._mean(self.members, values)
+
+    def means_of_gradients(self, gradients: Array) -> Array:
+        """Class means of d loss_i / d delta_c, where delta_c moves example i by delta_c / m_i."""
+        return self._mean(self._shares, gradients)
+
+    def members_of(self, table: Array) -> Array:
+        """(1/m_i) sum of the rows of an example's classes, [C, ...] -> [B, ...].
+
+        Example:
+          >>> classes = BatchClasses.of(jnp.array([[1, 1], [0, 1], [0, 0]]), num_classes=2)
+          >>> classes.members_of(jnp.array([2.0, 4.0])).tolist()
+          [3.0, 4.0, -0.0]
+        """
+        rows = as_rows(table)
+        moved = jnp.einsum("bc,c...->b...", self._shares, rows, precision="highest")
+        return jnp.reshape(jnp.where(moved == 0, -0.0, moved), (-1, *table.shape[1:]))
+
+    def confidence(self, logits: Array) -> Array:
+        """q_c, the mean of sigmoid(z_ic) over the members of class c, [C]."""
+        sums = jnp.sum(self.members * jax.nn.sigmoid(logits).astype(self.members.dtype), axis=0)
+        sums = sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+        return sums / jnp.maximum(self.counts, 1.0)

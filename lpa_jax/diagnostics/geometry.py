@@ -14,9 +14,11 @@ import numpy as np
 
 from lpa_jax import injection, metrics, tables
 from lpa_jax.checks import check_labels
+from lpa_jax.labels import Labels, counted_labels
 from lpa_jax.losses import cross_entropy
+from lpa_jax.losses.base import check_fits
 from lpa_jax.perturbations import Perturbation
-from lpa_jax.perturbations.perturbed_pass import PerturbedPass, counted_labels
+from lpa_jax.perturbations.perturbed_pass import PerturbedPass, initial_state
 from lpa_jax.sharding import in_auto_axes
 
 Array = jax.Array
@@ -67,7 +69,8 @@ def observe(
     Args:
       network: A cut network.
       variables: Its parameters and model state, which do not change.
-      batch: `{"image": [B, ...], "label": [B]}`.
+      batch: `{"image": [B, ...], "label": [B]}`. With labels of positions, the rows of an
+        observation are the positions.
       perturbations: Layer -> perturbation, one layer each.
       rng: Key for dropout and random perturbations.
       states: Layer -> perturbation state, as in `TrainState.perturbation_state`; None is the
@@ -91,17 +94,21 @@ def observe(
       >>> seen["hidden"].delta.tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    inputs, batch = batch["image"], {**batch, "label": counted_labels(batch)}
+    inputs = batch["image"]
     if not batch["label"].shape[0]:
         raise ValueError("batch must hold at least one example, got none")
     shapes = injection.activation_shapes(
         network, variables, inputs, (*perturbations, injection.LOGITS)
     )
-    num_classes = shapes[injection.LOGITS].shape[-1]
+    labels = Labels.of(batch, shapes[injection.LOGITS])
+    check_fits(loss, labels.several)
     if states is None:
-        states = {layer: p.init(shapes[layer], num_classes) for layer, p in perturbations.items()}
+        states = {
+            layer: initial_state(layer, perturbation, shapes[layer], labels)
+            for layer, perturbation in perturbations.items()
+        }
     dropout_rng, sites_rng = jax.random.split(rng)
-    perturbed = PerturbedPass(batch, num_classes, states, loss)
+    perturbed = PerturbedPass(labels, states, loss, domain=batch.get("domain"))
     seen: dict[str, Observation] = {}
 
     def recording(layer):
@@ -165,9 +172,15 @@ def perturbation_effect(
     seen = observe(
         network, variables, batch, perturbations, rng=rng, states=states, loss=loss, train=True
     )
-    labels = counted_labels(batch)
+    labels = jnp.reshape(counted_labels(batch), -1)
     pairs: dict[str, metrics.Pair] = {}
     for layer, observation in seen.items():
+        rows = observation.before.shape[:1]
+        if rows != labels.shape or rows != observation.loss_before.shape:
+            raise ValueError(
+                f"batch['label'] must be one label for each row of {layer!r}, {rows}, got shape "
+                f"{jnp.shape(batch['label'])}"
+            )
         everywhere = labels >= 0
         values = {
             "loss_change": (observation.loss_after - observation.loss_before, everywhere),

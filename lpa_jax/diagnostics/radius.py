@@ -1,5 +1,6 @@
 """The radius at which a perturbation changes the loss by a chosen amount, measured on one batch."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 
 from lpa_jax import checks, injection
 from lpa_jax.diagnostics.geometry import observe
+from lpa_jax.labels import Labels, counted_labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.perturbations import Perturbation, lpa
-from lpa_jax.perturbations.perturbed_pass import counted_labels
 from lpa_jax.perturbations.radius_target import measured_change, sign_group_means
 from lpa_jax.tables import BatchClasses
 
@@ -99,8 +100,8 @@ def suggest_radius(
     """
     network = injection.as_network(model)
     _check_arguments(target, group, low, high, tolerance, options)
-    batch = {"image": jnp.asarray(batch["image"]), "label": counted_labels(batch)}
-    _check_batch(network, variables, batch, layer)
+    batch = {"image": jax.tree.map(jnp.asarray, batch["image"]), "label": counted_labels(batch)}
+    labels = _checked_labels(network, variables, batch, layer)
     index = GROUPS.index(group)
     rng = jax.random.key(0) if rng is None else rng
 
@@ -113,7 +114,8 @@ def suggest_radius(
             raise ValueError(
                 f"method must give classes a sign, {perturbations[layer].name} does not"
             )
-        classes = BatchClasses.of(batch["label"], sign.shape[0])
+        rows = dataclasses.replace(labels, values=batch["label"]).rows
+        classes = BatchClasses.of(rows, sign.shape[0])
         change, exists = measured_change(before, after, classes, sign)
         base, _ = sign_group_means(before, classes, sign)
         return change[index], base[index], exists[index]
@@ -179,10 +181,9 @@ def _check_arguments(target, group, low, high, tolerance, options) -> None:
     checks.require(mode == "cold", "mode", "'cold' to suggest a radius", mode)
 
 
-def _check_batch(network, variables, batch, layer) -> None:
+def _checked_labels(network, variables, batch, layer) -> Labels:
     injection.check_layer(network.layers, layer)
     if not batch["label"].size:
         raise ValueError("batch must hold at least one example, got none")
     shapes = injection.activation_shapes(network, variables, batch["image"], [injection.LOGITS])
-    num_classes = shapes[injection.LOGITS].shape[-1]
-    checks.check_labels(batch["label"], num_classes, may_ignore=True)
+    return Labels.of(batch, shapes[injection.LOGITS])

@@ -111,7 +111,8 @@ def read_batch(network: Network, batch: Mapping[str, Any], labels: bool = True) 
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch must be a dictionary of arrays, got {type(batch).__name__}")
     wanted = names.inputs if isinstance(names.inputs, tuple) else (names.inputs,)
-    if "image" in batch and not all(name in batch for name in wanted):
+    needed = (*wanted, names.labels) if labels and "label" in batch else wanted
+    if "image" in batch and not all(name in batch for name in needed):
         names, wanted = BatchNames(), ("image",)  # read already
     for name in (*wanted, names.labels) if labels else wanted:
         if name not in batch:

@@ -7,7 +7,8 @@ host and return one. A returned loss closes over NumPy constants and can be a st
 compilation.
 
 Every loss computes in at least float32, whatever the dtype of the logits, has finite gradients
-for large finite logits and ignores a shift common to all classes, as the softmax does.
+for large finite logits. All but `sigmoid_cross_entropy`, the one for several classes an example,
+ignore a shift common to all classes, as the softmax does.
 """
 
 from lpa_jax.losses.balanced_softmax import balanced_softmax
@@ -18,6 +19,7 @@ from lpa_jax.losses.focal import focal
 from lpa_jax.losses.label_smoothing import label_smoothing
 from lpa_jax.losses.ldam import drw_stages, ldam
 from lpa_jax.losses.logit_adjustment import adjust_logits, logit_adjusted
+from lpa_jax.losses.sigmoid_cross_entropy import sigmoid_cross_entropy
 
 __all__ = [
     "Loss",
@@ -36,4 +38,5 @@ __all__ = [
     "option_types",
     "options",
     "register",
+    "sigmoid_cross_entropy",
 ]

@@ -8,7 +8,7 @@ from lpa_jax.losses.common import class_counts
 from lpa_jax.losses.cross_entropy import shifted
 
 
-@register("balanced_softmax")
+@register("balanced_softmax", one_class=True)
 def balanced_softmax(counts: ArrayLike) -> Loss:
     """Balanced softmax: each exponential weighted by the size of its class.
 

@@ -1,7 +1,8 @@
 """What a loss is, and the registry of losses."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from numpy.typing import ArrayLike
@@ -9,10 +10,71 @@ from numpy.typing import ArrayLike
 from lpa_jax.registry import Registry
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-_REGISTRY: Registry[Loss] = Registry("loss")
-register = _REGISTRY.register
+
+class NamedLoss:
+    """A loss that prints as the call that made it.
+
+    Attributes:
+      description: That call.
+      one_class: Whether the loss is that of a softmax, for one class an example.
+    """
+
+    def __init__(self, loss: Loss, description: str, one_class: bool = False):
+        functools.update_wrapper(self, loss)
+        self.description, self.one_class = description, one_class
+        self._loss = loss
+
+    def __call__(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """Logits and targets [..., C] -> losses [...]."""
+        return self._loss(logits, targets)
+
+    def __repr__(self) -> str:
+        """The call that made it."""
+        return self.description
+
+
+def check_fits(loss: Loss, several: bool) -> None:
+    """Raises ValueError for a loss for one class an example where labels name several."""
+    if several and getattr(loss, "one_class", False):
+        raise ValueError(
+            "loss must be one for several classes an example, such as "
+            f"losses.sigmoid_cross_entropy(), for labels [B, C], got {loss!r}"
+        )
+
+
+def _described(loss: Loss, description: str) -> Loss:
+    return loss if isinstance(loss, NamedLoss) else NamedLoss(loss, description)
+
+
+_REGISTRY: Registry[Loss] = Registry("loss", describe=_described)
 names = _REGISTRY.names
+
+
+def register(name: str, *, one_class: bool = False) -> Callable[[Factory], Factory]:
+    """Decorator that enters a factory of losses under `name`.
+
+    Args:
+      name: The loss's name.
+      one_class: Whether its losses are for one class an example; labels of several refuse them.
+    """
+
+    def add(factory: Factory) -> Factory:
+        registered = _REGISTRY.register(name)(factory)
+        if not one_class:
+            return registered
+
+        @functools.wraps(factory)
+        def marked(*arguments, **options):
+            loss = registered(*arguments, **options)
+            loss.one_class = True
+            return loss
+
+        _REGISTRY.factories[name] = marked
+        return marked
+
+    return add
 
 
 def options(name: str) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lpa_jax import checks
-from lpa_jax.losses.base import Loss, register
+from lpa_jax.losses.base import Loss, NamedLoss, register
 from lpa_jax.losses.common import class_counts, per_class, prepare
 from lpa_jax.losses.cross_entropy import cross_entropy
+from lpa_jax.registry import described, shown
 
 
 def effective_number_weights(counts: ArrayLike, beta: float = 0.9999) -> np.ndarray:
@@ -42,7 +43,7 @@ def effective_number_weights(counts: ArrayLike, beta: float = 0.9999) -> np.ndar
     return inverse * (counts.size / inverse.sum())
 
 
-@register("class_balanced")
+@register("class_balanced", one_class=True)
 def class_balanced(counts: ArrayLike, beta: float = 0.9999, base: Loss = cross_entropy) -> Loss:
     """Any loss, weighted by the effective number of examples of the target's class.
 
@@ -71,7 +72,10 @@ def class_balanced(counts: ArrayLike, beta: float = 0.9999, base: Loss = cross_e
     """
     weights = effective_number_weights(counts, beta)
     checks.require(callable(base), "base", "a loss(logits, targets)", base)
-    return weighted(weights, base)
+    loss = weighted(weights, base)
+    options = {"counts": counts, "beta": beta, "base": base}
+    loss.description = described("class_balanced", options)
+    return loss
 
 
 def weighted(weights: np.ndarray, base: Loss) -> Loss:
@@ -81,4 +85,4 @@ def weighted(weights: np.ndarray, base: Loss) -> Loss:
         logits, targets = prepare(logits, targets)
         return jnp.sum(targets * per_class(weights, logits), axis=-1) * base(logits, targets)
 
-    return loss
+    return NamedLoss(loss, f"weighted({shown(weights)}, {base!r})", one_class=True)

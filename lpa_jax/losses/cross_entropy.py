@@ -1,13 +1,16 @@
 """Cross entropy on soft targets, and with a constant of each class added to the logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax.losses.base import Loss, register
+from lpa_jax.losses.base import Loss, NamedLoss, register
 from lpa_jax.losses.common import per_class, prepare
 
 
+@functools.partial(NamedLoss, description="cross_entropy", one_class=True)
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross entropy between soft targets and the softmax of the logits.
 

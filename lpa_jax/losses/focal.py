@@ -8,7 +8,7 @@ from lpa_jax.losses.base import Loss, register
 from lpa_jax.losses.common import prepare
 
 
-@register("focal")
+@register("focal", one_class=True)
 def focal(gamma: float = 2.0) -> Loss:
     """Focal loss: examples that are already classified well count less.
 

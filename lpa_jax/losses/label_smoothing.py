@@ -6,7 +6,7 @@ from lpa_jax.losses.common import prepare
 from lpa_jax.losses.cross_entropy import cross_entropy
 
 
-@register("label_smoothing")
+@register("label_smoothing", one_class=True)
 def label_smoothing(smoothing: float = 0.1) -> Loss:
     """Cross entropy with targets mixed with the uniform distribution.
 

@@ -10,7 +10,7 @@ from lpa_jax.losses.common import class_counts, per_class, prepare
 from lpa_jax.losses.cross_entropy import cross_entropy
 
 
-@register("ldam")
+@register("ldam", one_class=True)
 def ldam(counts: ArrayLike, max_margin: float = 0.5, scale: float = 30.0) -> Loss:
     """Label-distribution-aware margin loss: rare classes must win by a larger margin.
 

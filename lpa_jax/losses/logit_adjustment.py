@@ -10,7 +10,7 @@ from lpa_jax.losses.cross_entropy import shifted
 from lpa_jax.tables import at_least_float32
 
 
-@register("logit_adjusted")
+@register("logit_adjusted", one_class=True)
 def logit_adjusted(counts: ArrayLike, tau: float = 1.0) -> Loss:
     """Logit-adjusted cross entropy: class priors are added to the logits while training.
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lpa_jax.registry import Registry
+from lpa_jax.registry import Registry, describe
 
 Array = jax.Array
 State = Any
@@ -22,13 +22,14 @@ State = Any
 class Observed:
     """What a penalty sees of the training pass, on this device's share of the batch.
 
-    Gradients reach the parameters through `losses`, `logits`, `features` and `decode`.
+    Gradients reach the parameters through `losses`, `logits`, `features` and `decode`. With labels
+    of positions, B is the number of positions, and a penalty that names layers is refused.
 
     Attributes:
       losses: loss_i, [B].
       logits: z_i, [B, C].
       targets: Soft targets as the perturbations left them, [B, C].
-      labels: Classes y_i, [B] integers.
+      labels: Classes y_i, [B] integers, -1 where an example does not count; or [B, C] of 0, 1, -1.
       domain: Each example's domain, [B] integers in 0..D-1, or None if the batch names none.
       features: Activation at each layer that the penalty names, [B, *S], as the layers
         above get it (perturbed, if a perturbation acts there).
@@ -67,15 +68,21 @@ class Penalty(NamedTuple):
       layers: The layers whose features it needs.
       init: (shapes of the features by layer, num_classes) -> state, a pytree of arrays.
       apply: (state, observed) -> (scalar, next state); the next state is equal on all devices.
+      description: What `print` shows, such as `vrex(num_domains=3, ...)`.
     """
 
     name: str
     layers: tuple[str, ...]
     init: Callable[[Mapping[str, jax.ShapeDtypeStruct], int], State]
     apply: Callable[[State, Observed], tuple[Array, State]]
+    description: str = ""
+
+    def __repr__(self) -> str:
+        """The factory's call, with all options."""
+        return self.description or f"{self.name}(...)"
 
 
-_REGISTRY: Registry[Penalty] = Registry("penalty")
+_REGISTRY: Registry[Penalty] = Registry("penalty", describe=describe)
 register = _REGISTRY.register
 names = _REGISTRY.names
 options = _REGISTRY.options

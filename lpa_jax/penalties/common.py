@@ -51,7 +51,7 @@ def annealed(weight: float, anneal_steps: int, step: Array) -> Array:
 
 def batch_mean(observed: Observed, values: Array) -> Array:
     """Mean of all entries of `values` [B, ...] over the examples of the global batch that count."""
-    counted = tables.over_classes(observed.labels >= 0, values)
+    counted = tables.over_classes(tables.counted_rows(observed.labels), values)
     total = observed.global_sum(jnp.sum(jnp.where(counted, values, 0.0)))
     mean = total / observed.global_sum(jnp.asarray(values.size, values.dtype))
     return mean * tables.weight_of_counted(observed.labels, observed.axis_name).astype(mean.dtype)
@@ -105,7 +105,7 @@ def domains(observed: Observed, num_domains: int, name: str) -> Array:
             f"penalty {name!r}, got None"
         )
     checks.check_labels(domain, num_domains, "batch['domain']")
-    return jnp.where(observed.labels < 0, -1, domain)
+    return jnp.where(tables.counted_rows(observed.labels), domain, -1)
 
 
 def check_vectors(name: str, layer: str, shape: jax.ShapeDtypeStruct) -> None:

@@ -14,6 +14,7 @@ from lpa_jax.perturbations.base import (
     options,
     register,
     stateless,
+    with_labels,
 )
 from lpa_jax.perturbations.domain_mixup import domain_mixup
 from lpa_jax.perturbations.dropout import dropout
@@ -48,4 +49,5 @@ __all__ = [
     "rsc",
     "spatial_dropout",
     "stateless",
+    "with_labels",
 ]

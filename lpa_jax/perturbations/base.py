@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
+from lpa_jax.labels import majority
 from lpa_jax.registry import Registry
-from lpa_jax.tables import over_classes, weight_of_counted
+from lpa_jax.tables import counted_rows, over_classes, weight_of_counted
 
 Array = jax.Array
 State = Any
+LabelsOf = Callable[[Array, jax.ShapeDtypeStruct, int], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Site:
       activation: h_i, [B, *S].
       targets: Soft targets t_i, [B, C].
       labels: Classes y_i, [B] integers; -1 for an example that does not count, whose target is 0.
-        A perturbation that mixes targets does not change them.
+        A perturbation that mixes targets does not change them. Of several classes an example,
+        [B, C] of 0, 1 and -1. With labels of positions, B is the number of positions for a
+        perturbation `by_label`; for all others labels are [B, *P], targets and logits [B, *P, C].
       decode: [B, *S] -> logits [B, C], the network above the injection point. It never updates
         running statistics, sees the same dropout masks as the training pass, and no gradient
         reaches the parameters through it.
@@ -37,6 +42,8 @@ class Site:
       rng: A key for this site, step and device.
       axis_name: Mapped axis over which the global batch is spread, or None.
       domain: Each example's domain, [B] integers in 0..D-1, or None if the batch names none.
+      output_labels: Labels of the rows of targets, losses and logits where those of the activation
+        are others (`with_labels`), or None.
     """
 
     activation: Array
@@ -47,11 +54,24 @@ class Site:
     rng: Array
     axis_name: str | None = None
     domain: Array | None = None
+    output_labels: Array | None = None
 
     @property
     def num_classes(self) -> int:
         """C, from the targets."""
         return self.targets.shape[-1]
+
+    @property
+    def several(self) -> bool:
+        """Whether an example has several classes."""
+        return self.labels.ndim == self.targets.ndim
+
+    def require_one_class(self, name: str, several: bool = False) -> None:
+        """Raises ValueError for labels that perturbation `name` has no meaning for."""
+        if self.labels.ndim > 1 and not (several and self.several):
+            raise ValueError(
+                f"{name} needs one label an example, [B], got labels of shape {self.labels.shape}"
+            )
 
     def losses_and_logits(self, activation: Array) -> tuple[Array, Array]:
         """Per-example losses [B] and logits [B, C] of the network fed with `activation`."""
@@ -60,7 +80,7 @@ class Site:
 
     def global_mean(self, values: Array) -> Array:
         """Mean of `values` [B, ...] over the examples of the global batch that count."""
-        counted = over_classes(self.labels >= 0, values)
+        counted = over_classes(counted_rows(self.labels), values)
         mean = jnp.mean(jnp.where(counted, values, 0.0), axis=0)
         mean = mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
         return mean * weight_of_counted(self.labels, self.axis_name).astype(mean.dtype)
@@ -103,12 +123,25 @@ class Perturbation(NamedTuple):
       apply: (state, site: Site) -> Applied.
       update: (state, site, feedback: Feedback) -> state after the training pass, for methods that
         learn from its gradient at the injection point; None for all others. `site.decode` is None.
+      by_label: With labels of positions, [B, *P], `init` and the site get one row for each label:
+        activations [N, *R], labels [N], targets and logits [N, C], N = B * prod(P). Others get
+        whole examples, [B, *P, *R].
+      labels_of: (labels [B, *P], activation: ShapeDtypeStruct, num_classes) -> labels at the
+        layer, of a perturbation `by_label`; None takes those of the batch. See `with_labels`.
+      description: What `print` shows, such as `dropout(rate=0.5)`.
     """
 
     name: str
     init: Callable[[jax.ShapeDtypeStruct, int], State]
     apply: Callable[[State, Site], Applied]
     update: Callable[[State, Site, Feedback], State] | None = None
+    by_label: bool = False
+    labels_of: LabelsOf | None = None
+    description: str = ""
+
+    def __repr__(self) -> str:
+        """The factory's call, with all options."""
+        return self.description or f"{self.name}(...)"
 
 
 def stateless(name: str, perturb: Callable[[Site], tuple[Array, Array]]) -> Perturbation:
@@ -152,6 +185,8 @@ def chain(*perturbations: Perturbation) -> Perturbation:
     """
     if not perturbations:
         raise ValueError("chain needs at least one perturbation, got none")
+    for p in perturbations:
+        checks.require(p.labels_of is None, "with_labels", "around the chain, not inside it", p)
     for p in perturbations[1:]:
         if p.update is not None:
             raise ValueError(
@@ -180,11 +215,42 @@ def chain(*perturbations: Perturbation) -> Perturbation:
         )
         return (first, *states[1:])
 
-    name = "+".join(p.name for p in perturbations)
-    return Perturbation(name, init, apply, update if perturbations[0].update else None)
+    return Perturbation(
+        name="+".join(p.name for p in perturbations),
+        init=init,
+        apply=apply,
+        update=update if perturbations[0].update else None,
+        by_label=any(p.by_label for p in perturbations),
+        description=f"chain({', '.join(map(repr, perturbations))})",
+    )
 
 
-_REGISTRY: Registry[Perturbation] = Registry("perturbation")
+def with_labels(perturbation: Perturbation, labels_of: LabelsOf = majority) -> Perturbation:
+    """A class-level perturbation at a layer whose positions are not those of the labels.
+
+    Args:
+      perturbation: `lpa`, `lpl` or another perturbation `by_label`.
+      labels_of: (labels of the batch, -1 where they do not count, activation: ShapeDtypeStruct,
+        num_classes) -> labels at the layer: the first axes of the activation, those of examples
+        and positions. The default takes the most frequent class of every block of positions.
+
+    Raises:
+      ValueError: The perturbation does not read labels.
+
+    Example:
+      >>> from lpa_jax.perturbations import lpa
+      >>> with_labels(lpa(0.1)).name  # for labels [B, 32, 32] and an activation [B, 8, 8, 64]
+      'lpa'
+    """
+    checks.require(perturbation.by_label, "perturbation", "by class, such as lpa", perturbation)
+    described = f"with_labels({perturbation!r}, {getattr(labels_of, '__name__', labels_of)})"
+    return perturbation._replace(labels_of=labels_of, description=described)
+
+
+_REGISTRY: Registry[Perturbation] = Registry(
+    "perturbation",
+    describe=lambda value, text: value._replace(description=value.description or text),
+)
 register = _REGISTRY.register
 names = _REGISTRY.names
 options = _REGISTRY.options

@@ -13,7 +13,7 @@ from lpa_jax.assignment import Assignment
 from lpa_jax.checks import choice, number, require, vanishes
 from lpa_jax.perturbations import radius_target as targeting
 from lpa_jax.perturbations.base import Applied, Feedback, Perturbation, Site, identity
-from lpa_jax.tables import BatchClasses
+from lpa_jax.tables import BatchClasses, SeveralClasses
 
 MODES = ("cold", "carry", "free")
 SCALES = ("relative", "absolute")
@@ -33,6 +33,7 @@ def class_level(
     mode: str = "cold",
     radius_target: float | None = None,
     memory_limit: int | None = None,
+    description: str = "",
 ) -> Perturbation:
     """The perturbation behind `lpa` and `lpl`; see `lpa` for the arguments.
 
@@ -50,7 +51,7 @@ def class_level(
     options.validate()
     require(mode != "free" or options.steps == 1, "steps", "1 with mode='free'", options.steps)
     if vanishes(radius) or options.steps == 0:
-        return identity(name)
+        return identity(name)._replace(by_label=True, description=description)
     method = _ClassLevel(
         name=name,
         options=options,
@@ -63,7 +64,9 @@ def class_level(
         memory_limit=memory_limit,
     )
     update = method.update if mode == "free" else None
-    return Perturbation(name, method.init, method.apply, update)
+    return Perturbation(
+        name, method.init, method.apply, update, by_label=True, description=description
+    )
 
 
 class _Rows(NamedTuple):
@@ -74,7 +77,7 @@ class _Rows(NamedTuple):
       index: Class of each row, C for an unused row; None if row c is class c.
     """
 
-    classes: BatchClasses
+    classes: BatchClasses | SeveralClasses
     index: Array | None
 
     def read(self, table: Array) -> Array:
@@ -88,7 +91,9 @@ class _Rows(NamedTuple):
         return jnp.where(tables.over_classes(self.classes.counts > 0, table), rows, table)
 
 
-def _rows(site: Site, classes: BatchClasses, may_be_by_example: bool) -> _Rows:
+def _rows(site: Site, classes: BatchClasses | SeveralClasses, may_be_by_example: bool) -> _Rows:
+    if site.several:
+        return _Rows(classes, None)
     labels, axis_name = site.labels, site.axis_name
     devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
     num_rows = min(site.num_classes, labels.shape[0] * devices)
@@ -154,8 +159,9 @@ class _ClassLevel:
             first_gradient, logits = gradient_at(delta=None)
         elif self.mode == "carry" and self.assignment.uses_confidence:
             logits = site.decode(activation)
-        state = self._observe(state, classes, logits)
-        sign, radius, present = self._signs_and_radii(state, site, classes, logits)
+        outputs = _count_outputs(site, classes)
+        state = self._observe(state, outputs, logits)
+        sign, radius, present = self._signs_and_radii(state, site, classes, outputs, logits)
 
         delta = self._ascend(
             state,
@@ -169,15 +175,15 @@ class _ClassLevel:
         )
         if self.mode == "carry":
             state = {**state, "delta": rows.write(state["delta"], delta)}
-        labels = None if rows.classes.by_example else rows.classes.labels
-        perturbed = pgd.add_to_members(site.activation, jax.lax.stop_gradient(delta), labels)
+        stopped = jax.lax.stop_gradient(delta)
+        perturbed = pgd.add_perturbation(site.activation, stopped, rows.classes)
         aux = {"sign": sign, "radius": radius, "present": present}
         if self.radius_target is not None:
             aux["radius_scale"] = state["radius_scale"]
             adapted = targeting.adapt(
                 state["radius_scale"],
                 site,
-                classes,
+                outputs,
                 sign,
                 unperturbed=site.decode(activation) if logits is None else logits,
                 perturbed=perturbed,
@@ -191,11 +197,12 @@ class _ClassLevel:
         """One ascent step of `mode="free"` with the gradient of the training pass."""
         classes = _count(site)
         rows = _rows(site, classes, may_be_by_example=False)
-        state = self._observe(state, classes, feedback.logits)
-        sign, radius, _ = self._signs_and_radii(state, site, classes, None)
+        outputs = _count_outputs(site, classes)
+        state = self._observe(state, outputs, feedback.logits)
+        sign, radius, _ = self._signs_and_radii(state, site, classes, outputs, None)
         gradient = feedback.gradient.astype(state["delta"].dtype)
         members = pgd.reduce_to_shape(gradient, self.options.shape, jnp.sum)
-        gradient = rows.classes.means(members)
+        gradient = rows.classes.means_of_gradients(members)
         delta = self._ascend(state, site, rows, sign, radius, None, gradient, steps=1)
         return {**state, "delta": rows.write(state["delta"], delta)}
 
@@ -219,7 +226,7 @@ class _ClassLevel:
         rule = self.assignment
         return rule.uses_confidence and (rule.ema > 0 or self.mode == "free")
 
-    def _observe(self, state: State, classes: BatchClasses, logits: Array | None) -> State:
+    def _observe(self, state: State, classes, logits: Array | None) -> State:
         """The state with this batch's confidence averaged in, if it keeps a confidence."""
         if logits is None or not self._remembers_confidence:
             return state
@@ -233,15 +240,18 @@ class _ClassLevel:
         }
 
     def _signs_and_radii(
-        self, state: State, site: Site, classes: BatchClasses, logits: Array | None
+        self, state: State, site: Site, classes, outputs, logits: Array | None
     ) -> tuple[Array, Array, Array]:
-        """s_c and eps_c for every class, and which classes are present, all [C]."""
+        """s_c and eps_c for every class, and which classes are present, all [C].
+
+        `classes` are those of the activation's rows, `outputs` those of the logits' rows.
+        """
         present = classes.counts > 0
         confidence = jnp.zeros(site.num_classes, jnp.float32)
         if self._remembers_confidence:
             confidence, present = state["confidence"], present & state["known"]
         elif self.assignment.uses_confidence:
-            confidence = _batch_confidence(classes, logits)
+            confidence = _batch_confidence(outputs, logits)
         sign, multiplier = self.assignment(confidence, present)
         radius = self.radius * multiplier * jnp.where(sign < 0, self.negative_scale, 1.0)
         if self.radius_target is not None:
@@ -274,16 +284,22 @@ class _ClassLevel:
         )
 
 
-def _count(site: Site) -> BatchClasses:
+def _count(site: Site) -> BatchClasses | SeveralClasses:
     dtype = pgd.perturbation_dtype(site.activation)
     return BatchClasses.of(site.labels, site.num_classes, site.axis_name, dtype)
 
 
-def _batch_confidence(classes: BatchClasses, logits: Array) -> Array:
+def _count_outputs(site: Site, classes):
+    """The classes of the rows of the logits: those of the activation, if not given apart."""
+    if site.output_labels is None:
+        return classes
+    dtype = classes.counts.dtype
+    return BatchClasses.of(site.output_labels, site.num_classes, site.axis_name, dtype)
+
+
+def _batch_confidence(classes: BatchClasses | SeveralClasses, logits: Array) -> Array:
     """q_c, the mean probability of the true class over the global batch, [C]."""
-    logits = tables.at_least_float32(jax.lax.stop_gradient(logits))
-    labels = classes.labels[:, None]
-    return classes.means(jnp.take_along_axis(jax.nn.softmax(logits), labels, axis=1)[:, 0])
+    return classes.confidence(tables.at_least_float32(jax.lax.stop_gradient(logits)))
 
 
 def _bytes(count: int) -> str:

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 
 from lpa_jax import checks
 from lpa_jax.perturbations.base import Perturbation, identity, stateless
-from lpa_jax.perturbations.manifold_mixup import interpolate, partner_share
+from lpa_jax.perturbations.manifold_mixup import (
+    interpolate,
+    mixed_targets,
+    partner_share,
+    partners_that_count,
+)
+from lpa_jax.registry import described
 
 
 def domain_mixup(alpha: float = 0.2, *, num_domains: int) -> Perturbation:
@@ -41,6 +47,7 @@ def domain_mixup(alpha: float = 0.2, *, num_domains: int) -> Perturbation:
         return identity("domain_mixup")
 
     def perturb(site):
+        site.require_one_class("domain_mixup", several=True)
         if site.domain is None:
             raise ValueError(
                 "domain_mixup needs batch['domain'], which names each example's domain"
@@ -56,12 +63,13 @@ def domain_mixup(alpha: float = 0.2, *, num_domains: int) -> Perturbation:
         following = jnp.zeros_like(cycle).at[cycle].set(jnp.roll(cycle, -1))
         members = jnp.argsort(site.domain, stable=True).reshape(num_domains, -1)
         partners = jnp.zeros(size, members.dtype).at[members].set(members[following])
-        # An example that does not count is no partner.
-        partners = jnp.where(site.labels[partners] < 0, jnp.arange(size), partners)
+        partners = partners_that_count(partners, site.labels)
         shares = partner_share(share_rng, alpha, (num_domains,))[site.domain]
         return (
             interpolate(site.activation, partners, shares),
-            interpolate(site.targets, partners, shares),
+            mixed_targets(site, partners, shares),
         )
 
-    return stateless("domain_mixup", perturb)
+    options = {"alpha": alpha, "num_domains": num_domains}
+    description = described("domain_mixup", options)
+    return stateless("domain_mixup", perturb)._replace(description=description)

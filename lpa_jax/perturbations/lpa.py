@@ -5,6 +5,7 @@ from lpa_jax.perturbations.base import Perturbation, register
 from lpa_jax.perturbations.class_level import MODES as MODES
 from lpa_jax.perturbations.class_level import class_level
 from lpa_jax.pgd import PGDOptions
+from lpa_jax.registry import described
 
 
 @register("lpa")
@@ -87,14 +88,17 @@ def lpa(
     """
     if steps is None:
         steps = 3 if mode == "cold" else 1
+    assignment = assignment or by_confidence()
+    description = described("lpa", locals())
     return class_level(
         "lpa",
         PGDOptions(steps, step_size, geometry, norm, shape, min_cosine),
         radius=radius,
-        assignment=assignment or by_confidence(),
+        assignment=assignment,
         mode=mode,
         scale=scale,
         negative_scale=negative_scale,
         radius_target=radius_target,
         memory_limit=memory_limit,
+        description=description,
     )

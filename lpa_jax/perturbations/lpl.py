@@ -4,6 +4,7 @@ from lpa_jax.assignment import Assignment, by_confidence
 from lpa_jax.perturbations.base import Perturbation, register
 from lpa_jax.perturbations.class_level import class_level
 from lpa_jax.pgd import PGDOptions
+from lpa_jax.registry import described
 
 
 @register("lpl")
@@ -46,11 +47,14 @@ def lpl(
     References:
       Li et al., AAAI 2022, and arXiv 2209.05668.
     """
+    assignment = assignment or by_confidence()
+    description = described("lpl", locals())
     return class_level(
         "lpl",
         PGDOptions(steps, step_size, geometry),
         radius=radius,
-        assignment=assignment or by_confidence(),
+        assignment=assignment,
         scale=scale,
         negative_scale=negative_scale,
+        description=description,
     )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from lpa_jax import checks, tables
 from lpa_jax.perturbations.base import (
     Perturbation,
+    Site,
     identity,
     register,
     stateless,
@@ -46,14 +47,14 @@ def manifold_mixup(alpha: float = 2.0) -> Perturbation:
         return identity("manifold_mixup")
 
     def perturb(site):
+        site.require_one_class("manifold_mixup", several=True)
         order_rng, share_rng = jax.random.split(site.rng)
         order = jax.random.permutation(order_rng, site.activation.shape[0])
-        # An example that does not count is no partner: its own values are mixed in.
-        order = jnp.where(site.labels[order] < 0, jnp.arange(order.shape[0]), order)
+        order = partners_that_count(order, site.labels)
         share = partner_share(share_rng, alpha)
         return (
             interpolate(site.activation, order, share),
-            interpolate(site.targets, order, share),
+            mixed_targets(site, order, share),
         )
 
     return stateless("manifold_mixup", perturb)
@@ -71,6 +72,20 @@ def interpolate(values: Array, partners: Array, shares: Array) -> Array:
     shares = shares.astype(wide.dtype)
     shares = tables.over_classes(shares, wide) if shares.ndim else shares
     return (wide + shares * (wide[partners] - wide)).astype(values.dtype)
+
+
+def partners_that_count(partners: Array, labels: Array) -> Array:
+    """Partners [B] of the examples, themselves where the partner is one that does not count."""
+    counted = tables.counted_rows(labels)[partners]
+    return jnp.where(counted, partners, jnp.arange(partners.shape[0]))
+
+
+def mixed_targets(site: Site, partners: Array, shares: Array) -> Array:
+    """`interpolate` of targets; a class that is unknown (-1) in one of two examples stays so."""
+    mixed = interpolate(site.targets, partners, shares)
+    if not site.several:
+        return mixed
+    return jnp.where((site.targets < 0) | (site.targets[partners] < 0), -1.0, mixed)
 
 
 def partner_share(rng: Array, alpha: float, shape: tuple[int, ...] = ()) -> Array:

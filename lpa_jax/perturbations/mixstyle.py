@@ -10,7 +10,7 @@ from lpa_jax.perturbations.base import (
     register,
     stateless,
 )
-from lpa_jax.perturbations.manifold_mixup import partner_share
+from lpa_jax.perturbations.manifold_mixup import partner_share, partners_that_count
 
 VARIANCE_FLOOR = 1e-6
 
@@ -53,8 +53,7 @@ def mixstyle(alpha: float = 0.1, probability: float = 0.5) -> Perturbation:
         chance_rng, order_rng, share_rng = jax.random.split(site.rng, 3)
         h = tables.at_least_float32(site.activation)
         order = jax.random.permutation(order_rng, h.shape[0])
-        # An example that does not count is no partner.
-        order = jnp.where(site.labels[order] < 0, jnp.arange(order.shape[0]), order)
+        order = partners_that_count(order, site.labels)
         share = partner_share(share_rng, alpha, h.shape[:1]).astype(h.dtype)
         mean, deviation = _style(jax.lax.stop_gradient(h))
 

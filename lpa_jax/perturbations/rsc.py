@@ -49,6 +49,7 @@ def rsc(drop_f: float = 1 / 3, drop_b: float = 1 / 3) -> Perturbation:
         return identity("rsc")
 
     def perturb(site):
+        site.require_one_class("rsc")
         h = jax.lax.stop_gradient(site.activation)
 
         def own(scores):

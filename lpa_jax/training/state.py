@@ -1,5 +1,6 @@
 """The train state, and the perturbations and penalties that a step is called with."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from lpa_jax import injection
+from lpa_jax.checks import is_known
 from lpa_jax.injection import Network
+from lpa_jax.labels import Labels
 from lpa_jax.penalties import Penalty
 from lpa_jax.perturbations import Perturbation
+from lpa_jax.perturbations.perturbed_pass import initial_state
 
 Array = jax.Array
 Batch = Mapping[str, Any]  # of NumPy or JAX arrays
@@ -84,6 +88,7 @@ class TrainState(flax.struct.PyTreeNode):
         plan, penalties = plan_sites(perturbations or {}, network.layers), penalties or {}
         check_penalties(penalties, network.layers)
         params_rng, run_rng = jax.random.split(rng)
+        example_batch = injection.read_batch(network, example_batch, labels=False)
         inputs = example_batch["image"]
         variables = replaced(network.init(params_rng, inputs), variables or {})
         layers = {layer for site in plan for layer in site.layers}
@@ -98,11 +103,7 @@ class TrainState(flax.struct.PyTreeNode):
             params=params,
             model_state=variables,
             opt_state=optimizer.init(params),
-            perturbation_state={
-                layer: site.perturbation.init(shapes[layer], num_classes)
-                for site in plan
-                for layer in site.layers
-            },
+            perturbation_state=_states(plan, shapes, example_batch),
             penalty_state={
                 name: penalty.init({layer: shapes[layer] for layer in penalty.layers}, num_classes)
                 for name, penalty in penalties.items()
@@ -113,10 +114,27 @@ class TrainState(flax.struct.PyTreeNode):
             num_classes=num_classes,
         )
 
+    def __repr__(self) -> str:
+        """A summary in one line; arrays are not shown."""
+        step = int(self.step) if is_known(self.step) and self.step.shape == () else "?"
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+        perturbed = ", ".join(self.perturbation_state) or "none"
+        penalties = f", penalties: {', '.join(self.penalty_state)}" if self.penalty_state else ""
+        return (
+            f"TrainState(step {step}, network: {named(self.network)}, {count:,} parameters, "
+            f"{self.num_classes} classes, perturbations at: {perturbed}{penalties})"
+        )
+
     @property
     def variables(self) -> dict[str, Any]:
         """Parameters and model state as the network takes them."""
         return {"params": self.params, **self.model_state}
+
+
+def named(network: Network) -> str:
+    """The network by the class of its model and its layers."""
+    model = getattr(network, "model", getattr(network, "module", network))
+    return f"{type(model).__name__} cut at {', '.join(network.layers)}"
 
 
 def replaced(variables: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,6 +168,11 @@ def plan_sites(perturbations: Perturbations, layers: Sequence[str]) -> tuple[Pla
     Raises:
       ValueError: Not a perturbation, an unknown layer, or a layer that is named twice.
     """
+    if not isinstance(perturbations, Mapping):
+        raise ValueError(
+            "perturbations must be a dictionary {layer: perturbation}, "
+            f"got {type(perturbations).__name__}"
+        )
     plan = []
     taken: set[str] = set()
     for key, perturbation in perturbations.items():
@@ -170,8 +193,44 @@ def plan_sites(perturbations: Perturbations, layers: Sequence[str]) -> tuple[Pla
     return tuple(plan)
 
 
+def initial_states(
+    perturbations: Perturbations, network: Any, variables: Mapping[str, Any], batch: Batch
+) -> dict[str, Any]:
+    """Layer -> state of its perturbation before the first step.
+
+    Args:
+      perturbations: As for `perturbed_forward`.
+      network: As for `perturbed_forward`.
+      variables: As for `perturbed_forward`; only shapes matter.
+      batch: An example batch; only shapes matter.
+
+    Raises:
+      ValueError: An unknown layer, or a perturbation that does not fit.
+    """
+    network = injection.as_network(network)
+    batch = injection.read_batch(network, batch, labels=False)
+    plan = plan_sites(perturbations, network.layers)
+    layers = [layer for site in plan for layer in site.layers]
+    shapes = injection.activation_shapes(
+        network, variables, batch["image"], (*layers, injection.LOGITS)
+    )
+    return _states(plan, shapes, batch)
+
+
+def _states(plan, shapes: Mapping[str, jax.ShapeDtypeStruct], batch: Batch) -> dict[str, Any]:
+    labels = Labels.of_shape(batch.get("label"), shapes[injection.LOGITS])
+    return {
+        layer: initial_state(layer, site.perturbation, shapes[layer], labels)
+        for site in plan
+        for layer in site.layers
+    }
+
+
 def check_penalties(penalties: Penalties, layers: Sequence[str]) -> None:
     """Raises ValueError for anything but a penalty, and for features of an unknown layer."""
+    if not isinstance(penalties, Mapping):
+        got = type(penalties).__name__
+        raise ValueError(f"penalties must be a dictionary {{name: penalty}}, got {got}")
     for name, penalty in penalties.items():
         if not isinstance(penalty, Penalty):
             raise ValueError(f"penalties[{name!r}] must be a Penalty, got {type(penalty).__name__}")

@@ -5,7 +5,7 @@
 The step does not depend on devices: `axis_name` is an argument, and `lpa_jax.parallel` maps it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,18 +13,25 @@ import jax.numpy as jnp
 import optax
 
 from lpa_jax import injection, metrics
-from lpa_jax.checks import check_labels
+from lpa_jax.labels import Labels
 from lpa_jax.losses import cross_entropy
+from lpa_jax.losses.base import check_fits
 from lpa_jax.penalties import Observed
-from lpa_jax.perturbations import Feedback, Site
-from lpa_jax.perturbations.perturbed_pass import PerturbedPass, counted_labels
+from lpa_jax.perturbations.perturbed_pass import by_row
 from lpa_jax.sharding import in_auto_axes
-from lpa_jax.tables import weight_of_counted
+from lpa_jax.training.forward import (
+    Forward,
+    Loss,
+    batch_labels,
+    learned_states,
+    perturbed_forward,
+    step_keys,
+    zero_probes,
+)
 from lpa_jax.training.state import (
     Batch,
     Penalties,
     Perturbations,
-    PlannedSite,
     TrainState,
     check_given,
     check_penalties,
@@ -33,7 +40,6 @@ from lpa_jax.training.state import (
 )
 
 Array = jax.Array
-Loss = Callable[[Array, Array], Array]
 Augment = Callable[[Array, Array, Array], Array]
 
 
@@ -83,18 +89,20 @@ def lpa_step(
         outside -1..C-1 (under jit its loss is NaN).
     """
     check_given(perturbations, penalties, state)
-    plan, penalties = plan_sites(perturbations or {}, state.network.layers), penalties or {}
+    batch = injection.read_batch(state.network, batch)
+    perturbations, penalties = perturbations or {}, penalties or {}
+    plan = plan_sites(perturbations, state.network.layers)
     check_penalties(penalties, state.network.layers)
-    labels = counted_labels(batch)
-    check_labels(labels, state.num_classes, may_ignore=True)
     check_states(plan, penalties, state)
-    keys = _step_keys(state, axis_name)
-    images = batch["image"]
+    # Before anything is computed: inside the objective the same check would be made too late.
+    labels = batch_labels(state.network, state.variables, batch, state.num_classes)
+    check_penalty_labels(penalties, labels)
+    rng = jax.random.fold_in(state.rng, state.step)
     if augment is not None:
-        images = augment(keys.augment, images, _positions(batch, axis_name))
-    batch = {**batch, "image": images, "label": labels}
-    objective = _objective(state, batch, plan, penalties, loss, keys, axis_name)
-    probes = _probes(plan, state, images)
+        images = augment(step_keys(rng, None)[0], batch["image"], _positions(batch, axis_name))
+        batch = {**batch, "image": images}
+    objective = _objective(state, batch, perturbations, penalties, loss, rng, axis_name)
+    probes = zero_probes(perturbations, state.network, state.variables, batch)
 
     def gradient_at(params, *_):
         (gradient, probe_gradients), record = jax.grad(objective, argnums=(0, 1), has_aux=True)(
@@ -105,17 +113,17 @@ def lpa_step(
         return gradient, probe_gradients, record
 
     gradient, probe_gradients, record = gradient_at(state.params)
-    model_state = record.model_state
+    forward = record.forward
+    model_state = forward.model_state
     if axis_name is not None:
         model_state = _mean_over(axis_name, model_state)
-    perturbation_state = _learn(plan, record, probe_gradients, batch, loss, axis_name)
+    perturbation_state = learned_states(
+        perturbations, forward, probe_gradients, loss=loss, axis_name=axis_name
+    )
     updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
         gradient, state.opt_state, state.params, grad_fn=lambda *at: gradient_at(*at)[0]
     )
-    pairs = {
-        "loss": metrics.mean(record.losses, labels != -1),
-        "accuracy": metrics.accuracy(record.logits, labels, labels != -1),
-    }
+    pairs = _measured(record.losses, forward.logits, forward.labels)
     pairs = metrics.reduce_over(pairs, axis_name)
     pairs["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
     for name, value in record.penalties.items():
@@ -157,74 +165,68 @@ def eval_step(
     Raises:
       ValueError: Outside jit, a label outside -1..C-1 (under jit its loss is NaN).
     """
-    labels = counted_labels(batch)
-    check_labels(labels, state.num_classes, may_ignore=True)
-    mask = labels != -1
+    batch = injection.read_batch(state.network, batch)
+    labels = batch_labels(state.network, state.variables, batch, state.num_classes)
+    check_fits(loss, labels.several)
     given = injection.Pass(state.variables, batch["image"])
     logits, _ = state.network.run(given, {}, injection.LOGITS)
     if adjust_logits is not None:
         logits = adjust_logits(logits)
-    losses = loss(logits, jax.nn.one_hot(labels, state.num_classes))
-    losses = _counted_losses(losses, labels, state.num_classes)
-    pairs = {
-        "loss": metrics.mean(losses, mask),
-        "accuracy": metrics.accuracy(logits, labels, mask),
-        "per_class_accuracy": metrics.per_class_accuracy(logits, labels, mask, state.num_classes),
-    }
+    targets = jnp.reshape(labels.targets, logits.shape)
+    losses = labels.counted(loss(logits, targets))
+    rows, num_classes = labels.rows, state.num_classes
+    pairs = _measured(losses, logits, labels)
+    logits = jnp.reshape(logits, (-1, num_classes))
+    if labels.several:
+        pairs |= metrics.several_classes(logits, rows)
+    else:
+        pairs["per_class_accuracy"] = metrics.per_class_accuracy(
+            logits, rows, rows != -1, num_classes
+        )
     return metrics.reduce_over(pairs, axis_name)
 
 
-class _Seen(NamedTuple):
-    """What the site of a perturbation that learns held, and whether the perturbation was used."""
-
-    activation: Array
-    targets: Array
-    rng: Array
-    used: Array
+def _measured(losses: Array, logits: Array, labels: Labels) -> dict[str, metrics.Pair]:
+    """Loss and accuracy over the labels that count."""
+    rows, logits = labels.rows, jnp.reshape(logits, (-1, labels.num_classes))
+    mask = rows != -1  # not rows >= 0: the loss of any other bad label is NaN
+    if labels.several:
+        accuracy, mask = metrics.accuracy_of_several(logits, rows), jnp.any(mask, axis=1)
+    else:
+        accuracy = metrics.accuracy(logits, rows, mask)
+    return {"loss": metrics.mean(losses, mask), "accuracy": accuracy}
 
 
 class _Record(NamedTuple):
     """Results of a training pass, apart from its gradient."""
 
+    forward: Forward
     losses: Array
-    logits: Array
-    model_state: Mapping[str, Any]
-    perturbation_state: Mapping[str, Any]
-    seen: Mapping[str, _Seen]
     penalties: Mapping[str, Array]
     penalty_state: Mapping[str, Any]
 
 
-class _StepKeys(NamedTuple):
-    """Keys of one step; `augment` and `draw` are equal on all devices."""
-
-    augment: Array
-    dropout: Array
-    sites: Array
-    draw: Array
-
-
-def _step_keys(state: TrainState, axis_name: str | None) -> _StepKeys:
-    augment, dropout, sites, draw = jax.random.split(jax.random.fold_in(state.rng, state.step), 4)
-    if axis_name is not None:
-        device = jax.lax.axis_index(axis_name)
-        dropout, sites = jax.random.fold_in(dropout, device), jax.random.fold_in(sites, device)
-    return _StepKeys(augment, dropout, sites, draw)
-
-
-def _objective(state, batch, plan, penalties, loss, keys, axis_name):
+def _objective(state, batch, perturbations, penalties, loss, rng, axis_name):
     """(params, probes) -> mean loss plus penalties, and a record of the pass."""
+    watch = sorted({layer for penalty in penalties.values() for layer in penalty.layers})
 
     def objective(params, probes):
         variables = {"params": params, **state.model_state}
-        perturbed = PerturbedPass(
-            batch, state.num_classes, state.perturbation_state, loss, axis_name
+        forward = perturbed_forward(
+            perturbations,
+            state.perturbation_state,
+            state.network,
+            variables,
+            batch,
+            rng=rng,
+            loss=loss,
+            axis_name=axis_name,
+            probes=probes,
+            watch=watch,
+            num_classes=state.num_classes,
         )
-        taps, seen = _perturbing_taps(perturbed, plan, probes, state.network.layers, keys)
-        taps, features = _watching_taps(taps, penalties)
-        given = injection.Pass(variables, batch["image"], train=True, rng=keys.dropout)
-        logits, model_state = injection.run_perturbed(state.network, given, taps)
-        losses = _counted_losses(loss(logits, perturbed.targets), batch["label"], logits.shape[-1])
+        labels = forward.labels
+        losses = labels.counted(loss(forward.logits, forward.targets))
 
         def decode(layer, activation):
             at = injection.Pass(variables, batch["image"])
@@ -232,118 +234,32 @@ def _objective(state, batch, plan, penalties, loss, keys, axis_name):
 
         observed = Observed(
             losses=losses,
-            logits=logits,
-            targets=perturbed.targets,
-            labels=batch["label"],
-            domain=batch.get("domain"),
-            features=features,
+            logits=jnp.reshape(forward.logits, (-1, labels.num_classes)),
+            targets=jnp.reshape(forward.targets, (-1, labels.num_classes)),
+            labels=labels.rows,
+            domain=by_row(batch.get("domain"), labels),
+            features=forward.features,
             decode=decode,
             loss=loss,
             step=state.step,
             axis_name=axis_name,
         )
         values, penalty_state = _penalize(penalties, state.penalty_state, observed)
-        record = _Record(losses, logits, model_state, perturbed.states, seen, values, penalty_state)
-        weight = weight_of_counted(batch["label"], axis_name).astype(losses.dtype)
-        return jnp.mean(losses) * weight + sum(values.values()), record
+        total = labels.mean(losses, axis_name) + sum(values.values())
+        return total, _Record(forward, losses, values, penalty_state)
 
     return objective
 
 
-def _perturbing_taps(
-    perturbed: PerturbedPass,
-    plan: Sequence[PlannedSite],
-    probes: Mapping[str, Array],
-    layers: Sequence[str],
-    keys: _StepKeys,
-) -> tuple[dict[str, injection.Tap], dict[str, _Seen]]:
-    """Layer -> tap that perturbs, and layer -> what these taps record."""
-    taps: dict[str, injection.Tap] = {}
-    seen: dict[str, _Seen] = {}
-
-    def learning(layer, used):
-        def after(site, applied, activation):
-            del applied
-            seen[layer] = _Seen(
-                activation=jax.lax.stop_gradient(site.activation),
-                targets=site.targets,
-                rng=site.rng,
-                used=jnp.ones((), bool) if used is None else used,
+def check_penalty_labels(penalties: Penalties, labels: Labels) -> None:
+    """Raises ValueError for labels of positions or of several classes that a penalty cannot use."""
+    for name, penalty in penalties.items():
+        plain = len(labels.lead) == 1 and not labels.several
+        if penalty.layers and not plain:
+            raise ValueError(
+                f"penalties[{name!r}] reads features and needs one label an example, [B], got "
+                f"labels of shape {labels.values.shape}"
             )
-            return activation + probes[layer]
-
-        return {"after": after}
-
-    for position, site in enumerate(plan):
-        draw = jax.random.fold_in(keys.draw, position)
-        drawn = jax.random.randint(draw, (), 0, len(site.layers))
-        for i, layer in enumerate(site.layers):
-            used = None if len(site.layers) == 1 else drawn == i
-            rng = jax.random.fold_in(keys.sites, layers.index(layer))
-            extra = learning(layer, used) if site.perturbation.update is not None else {}
-            taps[layer] = perturbed.tap(layer, site.perturbation, rng, used, **extra)
-    return taps, seen
-
-
-def _watching_taps(
-    taps: Mapping[str, injection.Tap], penalties: Penalties
-) -> tuple[dict[str, injection.Tap], dict[str, Array]]:
-    """The taps with those that penalties need, and layer -> activation, which these record."""
-    features: dict[str, Array] = {}
-
-    def watched(layer, perturb):
-        def tap(activation, decode):
-            features[layer] = activation if perturb is None else perturb(activation, decode)
-            return features[layer]
-
-        return tap
-
-    layers = sorted({layer for penalty in penalties.values() for layer in penalty.layers})
-    watching = {layer: watched(layer, taps.get(layer)) for layer in layers}
-    return {**taps, **watching}, features
-
-
-def _probes(plan: Sequence[PlannedSite], state: TrainState, images: Array) -> dict[str, Array]:
-    """Zeros, added at the layers of perturbations that learn, to get the gradient there."""
-    layers = [
-        layer for site in plan if site.perturbation.update is not None for layer in site.layers
-    ]
-    shapes = injection.activation_shapes(state.network, state.variables, images, layers)
-    return {layer: jnp.zeros(shape.shape, shape.dtype) for layer, shape in shapes.items()}
-
-
-def _learn(
-    plan: Sequence[PlannedSite],
-    record: _Record,
-    probe_gradients: Mapping[str, Array],
-    batch: Batch,
-    loss: Loss,
-    axis_name: str | None,
-) -> dict[str, Any]:
-    """Hands the gradient of the training pass to the perturbations that learn from it."""
-    labels, logits = batch["label"], jax.lax.stop_gradient(record.logits)
-    learned = dict(record.perturbation_state)
-    updates = {layer: site.perturbation.update for site in plan for layer in site.layers}
-    for layer, seen in record.seen.items():
-        site = Site(
-            activation=seen.activation,
-            targets=seen.targets,
-            labels=labels,
-            decode=None,
-            loss=loss,
-            rng=seen.rng,
-            axis_name=axis_name,
-            domain=batch.get("domain"),
-        )
-        # A probe's gradient is that of the mean over the examples that count, not of each example.
-        gradient = probe_gradients[layer]
-        examples = labels.shape[0] / weight_of_counted(labels, axis_name)
-        feedback = Feedback(gradient * examples.astype(gradient.dtype), logits)
-        new = updates[layer](learned[layer], site, feedback)
-        learned[layer] = jax.tree.map(
-            lambda new, old, used=seen.used: jnp.where(used, new, old), new, learned[layer]
-        )
-    return learned
 
 
 def _penalize(
@@ -374,12 +290,6 @@ def _on_this_device(tree: Any, axis_name: str | None) -> Any:
     return jax.tree.map(
         lambda leaf: leaf if varies(leaf) else jax.lax.pcast(leaf, axis_name, to="varying"), tree
     )
-
-
-def _counted_losses(losses: Array, labels: Array, num_classes: int) -> Array:
-    """Losses [B]: 0 for label -1, NaN for other labels outside 0..C-1, which jit cannot refuse."""
-    losses = jnp.where(labels == -1, 0.0, losses)
-    return jnp.where((labels >= -1) & (labels < num_classes), losses, jnp.nan)
 
 
 def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, Any]:
