@@ -203,7 +203,7 @@ def majority(labels: Array, activation: jax.ShapeDtypeStruct, num_classes: int) 
     blocks = jnp.reshape(labels, (labels.shape[0], *sizes))
     blocks = jnp.moveaxis(blocks, range(2, 2 * len(fine) + 1, 2), range(-len(fine), 0))
     blocks = jnp.reshape(blocks, (labels.shape[0], *coarse, -1))
-    votes = jnp.sum(blocks[..., None] == jnp.arange(num_classes), axis=-2)
+    votes = jnp.sum(jax.nn.one_hot(blocks, num_classes, dtype=jnp.int32), axis=-2)
     return jnp.where(jnp.any(votes > 0, axis=-1), jnp.argmax(votes, axis=-1), -1)
 
 

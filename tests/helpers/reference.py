@@ -152,3 +152,87 @@ def class_confidence(z, labels):
     for c in np.unique(labels):
         confidence[c] = np.mean([softmax(z_i)[c] for z_i in z[labels == c]])
     return confidence
+
+
+class PositionNetwork(NamedTuple):
+    """Logits of every position, which sees the mean over all: tanh(h_t a + mean(h) m) b."""
+
+    a: np.ndarray
+    m: np.ndarray
+    b: np.ndarray
+
+    def logits(self, h):
+        """[T, D] -> [T, C], of one example; or [B, T, D] -> [B, T, C] in JAX."""
+        xp = np if isinstance(h, np.ndarray) else jnp
+        mean = xp.mean(h, axis=-2, keepdims=True)
+        return xp.tanh(h @ self.a + mean @ self.m) @ self.b
+
+    def gradient(self, h, by_logits):
+        """Gradient with respect to h [T, D] of a loss with that gradient at the logits, by hand."""
+        activity = np.tanh(h @ self.a + h.mean(axis=0, keepdims=True) @ self.m)
+        by_hidden = (by_logits @ self.b.T) * (1.0 - activity**2)
+        return by_hidden @ self.a.T + (by_hidden @ self.m.T).mean(axis=0, keepdims=True)
+
+
+def joint_perturbation(
+    gradients,
+    rows,
+    members,
+    *,
+    sign,
+    radius,
+    steps=3,
+    step_size=1.5,
+    geometry="signed",
+    norm="l2",
+    shape="full",
+    min_cosine=0.0,
+    initial=None,
+):
+    """Perturbations of all classes at once, where rows interact or belong to several classes.
+
+    Args:
+      gradients: Perturbed rows [N, *S] -> gradients [N, *S] of the sum of all losses that count.
+      rows: Activations, [N, *S].
+      members: members[i] lists the classes of row i.
+      sign, radius: As usual, [C].
+      initial: Perturbations to start from, [C, *S'].
+
+    Returns:
+      The perturbations [C, *S'], and what they add to every row [N, *S].
+    """
+    feature_shape = rows.shape[1:]
+    axes = tuple(range(len(feature_shape) - 1)) if shape == "channel" else ()
+    row_shape = tuple(1 if axis in axes else n for axis, n in enumerate(feature_shape))
+    deltas = np.zeros((len(sign), *row_shape)) if initial is None else np.array(initial)
+    owners = [[i for i, classes in enumerate(members) if c in classes] for c in range(len(sign))]
+
+    def into_set(c, delta):
+        if not owners[c] or sign[c] == 0:
+            return np.zeros(row_shape)
+        mean = np.mean([rows[i] for i in owners[c]], axis=0).mean(axis=axes, keepdims=True)
+        toward = {"signed": sign[c] * mean, "flipped": -sign[c] * mean, "free": None}[geometry]
+        return project(delta, radius[c], toward, norm, min_cosine)
+
+    def added(deltas):
+        moved = np.zeros(rows.shape)
+        for i, classes in enumerate(members):
+            for c in classes:
+                moved[i] = moved[i] + deltas[c] / len(classes)
+        return moved
+
+    deltas = np.array([into_set(c, delta) for c, delta in enumerate(deltas)])
+    for _ in range(steps):
+        by_row, new = gradients(rows + added(deltas)), deltas.copy()
+        for c, own in enumerate(owners):
+            ascent = np.zeros(feature_shape)
+            for i in own:
+                ascent = ascent + by_row[i] / (len(members[i]) * len(own))
+            ascent = ascent.sum(axis=axes, keepdims=True)
+            if norm == "linf":
+                ascent = np.sign(ascent)
+            elif np.any(ascent):
+                ascent = ascent / size(ascent, "l2")
+            new[c] = into_set(c, deltas[c] + sign[c] * step_size * radius[c] / steps * ascent)
+        deltas = new
+    return deltas, added(deltas)
