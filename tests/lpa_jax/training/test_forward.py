@@ -80,27 +80,27 @@ def refusals():
     without = {"image": batch["image"]}
     yield "states must have one for layer 'hidden1'", lambda: forward(states={})
     yield "probes must be those of zero_probes", lambda: forward(free)
-    yield "must have the entry 'label'", lambda: forward(batch=without)
-    yield "must have the entry 'label'", lambda: step(without)
-    yield "must have the entry 'label'", lambda: lpa_jax.eval_step(state, without)
-    yield "must have the entry 'image'", lambda: step({"label": batch["label"]})
+    yield "must have an entry 'label'", lambda: forward(batch=without)
+    yield "must have an entry 'label'", lambda: step(without)
+    yield "must have an entry 'label'", lambda: lpa_jax.eval_step(state, without)
+    yield "must have an entry 'image'", lambda: step({"label": batch["label"]})
     yield "perturbations must be a dictionary", lambda: step(batch, perturbations=[lpa_jax.lpa()])
     yield "penalties must be a dictionary", lambda: step(batch, penalties=[penalties.isda])
     yield "must be a Perturbation, got float", lambda: step(batch, perturbations={"hidden1": 0.1})
-    yield "mask'.* must have the first axes", lambda: step({**batch, "mask": np.ones(5)})
+    mask = np.ones((6, 2))
+    yield "mask'.* must have the first axes", lambda: step({**batch, "mask": mask})
     yield "unknown layer 'hiden1'", lambda: forward({"hiden1": lpa_jax.lpa(0.1)})
     yield (
-        "example_batch must have the entry 'image'",
+        "batch must have an entry 'image'",
         lambda: lpa_jax.TrainState.create(model, optax.sgd(0.1), jax.random.key(0), {}),
     )
 
 
-@pytest.mark.parametrize("number", range(len(list(refusals()))))
-def test_what_does_not_fit_is_refused_in_one_line(number):
-    match, call = list(refusals())[number]
-    with pytest.raises(ValueError, match=match) as error:
-        call()
-    assert "\n" not in str(error.value)
+def test_what_does_not_fit_is_refused_in_one_line():
+    for match, call in refusals():
+        with pytest.raises(ValueError, match=match) as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
 def test_watched_layers_come_back_as_the_layers_above_got_them():
