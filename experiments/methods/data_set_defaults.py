@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from lpa_jax.data.domains import DOMAIN_SETS
+from lpa_jax.data.sources import base_name
+
 CIFAR = ("cifar10", "cifar100")
 _EVERY_CIFAR = {
     "batch_size": 128,
@@ -52,6 +55,15 @@ LDAM = MappingProxyType(
 _WIDE_RESNET_DROPOUT = {"model_dropout": 0.3}
 
 
+def set_name(dataset: str) -> str:
+    """The data set of `--dataset`, which may add a version as TFDS advises.
+
+    >>> set_name("cifar10:3.0.2"), set_name("RotatedMNIST")
+    ('cifar10', 'RotatedMNIST')
+    """
+    return dataset if dataset in DOMAIN_SETS else base_name(dataset)
+
+
 def defaults(dataset: str, profile: str, model: str | None = None) -> Mapping[str, Any]:
     """Values of flags that are not given, by name; empty where no recipe is published.
 
@@ -62,10 +74,12 @@ def defaults(dataset: str, profile: str, model: str | None = None) -> Mapping[st
 
     >>> defaults("cifar100", "none")["epochs"], defaults("cifar10", "step")["model"]
     (240, 'resnet32')
+    >>> defaults("cifar10:3.0.2", "none") == defaults("cifar10", "none")
+    True
     >>> dict(defaults("mnist5k", "none"))
     {}
     """
-    if dataset not in CIFAR:
+    if set_name(dataset) not in CIFAR:
         return {}
     if profile != "none":
         return LDAM
@@ -84,4 +98,4 @@ def method_options(dataset: str, profile: str) -> Mapping[str, Any]:
     >>> method_options("cifar10", "none")["lpl.steps"], dict(method_options("cifar10", "step"))
     (40, {})
     """
-    return LPL_OPTIONS if dataset in CIFAR and profile == "none" else {}
+    return LPL_OPTIONS if set_name(dataset) in CIFAR and profile == "none" else {}

@@ -10,6 +10,8 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from experiments.methods.data_set_defaults import set_name
+
 FOLDER = pathlib.Path(__file__).parent / "recipes"
 # Published figures are for test images, and for networks trained on all images of the protocol.
 _OF_ALL: Mapping[str, Any] = {"evaluate_on": "test", "per_class": None, "images_per_domain": None}
@@ -96,6 +98,7 @@ def accuracies(settings: Mapping[str, Any]) -> dict[str, str]:
     """
     if any(settings.get(name, value) != value for name, value in _OF_ALL.items()):
         return {}
+    settings = {**settings, "dataset": set_name(str(settings.get("dataset")))}
     return {
         method: " +- ".join(f"{value:.2f}" for value in figure)
         for recipe in recipes()

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from experiments.methods import names
+from experiments.methods.data_set_defaults import set_name
 from experiments.runtime import files
 from lpa_jax.checkpoints.checkpoints import differences
 
@@ -80,7 +81,7 @@ def find(
         return DEFAULTS
     if hparams != "auto":
         return load(hparams, run_options)
-    path = FOLDER / f"{experiment}_{settings.dataset}_{settings.model}.json"
+    path = FOLDER / f"{experiment}_{set_name(settings.dataset)}_{settings.model}.json"
     if not path.exists():
         return Tuned(f"{DEFAULTS.origin} (nothing tuned for {path.stem})")
     return load(path, run_options)._replace(automatic=True)

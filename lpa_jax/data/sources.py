@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,17 @@ class ImageSource(Sequence):
                 f"({_first_line(error)})"
             ) from None
         return [{"image": r[image_key], "label": np.int32(r[label_key])} for r in records]
+
+
+def base_name(name: str) -> str:
+    """The name of a data set without configuration and version, spelt as TFDS spells it.
+
+    Example:
+      >>> base_name("cifar10:3.0.2"), base_name("Cifar10"), base_name("cifar10_corrupted/fog_1")
+      ('cifar10', 'cifar10', 'cifar10_corrupted')
+    """
+    name = re.split("[:/]", name, maxsplit=1)[0]
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def load(
@@ -167,7 +179,7 @@ def open_source(name: str, split: str, data_dir: PathLike | None = None) -> Imag
     """
     builder = _builder(name, data_dir)
     image_key, label_key = _keys(name, builder.info)
-    if name in EMBEDDED:
+    if base_name(name) in EMBEDDED:
         builder = _prepare(name, data_dir)
     elif not _is_prepared(builder):
         argument = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
@@ -246,8 +258,9 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
         raise ValueError("data_dir must be given: neither HOME nor TFDS_DATA_DIR is set")
     try:
         with _quiet_log(), _quiet_preparation():
-            if name in BUILDERS:
-                return BUILDERS[name](data_dir=data_dir)
+            if base_name(name) in BUILDERS:
+                version = name.partition(":")[2] or None
+                return BUILDERS[base_name(name)](data_dir=data_dir, version=version)
             return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         with _quiet_log():
@@ -286,7 +299,7 @@ def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
     builder = _builder(name, data_dir)
     if _is_prepared(builder):
         return builder
-    if name not in EMBEDDED and importlib.util.find_spec("tensorflow") is None:
+    if base_name(name) not in EMBEDDED and importlib.util.find_spec("tensorflow") is None:
         raise RuntimeError(
             f"dataset={name!r}: preparing it needs TensorFlow, run `pip install tensorflow-cpu` "
             "(reading it later does not)"
@@ -302,7 +315,7 @@ def _prepare(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
     builder = _builder(name, data_dir)
     if _is_prepared(builder):
         return builder
-    if name in EMBEDDED and isinstance(failure, OSError):
+    if base_name(name) in EMBEDDED and isinstance(failure, OSError):
         folder = builder.data_dir if data_dir is None else os.fspath(data_dir)
         raise ValueError(f"data_dir={folder!r}: cannot be written ({failure})") from failure
     reason = f"{type(failure).__name__}: {_first_line(failure)}"
