@@ -20,25 +20,41 @@ class DomainSettings(RunSettings):
         "RotatedMNIST and ColoredMNIST are embedded, with 5000 images; the others are read from "
         "--data_dir, in DomainBed's folders.",
         allowed=data.DOMAIN_SETS,
+        group="data",
     )
-    data_dir: str | None = setting(None, "Folder that holds the data set's folder.", path=True)
+    data_dir: str | None = setting(
+        None, "Folder that holds the data set's folder.", path=True, group="data"
+    )
     deal_seed: int = setting(
-        0, "Seed that assigns MNIST's images to domains; the same for all runs.", low=0
+        0,
+        "Seed that assigns MNIST's images to domains; the same for all runs.",
+        low=0,
+        group="data",
     )
     image_size: int | None = setting(
-        None, "Height and width in pixels; unset: DomainBed's, 28 or 224.", low=1, high=2**14
+        None,
+        "Height and width in pixels; unset: DomainBed's, 28 or 224.",
+        low=1,
+        high=2**14,
+        group="data",
     )
     images_per_domain: int | None = setting(
-        None, "Images of every domain to use; unset: all. For quick trials.", low=1
+        None, "Images of every domain to use; unset: all. For quick trials.", low=1, group="data"
     )
     holdout_fraction: float = setting(
-        0.2, "Share of every domain that validation takes.", above=0, below=1
+        0.2, "Share of every domain that validation takes.", above=0, below=1, group="data"
     )
     model: str = changed(RunSettings, "model", "small_cnn")
     # DomainBed's for photographs.
     crop_scale: tuple[float, float] = changed(RunSettings, "crop_scale", (0.7, 1.0))
     jitter: tuple[float, float, float, float] = changed(RunSettings, "jitter", (0.3, 0.3, 0.3, 0.3))
-    train_steps: int = setting(300, "Steps of training; DomainBed: 5000.", low=1, high=10**9)
+    train_steps: int = setting(
+        300,
+        "Steps of training; DomainBed: 5000.",
+        low=1,
+        high=10**9,
+        instead_of=("epochs",),
+    )
     batch_size: int = changed(
         RunSettings,
         "batch_size",

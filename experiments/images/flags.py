@@ -23,6 +23,8 @@ def define(profile: str = "exponential") -> None:
         False,
         "Prepare --dataset first: downloads it, and needs TensorFlow for sets of encoded images.",
     )
+    fields.place("data", "prepare")
+    fields.place("training", "recipe")
     flags.DEFINE_enum(
         "recipe",
         "auto",

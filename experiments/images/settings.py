@@ -29,48 +29,66 @@ class Settings(RunSettings):
         "of up to 8 GiB that is prepared in --data_dir, such as cifar10, cifar100, svhn_cropped; "
         f"{', '.join(data.PUBLISHED)} from the published list files in --data_dir; with "
         "--train_list any name.",
+        group="data",
     )
     data_dir: str | None = setting(
         None,
         "Folder of prepared TFDS sets, TFDS's default if unset; or of the published list files.",
         path=True,
+        group="data",
     )
     train_list: str | None = setting(
-        None, "File of training images, one a line: path within --image_root, label.", path=True
+        None,
+        "File of training images, one a line: path within --image_root, label.",
+        path=True,
+        group="data",
     )
     eval_list: str | None = setting(
-        None, "With --train_list: the same for the test images.", path=True
+        None, "With --train_list: the same for the test images.", path=True, group="data"
     )
     image_root: str | None = setting(
-        None, "Folder of the images that lists name; for published lists --data_dir.", path=True
+        None,
+        "Folder of the images that lists name; for published lists --data_dir.",
+        path=True,
+        group="data",
     )
     image_size: int = setting(
         224,
         "Height and width in pixels of images from lists, and of TFDS images that differ in size.",
         low=1,
         high=2**14,
+        group="data",
     )
     evaluate_on: str = setting(
         "test",
         "test, or validation: a part held out from the training split; test images stay unread.",
         allowed=EVALUATION_SPLITS,
+        group="data",
     )
     validation_fraction: float = setting(
-        0.2, "Share of the training split that validation takes.", above=0, below=1
+        0.2, "Share of the training split that validation takes.", above=0, below=1, group="data"
     )
     profile: str = setting(
         "exponential",
         "How the number of images falls from class to class; none keeps the whole set.",
         allowed=PROFILES,
+        group="data",
     )
-    imbalance: float = setting(100.0, "Size of the largest class over the smallest.", low=1)
+    imbalance: float = setting(
+        100.0, "Size of the largest class over the smallest.", low=1, group="data"
+    )
     per_class: int | None = setting(
-        None, "Training images of each class to keep, before any long tail; unset: all.", low=1
+        None,
+        "Training images of each class to keep, before any long tail; unset: all.",
+        low=1,
+        group="data",
     )
     split_seed: int | None = setting(
-        None, "Seed of the training subset; unset: the run's own seed.", low=0
+        None, "Seed of the training subset; unset: the run's own seed.", low=0, group="data"
     )
-    epochs: int = setting(60, "Passes over the training set.", low=1, high=10**6)
+    epochs: int = setting(
+        60, "Passes over the training set.", low=1, high=10**6, instead_of=("train_steps",)
+    )
     warmup_epochs: float = setting(0.0, "Epochs of linear warm-up.", low=0, high=10**6)
     milestones: tuple[float, ...] = setting(
         (),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 
@@ -19,6 +20,8 @@ Batches = Sequence[Mapping[str, jax.Array]]
 @dataclasses.dataclass(frozen=True)
 class Measuring:
     """How to measure."""
+
+    GROUP: ClassVar[str] = "measuring"
 
     measure_on: str = setting(
         "train",

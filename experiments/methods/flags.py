@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from absl import flags
 
@@ -19,6 +19,8 @@ FLAGS = flags.FLAGS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perturbing:
     """Options of perturbations that have flags; None leaves an option as tuned or default."""
+
+    GROUP: ClassVar[str] = "LPA"
 
     layer: str | None = setting(
         None,
@@ -63,6 +65,8 @@ class Perturbing:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Searching:
     """What a random search draws."""
+
+    GROUP: ClassVar[str] = "search"
 
     search_layers: tuple[str, ...] = setting(
         (),

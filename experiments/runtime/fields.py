@@ -25,6 +25,21 @@ FLAGS = flags.FLAGS
 MOST = 1e9
 _SAME = object()
 _KEY = "setting"
+# Groups of flags in the order of --help, and the group of each flag that is not in the first.
+GROUPS = (
+    "compare",
+    "data",
+    "model",
+    "training",
+    "LPA",
+    "search",
+    "measuring",
+    "saving",
+    "machines",
+)
+_GROUP_OF: dict[str, str] = {}
+# Names of flags of other programs and experiments, and the flag that is meant.
+_MEANT: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +59,8 @@ class Setting:
       nonempty: whether a list must have a member.
       repeated: whether the flag is given once for each member, not as a list with commas.
       path: whether it is a path, in which the flag understands `~`.
+      group: of the flag in --help; unset: `GROUP` of the dataclass, else the first.
+      instead_of: names of flags for which people mean this one.
       later: whether the field came after the first runs: their configurations lack it, so that
         it is not written at its default.
     """
@@ -60,6 +77,8 @@ class Setting:
     nonempty: bool = False
     repeated: bool = False
     path: bool = False
+    group: str | None = None
+    instead_of: tuple[str, ...] = ()
     later: bool = False
 
 
@@ -102,6 +121,8 @@ def define(of: type, **defaults: Any) -> None:
     for field in _fields(of):
         usual = field.default if field.about.flag_default is _SAME else field.about.flag_default
         name, default = field.flag, defaults.get(field.flag, usual)
+        place(field.about.group or getattr(of, "GROUP", GROUPS[0]), name)
+        _MEANT.update(dict.fromkeys(field.about.instead_of, name))
         if field.about.repeated:
             flags.DEFINE_multi_string(name, list(default), field.about.help)
         elif field.about.path:
@@ -113,6 +134,22 @@ def define(of: type, **defaults: Any) -> None:
             flags.DEFINE_enum(name, default, field.allowed, field.about.help)
         else:
             makers.get(field.kind, flags.DEFINE_string)(name, default, field.about.help)
+
+
+def place(group: str, *names: str) -> None:
+    """Puts flags into a group of --help."""
+    _GROUP_OF.update(dict.fromkeys(names, group))
+
+
+def group_of(name: str) -> str:
+    """The group of a flag in --help."""
+    return _GROUP_OF.get(name, GROUPS[0])
+
+
+def meant(name: str) -> str:
+    """What an error adds about a flag that is called otherwise here, or nothing."""
+    flag = _MEANT.get(name)
+    return f". Did you mean: {flag} ?" if flag in FLAGS else ""
 
 
 def read(of: type, **values: Any) -> Any:

@@ -23,7 +23,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,8 @@ LOST = "lost the connection to another process of the run, which died, stopped o
 @dataclasses.dataclass(frozen=True)
 class Hosts:
     """How the processes of a run find each other; see `multihost.connect`."""
+
+    GROUP: ClassVar[str] = "machines"
 
     coordinator_address: str | None = setting(
         None, "host:port of process 0, where the environment does not give it."
@@ -95,6 +97,7 @@ def define_flags() -> None:
         False,
         "Join the processes of a TPU pod, Slurm or Open MPI job, which the environment describes.",
     )
+    fields.place(Hosts.GROUP, "multihost")
     fields.define(Hosts)
 
 

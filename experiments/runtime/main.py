@@ -1,21 +1,25 @@
 """What every experiment's `main` does around its work: flags, arguments, errors and signals."""
 
+import itertools
 import logging
 import os
+import pathlib
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 
 import jax
 from absl import app, flags
 
-from experiments.runtime import console, files, hosts
+from experiments.runtime import console, fields, files, hosts
 from lpa_jax.checkpoints import checkpoints
 from lpa_jax.files import LockedError
 from lpa_jax.interrupts import InterruptedRunError, Interrupts
 from lpa_jax.training import loop
 
 FLAGS = flags.FLAGS
+HELP = {"--help", "-help", "--h", "-h", "--helpshort", "--helpfull"}
 
 
 def start(
@@ -24,7 +28,7 @@ def start(
     """Runs an experiment from the command line; a wrong flag is one line.
 
     Args:
-      define_flags: defines the experiment's flags, all of which --helpshort then shows.
+      define_flags: defines the experiment's flags, all of which --help shows.
       main: does the work; called with the command line after flags are parsed.
       hint: follows the message about a flag that does not exist.
     """
@@ -35,7 +39,8 @@ def start(
             files.check_folders()
             return rest
         except flags.UnrecognizedFlagError as error:
-            sys.exit(f"error: {error}{hint}")
+            nearest = "" if "Did you mean" in str(error) else fields.meant(error.flagname)
+            sys.exit(f"error: {error}{nearest}{hint}")
         except (flags.Error, ValueError) as error:
             sys.exit(f"error: {error}")
 
@@ -43,11 +48,42 @@ def start(
     # Its notes are about accelerators that this machine has not.
     logging.getLogger("jax").setLevel(logging.WARNING)
     define_flags()
-    for module, defined in FLAGS.flags_by_module_dict().items():
-        if module.startswith("experiments."):
-            for flag in defined:
-                FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    if HELP & {*itertools.takewhile(lambda word: word != "--", sys.argv[1:])}:
+        print(help_text(sys.modules[define_flags.__module__].__doc__ or ""))
+        sys.exit(0)
     app.run(main, flags_parser=parse)
+
+
+def help_text(about: str) -> str:
+    """What --help prints: what the experiment does, then its flags in groups."""
+    by_group: dict[str, list[flags.Flag]] = {}
+    for flag in own_flags():
+        by_group.setdefault(fields.group_of(flag.name), []).append(flag)
+    lines = [about.strip()]
+    for group in fields.GROUPS:
+        if group in by_group:
+            title = f"{group[0].upper()}{group[1:]}" if len(by_group) > 1 else "Flags"
+            lines += ["", f"{title}:", *map(_described, by_group[group])]
+    return "\n".join(lines)
+
+
+def own_flags() -> list[flags.Flag]:
+    """The flags of the project, in the order in which they were defined."""
+    own = ("experiments.", "__main__")
+    return [
+        flag
+        for module, of_module in FLAGS.flags_by_module_dict().items()
+        if module.startswith(own) or pathlib.Path(module).parent.name == "experiments"
+        for flag in of_module
+    ]
+
+
+def _described(flag: flags.Flag) -> str:
+    shown = f"={flag.default_as_str}" if flag.default not in (None, "", []) else "="
+    if isinstance(flag, flags.BooleanFlag) or flag.boolean:
+        shown = f"={str(bool(flag.default)).lower()}"
+    wrapped = textwrap.wrap(flag.help, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join([f"  --{flag.name}{shown}".replace("'", ""), *wrapped])
 
 
 def refuse_arguments(argv: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 from absl import flags
 
 from experiments.runtime import fields, files, hosts
+from experiments.runtime import main as entry_point
 from experiments.training.saving import Saving
 from lpa_jax import checks, multihost
 
@@ -48,6 +48,8 @@ def define_console_flags() -> None:
         optional=True,
     )
     flags.DEFINE_bool("quiet", False, "Print only the result, no progress.")
+    fields.place("saving", "workdir", "output", "quiet")
+    fields.place("machines", "compilation_cache")
 
 
 def define_runtime_flags() -> None:
@@ -150,10 +152,4 @@ def _note(line: str) -> None:
 
 def resolved() -> dict[str, Any]:
     """All flags of the project with their values, for the record."""
-    own = ("experiments.", "__main__")
-    return {
-        flag.name: flag.value
-        for module, module_flags in FLAGS.flags_by_module_dict().items()
-        if module.startswith(own) or pathlib.Path(module).parent.name == "experiments"
-        for flag in module_flags
-    }
+    return {flag.name: flag.value for flag in entry_point.own_flags()}

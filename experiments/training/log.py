@@ -5,7 +5,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ class Logging:
     Raises:
       ValueError: naming the flag that is out of bounds.
     """
+
+    GROUP: ClassVar[str] = "saving"
 
     class_batches: int = setting(
         0,

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import ClassVar
 
 from experiments.runtime import fields
 from experiments.runtime.fields import setting
@@ -18,6 +19,8 @@ class Saving:
     Raises:
       ValueError: naming the flag that is out of bounds.
     """
+
+    GROUP: ClassVar[str] = "saving"
 
     every: str = setting(
         "5minutes",

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from absl import flags
 
@@ -43,6 +43,8 @@ class Trial(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
     """Settings of a search, and the share of it that this process runs."""
+
+    GROUP: ClassVar[str] = "search"
 
     trials: int = fields.setting(40, "Trials of every method.", low=1, high=10**5)
     search_seed: int = fields.setting(0, "Seed of the random search.", low=0)

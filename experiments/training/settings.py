@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -36,13 +36,18 @@ _OF_JAX = {
 class RunSettings:
     """Settings of a run; each protocol adds its data and the length of its runs."""
 
-    model: str = setting("mlp", "Network architecture.", allowed=models.names)
-    dtype: str = setting("float32", "Type of the computation.", allowed=("float32", "bfloat16"))
+    GROUP: ClassVar[str] = "training"
+
+    model: str = setting("mlp", "Network architecture.", allowed=models.names, group="model")
+    dtype: str = setting(
+        "float32", "Type of the computation.", allowed=("float32", "bfloat16"), group="model"
+    )
     head: str = setting(
         "linear",
         "Classifier: linear, or normalized for cosines, with which LDAM was published.",
         allowed=HEADS,
         later=True,
+        group="model",
     )
     model_dropout: float = setting(
         0.0,
@@ -51,6 +56,7 @@ class RunSettings:
         low=0,
         below=1,
         later=True,
+        group="model",
     )
     pretrained: Weights | None = setting(  # noqa: RUF009 (immutable)
         None,
@@ -59,12 +65,14 @@ class RunSettings:
         parse=read,
         path=True,
         later=True,
+        group="model",
     )
     freeze_batch_norm: bool = setting(
         False,
         "Normalise by the pretrained running statistics in training, too, and keep them as they "
         "are; scales and biases are trained. DomainBed does this.",
         later=True,
+        group="model",
     )
     batch_size: int = setting(64, "Examples in a step, over all devices.", low=1, high=2**20)
     accumulate: int = setting(
@@ -81,6 +89,7 @@ class RunSettings:
     learning_rate: float = setting(
         0.02,
         "Highest learning rate; unset: the tuned one, the recipe's, or 0.02.",
+        instead_of=("lr",),
         flag_default=None,
         low=0,
         high=1000,
