@@ -62,12 +62,18 @@ def define_flags() -> None:
         names.ASSIGNMENTS,
         "Which classes get which sign, for lpa and lpl; confidence costs lpa:carry a forward pass.",
     )
-    flags.DEFINE_integer("batch_size", 128, "Examples in a step.", lower_bound=1)
-    flags.DEFINE_integer("image_size", 32, "Height and width of the random images.", lower_bound=1)
-    flags.DEFINE_integer("channels", 3, "Channels of the random images.", lower_bound=1)
-    flags.DEFINE_integer("num_classes", 10, "Number of classes.", lower_bound=2)
+    flags.DEFINE_integer("batch_size", 128, "Examples in a step.", lower_bound=1, upper_bound=2**20)
+    flags.DEFINE_integer(
+        "image_size", 32, "Height and width of the random images.", lower_bound=1, upper_bound=2**12
+    )
+    flags.DEFINE_integer(
+        "channels", 3, "Channels of the random images.", lower_bound=1, upper_bound=2**10
+    )
+    flags.DEFINE_integer("num_classes", 10, "Number of classes.", lower_bound=2, upper_bound=10**6)
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
-    flags.DEFINE_integer("rounds", 11, "Rounds of one ERM and one method step.", lower_bound=1)
+    flags.DEFINE_integer(
+        "rounds", 11, "Rounds of one ERM and one method step.", lower_bound=1, upper_bound=10**6
+    )
     files.define_path("csv", None, "CSV file to write the table to.")
 
 
@@ -148,7 +154,7 @@ def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
     Raises:
       ValueError: naming the flag or option that is out of range.
     """
-    steps = timing.whole_numbers("steps", FLAGS.steps, low=1)
+    steps = timing.whole_numbers("steps", FLAGS.steps, low=1, high=names.MOST_STEPS)
     if not FLAGS.methods:
         raise ValueError("--methods must name at least one method, got none")
     if FLAGS.csv is not None:

@@ -82,9 +82,13 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "assignment", "frequency", methods.ASSIGNMENTS, "Which classes get which sign."
     )
-    flags.DEFINE_integer("batch_size", 2048, "Examples in a step over all devices.", lower_bound=1)
-    flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
-    flags.DEFINE_integer("channels", 3, "Channels of the images.", lower_bound=1)
+    flags.DEFINE_integer(
+        "batch_size", 2048, "Examples in a step over all devices.", lower_bound=1, upper_bound=2**20
+    )
+    flags.DEFINE_integer(
+        "image_size", 32, "Height and width of the images.", lower_bound=1, upper_bound=2**12
+    )
+    flags.DEFINE_integer("channels", 3, "Channels of the images.", lower_bound=1, upper_bound=2**10)
     flags.DEFINE_enum(
         "grid", None, ["full", "star"], "Fills the list flags that are not given with a grid."
     )
@@ -126,7 +130,8 @@ def make_cases(values: Mapping[str, Sequence[str]]) -> list[Case]:
     allowed = {"model": models.names(), "dtype": DTYPES, "mode": MODES, "shape": pgd.SHAPES}
     for flag, texts in values.items():
         if flag in ("num_classes", "steps"):
-            timing.whole_numbers(flag, texts, low=2 if flag == "num_classes" else 1)
+            low, high = (2, 10**6) if flag == "num_classes" else (1, methods.MOST_STEPS)
+            timing.whole_numbers(flag, texts, low, high)
         else:
             timing.among(flag, texts, allowed.get(flag, texts))
     variants = [

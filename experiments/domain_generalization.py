@@ -32,6 +32,7 @@ from typing import Any
 from absl import flags
 
 from experiments.domains import flags as domain_flags
+from experiments.domains import selection
 from experiments.domains.data import DomainSource
 from experiments.domains.networks import Trainings
 from experiments.domains.runs import Run, train_all
@@ -44,7 +45,8 @@ from experiments.reporting import tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
-from lpa_jax import multihost
+from experiments.training.folder import failures_error
+from lpa_jax import checks, multihost
 from lpa_jax.files import refuse_if_held
 from lpa_jax.interrupts import Interrupts
 
@@ -86,8 +88,10 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: tuned_file.Tuned
     Raises:
       ValueError: naming the flag that does not fit.
     """
-    if FLAGS.draws < 1:
-        raise ValueError(f"--draws must be >= 1, got {FLAGS.draws}")
+    checks.integer("--draws", FLAGS.draws, 1, 10**4)
+    for name in ("space", "search_layers", "learning_rate_range"):
+        if FLAGS.draws == 1 and FLAGS[name].value:
+            raise ValueError(f"--{name} needs --draws of at least 2: nothing is drawn")
     if FLAGS.draws > 1 and FLAGS.hparams not in ("auto", "none"):
         raise ValueError(f"--draws={FLAGS.draws} draws hyperparameters: --hparams must be none")
     methods.check_different(FLAGS.methods)
@@ -141,6 +145,9 @@ def compare(interrupts: Interrupts) -> None:
     workdir, first = pathlib.Path(FLAGS.workdir), multihost.is_first_host()
     if first:
         refuse_if_held(workdir)
+    smallest = min(source.training_sizes)
+    options = {run.method: run.draws[0] for run in runs}
+    run_flags.warn(settings.batch_size, smallest, options)
     trainings = Trainings(
         settings,
         source,
@@ -149,7 +156,7 @@ def compare(interrupts: Interrupts) -> None:
         saving=run_flags.saving(),
         should_stop=interrupts,
     )
-    results = train_all(
+    results, failed = train_all(
         runs,
         trainings,
         workdir,
@@ -158,12 +165,16 @@ def compare(interrupts: Interrupts) -> None:
         quiet=FLAGS.quiet or not first,
     )
     title = f"{settings.dataset}, {settings.model}, accuracy on test domains"
-    if first:
+    if first and results:
+        doubts = [*doubts, *(f"Failed: {line}." for line in failed)]
+        doubts += selection.tie_note([result["selected"] for result in results])
         limits = [*doubts, *_notes(tuned, tests, source.names)]
         by_method: dict[str, list[Mapping[str, Any]]] = {}
         for result in results:
             by_method.setdefault(result["method"], []).append(result)
         tables.write_comparison(title, by_method, workdir, limits, quiet=FLAGS.quiet)
+    if failed:
+        raise failures_error(failed, len(runs))
 
 
 def main(argv: list[str]) -> None:

@@ -63,7 +63,7 @@ def plan(trainings: Trainings, settings: DomainSettings, domains: tuple[str, ...
                     trainings.program(training)  # raises for options that do not fit
                     place = trainings.place(training)
                     find = functools.partial(outcome, trainings, training)
-                    train = functools.partial(trainings.run, training, may_diverge=True)
+                    train = functools.partial(trainings.run, training)
                     trials.append(Trial(method, number, test, place, find, train))
     return trials
 

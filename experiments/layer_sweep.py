@@ -20,7 +20,6 @@ The MLP has five injection points: with ERM and 5 seeds, a sweep of one method t
 compiles six programs.
 """
 
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -40,7 +39,7 @@ from experiments.runtime import main as entry_point
 from experiments.runtime.fields import named
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
-from lpa_jax import models, perturbations
+from lpa_jax import checks, models, perturbations
 from lpa_jax.files import hold
 from lpa_jax.injection import INPUT, LOGITS, check_layer
 from lpa_jax.interrupts import Interrupts
@@ -59,7 +58,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("layer_radii", [], "Radii of single layers, such as input=0.05.")
     flags.DEFINE_integer(
-        "cka_images", 2000, "Random evaluation images for CKA; its cost is their number squared."
+        "cka_images",
+        2000,
+        "Random evaluation images for CKA; its cost is their number squared.",
     )
 
 
@@ -120,9 +121,7 @@ def layer_radii(layers: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--layer_radii must be LAYER=RADIUS, got {text!r}") from None
         named("layer_radii", partial(check_layer, layers, layer))
-        if not (math.isfinite(radius) and radius >= 0):
-            raise ValueError(f"--layer_radii must be finite and >= 0, got {text!r}")
-        found[layer] = radius
+        found[layer] = checks.number(f"--layer_radii: {layer}", radius)
     return found
 
 
@@ -135,9 +134,8 @@ def resolve_options(
       ValueError: naming the flag that does not fit.
     """
     methods.check_different(FLAGS.methods)
-    if FLAGS.cka_images < 4:
-        raise ValueError(f"--cka_images must be >= 4, got {FLAGS.cka_images}")
     method_flags.check_reach(FLAGS.methods)
+    checks.integer("--cka_images", FLAGS.cka_images, 4, 20_000)
     radii = layer_radii(layers)
     options = {ERM: method_flags.options_for(ERM, tuned.get(ERM, {}))}
     for method in FLAGS.methods:

@@ -43,12 +43,18 @@ Batches = data.Batches | data.Prefetched
 def define_flags() -> None:
     """Defines the flags of this module."""
     flags.DEFINE_enum("model", "resnet8", models.names(), "Network.")
-    flags.DEFINE_integer("image_size", 32, "Height and width that a step sees.", lower_bound=1)
-    flags.DEFINE_integer("file_size", 256, "Height and width of the files.", lower_bound=1)
-    flags.DEFINE_integer("images", 512, "Images of the set.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 64, "Examples in a step.", lower_bound=1)
-    flags.DEFINE_integer("steps", 16, "Steps of one timing.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 7, "Rounds of one timing each way.", lower_bound=1)
+    flags.DEFINE_integer(
+        "image_size", 32, "Height and width that a step sees.", lower_bound=1, upper_bound=2**12
+    )
+    flags.DEFINE_integer(
+        "file_size", 256, "Height and width of the files.", lower_bound=1, upper_bound=2**12
+    )
+    flags.DEFINE_integer("images", 512, "Images of the set.", lower_bound=1, upper_bound=10**6)
+    flags.DEFINE_integer("batch_size", 64, "Examples in a step.", lower_bound=1, upper_bound=2**20)
+    flags.DEFINE_integer("steps", 16, "Steps of one timing.", lower_bound=1, upper_bound=1000)
+    flags.DEFINE_integer(
+        "rounds", 7, "Rounds of one timing each way.", lower_bound=1, upper_bound=10**6
+    )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ A folder without runs but with a runs.csv gives the same tables, and the figures
 more than accuracies: rows have no training curves, no accuracies of single classes, no settings.
 """
 
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,10 @@ def make(
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"no complete run in {names} ({len(problems)} not counted)")
     settings = frame.group(found)
-    paired.check_pairs(pairs, set().union(*(setting.runs for setting in settings)))
+    methods = set().union(*(setting.runs for setting in settings))
+    paired.check_methods("compare", itertools.chain(*pairs), methods)
+    if baseline != ERM:  # the default: a report of other methods has no differences
+        paired.check_methods("baseline", [baseline], methods)
     made = sections.sections(settings, baseline, pairs, output, suffix)
     sections.write(made, settings, problems, output)
     if page:

@@ -29,7 +29,7 @@ from experiments.jobs import jobs, run_job, slurm
 from experiments.runtime import console, fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
-from lpa_jax import interrupts
+from lpa_jax import checks, interrupts
 
 FLAGS = flags.FLAGS
 HINT = "; flags of the jobs go after --, as in: sweep --num_seeds=8 -- --dataset=cifar10"
@@ -130,8 +130,7 @@ def described(argv: Sequence[str]) -> Sweep:
     stray = [text for text in argv if not text.startswith("--")]
     if stray:
         raise ValueError(f"unexpected argument {stray[0]!r}; flags of the jobs go after --")
-    if FLAGS.num_workers < 1:
-        raise ValueError(f"--num_workers must be >= 1, got {FLAGS.num_workers}")
+    checks.integer("--num_workers", FLAGS.num_workers, 1, 10**4)
     if FLAGS.description is None:
         sweep = from_flags(argv)
     else:

@@ -92,15 +92,17 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def whole_numbers(flag: str, texts: Sequence[str], low: int) -> list[int]:
+def whole_numbers(flag: str, texts: Sequence[str], low: int, high: int = 10**6) -> list[int]:
     """Values of a list flag as whole numbers.
 
     Raises:
-      ValueError: there is none, or one is no whole number >= low.
+      ValueError: there is none, or one is no whole number in low..high.
     """
-    if not texts or not all(text.strip().isdecimal() and int(text) >= low for text in texts):
-        raise ValueError(f"--{flag} must be whole numbers >= {low}, got {','.join(texts)!r}")
-    return [int(text) for text in texts]
+    found = [int(text) for text in texts if text.strip().isdecimal() and len(text) < 20]
+    if not texts or len(found) < len(texts) or not all(low <= number <= high for number in found):
+        given = ",".join(texts)[:200]
+        raise ValueError(f"--{flag} must be whole numbers in {low}..{high}, got {given!r}")
+    return found
 
 
 def among(flag: str, texts: Sequence[str], allowed: Sequence[str]) -> list[str]:

@@ -83,6 +83,12 @@ class DomainSource:
         return self._datasets[0].image_shape
 
     @property
+    def training_sizes(self) -> list[int]:
+        """Images to train on of each domain."""
+        share = 1 - self._settings.holdout_fraction
+        return [round(share * len(dataset)) for dataset in self._datasets]
+
+    @property
     def on_disk(self) -> bool:
         """Whether images are decoded each time that they are used."""
         return any(isinstance(dataset, data.ImageFiles) for dataset in self._datasets)

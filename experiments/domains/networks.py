@@ -59,14 +59,12 @@ class DomainJob(run.Job):
       program: the compiled method.
       task: the data.
       config: everything that decides the result, as plain values.
-      may_diverge: whether a diverged training has a result, without records.
     """
 
     training: Training
     program: Program
     task: DomainTask
     config: Mapping[str, Any]
-    may_diverge: bool
     names = NAMES
 
     @property
@@ -97,9 +95,7 @@ class DomainJob(run.Job):
         return {"records": [_record(row) for row in rows], "diverged": None}
 
     def diverged(self, error: NonFiniteLossError) -> dict[str, Any]:
-        """No records, if the training may diverge."""
-        if not self.may_diverge:
-            raise error
+        """No records."""
         return {"records": [], "diverged": str(error)}
 
 
@@ -156,9 +152,7 @@ class Trainings:
         """
         return finished_result(self.place(training), self._configuration(training), NAMES)
 
-    def run(
-        self, training: Training, progress: RunProgress, may_diverge: bool = False
-    ) -> dict[str, Any]:
+    def run(self, training: Training, progress: RunProgress) -> dict[str, Any]:
         """Trains a network, unless it is finished, and writes its records.
 
         Returns:
@@ -175,7 +169,7 @@ class Trainings:
             if is_new:
                 progress.start(str(training))
             outcome = run.run(
-                self.job(training, may_diverge),
+                self.job(training),
                 place,
                 on_epoch=progress.epoch,
                 on_step=progress.step,
@@ -188,14 +182,13 @@ class Trainings:
             self._outcomes[place] = outcome
         return self._outcomes[place]
 
-    def job(self, training: Training, may_diverge: bool = False) -> DomainJob:
+    def job(self, training: Training) -> DomainJob:
         """The training as it is run."""
         return DomainJob(
             training,
             self.program(training),
             self._task(training),
             self._configuration(training),
-            may_diverge,
         )
 
     def _task(self, training: Training) -> DomainTask:

@@ -31,6 +31,9 @@ class Run(NamedTuple):
     test: str
     draws: tuple[Mapping[str, Any], ...]
 
+    def __str__(self) -> str:
+        return f"{self.method} without {self.test} seed {self.seed}"
+
     def folder(self, workdir: pathlib.Path) -> pathlib.Path:
         """Folder of its result."""
         return workdir / "runs" / self.method / f"test_{self.test}" / f"seed_{self.seed}"
@@ -65,12 +68,12 @@ class Run(NamedTuple):
         return files.plain(config)
 
     def result(
-        self, trained: Sequence[tuple[Trained, float]], domains: Sequence[str]
+        self, trained: Sequence[tuple[Trained, Mapping[str, Any]]], domains: Sequence[str]
     ) -> dict[str, Any]:
         """The result that every model selection chooses.
 
         Args:
-          trained: all networks of the run, with the seconds that they took.
+          trained: all networks of the run, with what their files hold.
           domains: names of all domains.
 
         Raises:
@@ -80,9 +83,9 @@ class Run(NamedTuple):
         selected = selection.select(networks, self.test, domains)
         chosen = selected[selection.TRAINING_DOMAIN_VALIDATION]
         if chosen is None:
-            raise NonFiniteLossError(
-                f"every draw of {self.method} diverged without domain {self.test}, seed {self.seed}"
-            )
+            first = next(found["diverged"] for _, found in trained if found["diverged"])
+            every = f"{len(self.draws)} draws diverged, the first: " if self.draws[1:] else ""
+            raise NonFiniteLossError(f"{every}{first}")
         testing = {network.draw: network for network in networks if network.held_out == {self.test}}
 
         def described(choice: Selected):
@@ -102,7 +105,9 @@ class Run(NamedTuple):
             "draws": len(self.draws),
             "diverged": sum(not network.records for network in testing.values()),
             "records": testing[chosen.draw].records,
-            "seconds": sum(seconds for network, seconds in trained if len(network.held_out) == 1),
+            "seconds": sum(
+                found["seconds"] for network, found in trained if len(network.held_out) == 1
+            ),
         }
         return files.plain(result)
 
@@ -115,8 +120,10 @@ def train_all(
     *,
     leave_two_out: bool,
     quiet: bool,
-) -> list[dict[str, Any]]:
-    """Trains what is missing and selects; returns the results in the order of the runs.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Trains what is missing and selects.
+
+    A run whose every draw diverges is recorded as failed, and the others are trained.
 
     Args:
       runs: all runs.
@@ -125,6 +132,9 @@ def train_all(
       interrupts: says whether to stop.
       leave_two_out: whether to train without each pair of domains, too.
       quiet: whether to print no progress.
+
+    Returns:
+      The results in the order of the runs, and a line for each run that failed.
     """
     settings, domains = trainings.settings, trainings.source.names
     pairs_of = domains if leave_two_out else ()
@@ -142,6 +152,7 @@ def train_all(
     hosts.check(workdir, [configs[number] for number in missing], hosts.UNFINISHED)
     todo = _check_all(trainings, [runs[number] for number in missing], pairs_of)
     progress = RunProgress(todo, settings.intervals, quiet, unit="interval")
+    failed: list[str] = []
     with folder.held(workdir), interrupts, progress:
         for place in (workdir / "trainings", *(runs[number].folder(workdir) for number in missing)):
             folder.check_inside(workdir, place)
@@ -152,23 +163,28 @@ def train_all(
                 files.write_json(path, configs[number])
             trained = _train([runs[number] for number in group], trainings, progress, pairs_of)
             for number, networks in zip(group, trained, strict=True):
-                results[number] = runs[number].result(networks, domains)
-                files.write_json(runs[number].folder(workdir) / folder.RESULT, results[number])
-    return results
+                place = runs[number].folder(workdir)
+                try:
+                    results[number] = runs[number].result(networks, domains)
+                except NonFiniteLossError as error:
+                    failed.append(f"{runs[number]}: {error}")
+                    folder.record_failure(place, str(error))
+                else:
+                    files.write_json(place / folder.RESULT, results[number])
+    return [result for result in results if result is not None], failed
 
 
 def _train(
     runs: Sequence[Run], trainings: Trainings, progress: RunProgress, pairs_of: Sequence[str]
-) -> list[list[tuple[Trained, float]]]:
-    """All networks of every run with their seconds; every draw trains for all runs."""
-    trained: list[list[tuple[Trained, float]]] = [[] for _ in runs]
-    draws = len(runs[0].draws)
-    for draw in range(draws):
+) -> list[list[tuple[Trained, dict[str, Any]]]]:
+    """All networks of every run with what their files hold; every draw trains for all runs."""
+    trained: list[list[tuple[Trained, dict[str, Any]]]] = [[] for _ in runs]
+    for draw in range(len(runs[0].draws)):
         for run, networks in zip(runs, trained, strict=True):
             for training in run.trainings(draw, pairs_of):
-                found = trainings.run(training, progress, may_diverge=draws > 1)
+                found = trainings.run(training, progress)
                 network = Trained(frozenset(training.held_out), draw, found["records"])
-                networks.append((network, found["seconds"]))
+                networks.append((network, found))
     return trained
 
 

@@ -41,12 +41,14 @@ class Selected(NamedTuple):
       validation: what was maximised.
       draw: number of the hyperparameters.
       step: of the checkpoint.
+      tied: number of candidates with that validation accuracy, this one included.
     """
 
     accuracy: float
     validation: float
     draw: int
     step: int
+    tied: int = 1
 
 
 def training_domain_validation(trainings: Iterable[Trained], test: str) -> Selected | None:
@@ -54,7 +56,7 @@ def training_domain_validation(trainings: Iterable[Trained], test: str) -> Selec
 
     >>> records = [{"step": 1, "in": {"a": 0.3}, "out": {"a": 0.0, "b": 0.8}}]
     >>> training_domain_validation([Trained(frozenset("a"), 0, records)], "a")
-    Selected(accuracy=0.3, validation=0.8, draw=0, step=1)
+    Selected(accuracy=0.3, validation=0.8, draw=0, step=1, tied=1)
     """
     return _best(
         Selected(record["in"][test], holdout_accuracy(record, [test]), t.draw, record["step"])
@@ -98,7 +100,7 @@ def oracle(trainings: Iterable[Trained], test: str) -> Selected | None:
 
     >>> records = [{"step": s, "in": {"a": 0.3 / s}, "out": {"a": 0.2}} for s in (1, 2)]
     >>> oracle([Trained(frozenset("a"), 0, records)], "a")
-    Selected(accuracy=0.15, validation=0.2, draw=0, step=2)
+    Selected(accuracy=0.15, validation=0.2, draw=0, step=2, tied=1)
     """
     return _best(
         Selected(
@@ -143,4 +145,27 @@ def _testing(trainings: Iterable[Trained], test: str) -> list[Trained]:
 
 def _best(candidates: Iterable[Selected]) -> Selected | None:
     """The one with the highest validation accuracy; of equals the first draw, the first step."""
-    return max(candidates, key=lambda s: (s.validation, -s.draw, -s.step), default=None)
+    found = list(candidates)
+    if not found:
+        return None
+    best = max(found, key=lambda s: (s.validation, -s.draw, -s.step))
+    return best._replace(tied=sum(other.validation == best.validation for other in found))
+
+
+def tie_note(selected: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line about results in whose selection several candidates were the best.
+
+    Args:
+      selected: of each result, what every selection chose, as plain values.
+    """
+    tied = [
+        sum(found.get(name, {}).get("tied", 1) > 1 for found in selected)
+        for name in (TRAINING_DOMAIN_VALIDATION, LEAVE_ONE_DOMAIN_OUT, ORACLE)
+    ]
+    if not any(tied):
+        return []
+    return [
+        f"Ties: several draws or checkpoints had the highest validation accuracy in "
+        f"{' / '.join(map(str, tied))} of {len(selected)} runs (training-domain validation / "
+        "leave-one-domain-out / oracle). The first of them is reported; DomainBed takes the last."
+    ]

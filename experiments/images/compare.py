@@ -18,7 +18,7 @@ from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import tuned as tuned_file
 from experiments.reporting import class_figures, figures, frame, tables
-from experiments.runtime import fields, files
+from experiments.runtime import fields, files, hosts
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
@@ -28,6 +28,7 @@ from experiments.training.program import Programs
 from lpa_jax import data, multihost
 from lpa_jax.files import refuse_if_held
 from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.loop import NonFiniteLossError
 
 FLAGS = flags.FLAGS
 
@@ -78,6 +79,7 @@ def jobs(
     """
     programs = Programs(settings, FLAGS.layer)
     tasks = {seed: source.task(seed) for seed in run_flags.seeds()}
+    run_flags.warn(settings.batch_size, min(sum(task.counts) for task in tasks.values()), options)
     return [
         ImageJob(
             programs.program(method, options[method], task),
@@ -100,8 +102,14 @@ def train_all(
     options: Mapping[str, Mapping[str, Any]],
     workdir: pathlib.Path,
     interrupts: Interrupts,
-) -> dict[str, list[dict[str, Any]]]:
-    """Trains every method with every seed, except finished runs; returns results by method."""
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Trains every method with every seed, except finished runs.
+
+    A run that diverges is recorded as failed, and the others are trained.
+
+    Returns:
+      Results by method, and a line for each run that failed.
+    """
     first = multihost.is_first_host()
     if first:
         refuse_if_held(workdir)  # before data are read
@@ -112,6 +120,8 @@ def train_all(
     planned = jobs(settings, options, source)
     progress = RunProgress(len(planned), settings.epochs, FLAGS.quiet or not first)
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in options}
+    failed: list[str] = []
+    hosts.check(workdir, [job.configuration() for job in planned], hosts.UNFINISHED)
     with folder.held(workdir), interrupts:
         for job in planned:
             place = folder_of(workdir, job.program.method, job.seed)
@@ -124,20 +134,27 @@ def train_all(
         with progress:
             for job in planned:
                 method = job.program.method
+                place = folder_of(workdir, method, job.seed)
                 progress.start(f"{method} seed {job.seed}")
-                result = run.run(
-                    job,
-                    folder_of(workdir, method, job.seed),
-                    on_epoch=progress.epoch,
-                    on_step=progress.step,
-                    saving=saving,
-                    logging=logging,
-                    should_stop=interrupts,
-                    say=progress.say,
-                )
+                try:
+                    result = run.run(
+                        job,
+                        place,
+                        on_epoch=progress.epoch,
+                        on_step=progress.step,
+                        saving=saving,
+                        logging=logging,
+                        should_stop=interrupts,
+                        say=progress.say,
+                    )
+                except NonFiniteLossError as error:
+                    failed.append(f"{method} seed {job.seed}: {error}")
+                    folder.record_failure(place, str(error))
+                    progress.finish(f"failed: {error}")
+                    continue
                 progress.finish(f"{settings.evaluate_on} accuracy {100 * result['accuracy']:.2f} %")
                 results[method].append(result)
-    return results
+    return results, failed
 
 
 def _write_splits(
@@ -177,6 +194,12 @@ def main(experiment: str, argv: list[str]) -> None:
             run_flags.say(" ".join(notes))
         image_flags.prepare_data()
         workdir = pathlib.Path(FLAGS.workdir)
-        report(train_all(settings, options, workdir, interrupts), settings, workdir, notes)
+        results, failed = train_all(settings, options, workdir, interrupts)
+        known = {method: found for method, found in results.items() if found}
+        if known:
+            failures = [f"Failed: {line}." for line in failed]
+            report(known, settings, workdir, [*notes, *failures])
+        if failed:
+            raise folder.failures_error(failed, sum(map(len, results.values())) + len(failed))
 
     entry_point.run(argv, compare)

@@ -135,7 +135,12 @@ def open_splits(settings: Settings) -> tuple[Images, Images | None]:
     if settings.published:
         return _published(settings)
     name, size = settings.dataset, settings.image_size
-    train = data.load(name, "train", settings.data_dir, size)
+    try:
+        train = data.load(name, "train", settings.data_dir, size)
+    except ValueError as error:
+        if "not prepared in" not in str(error):
+            raise
+        raise ValueError(f"{error}; or give --prepare once") from None
     if settings.evaluate_on != "test":
         return train, None
     # ImageNet's published accuracies are those of its validation split: the other has no labels.

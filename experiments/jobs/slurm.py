@@ -41,7 +41,7 @@ def parameters(texts: Sequence[str], num_workers: int) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"--slurm must be NAME=VALUE, got {text!r}")
-        found[name] = int(value) if value.isdecimal() else value
+        found[name] = int(value) if value.isdecimal() and len(value) < 20 else value
     return found | {"slurm_array_parallelism": num_workers}
 
 

@@ -150,6 +150,7 @@ def train_or_load(
     Raises:
       ValueError: there are several processes, a flag does not fit, or a finished run has no
         weights.
+      NonFiniteLossError: runs diverged.
       InterruptedRunError: a signal came; the same call resumes.
     """
     if jax.process_count() > 1:
@@ -169,7 +170,9 @@ def train_or_load(
             result = files.read_json(folder / run_folder.RESULT)
             if isinstance(result, dict) and not result.get("checkpoints_kept", True):
                 raise ValueError(_without_weights(folder))
-    results = compare.train_all(settings, options, workdir, interrupts)
+    results, failed = compare.train_all(settings, options, workdir, interrupts)
+    if failed:
+        raise run_folder.failures_error(failed, len(options) * len(seeds))
     source = TaskSource(settings)
     return Models(settings, options, {seed: source.task(seed) for seed in seeds}, workdir, results)
 

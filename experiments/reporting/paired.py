@@ -4,12 +4,14 @@ Two methods with the same seed saw the same data and the same initial weights, s
 compared by their differences within seeds.
 """
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from lpa_jax import checks
 
 LEVEL = 0.05
 CONFIDENCE = 1 - LEVEL
@@ -253,12 +255,15 @@ def parse_pairs(texts: Sequence[str]) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def check_pairs(pairs: Sequence[Pair], methods: Collection[str]) -> None:
-    """Raises ValueError for a pair with a method that has no run."""
-    for name in (name for pair in pairs for name in pair):
+def check_methods(flag: str, names: Iterable[str], methods: Collection[str]) -> None:
+    """Raises ValueError for a method that has no run."""
+    for name in names:
         if name not in methods:
             known = ", ".join(sorted(methods))
-            raise ValueError(f"--compare must name methods with runs ({known}), got {name!r}")
+            raise ValueError(
+                f"--{flag} must name methods with runs ({known}), got {name!r}"
+                f"{checks.nearest(name, methods)}"
+            )
 
 
 def contrasts(values: pd.DataFrame, pairs: Sequence[Pair]) -> tuple[pd.DataFrame, list[str]]:

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.runtime import files
-from experiments.training.folder import CONFIG, DATA, RESULT
+from experiments.training.folder import CONFIG, DATA, OUTCOME, RESULT
 
-# Written by a job of a sweep when it ends.
-OUTCOME = "outcome.json"
 # One line a run, as `report` writes it.
 ROWS = "runs.csv"
 # Model selections of domain generalization. The first decides a run's one accuracy, if the run
@@ -69,12 +67,13 @@ def collect(roots: Iterable[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
     found = [read_run(folder) for folder in sorted(folders.values(), key=lambda f: natural(str(f)))]
     for path in rows.values():
         found += read_rows(path)
-    found += [problem for root in roots for problem in failed_jobs(root)]
+    known = {problem.folder for problem in found if isinstance(problem, Problem)}
+    found += [p for root in roots for p in failed_jobs(root) if p.folder not in known]
     return _without_duplicates(found)
 
 
 def failed_jobs(root: pathlib.Path) -> list[Problem]:
-    """Jobs of a sweep that ended with an error."""
+    """Jobs of a sweep that ended with an error, and runs that failed."""
     outcomes = [(path.parent, files.read_json(path)) for path in sorted(root.rglob(OUTCOME))]
     return [
         Problem(folder, f"failed: {outcome.get('last_line')}")
@@ -87,6 +86,8 @@ def read_run(folder: pathlib.Path) -> Run | Problem:
     """The run in a folder that has a configuration or a result."""
     config, result = (files.read_json(folder / name) for name in (CONFIG, RESULT))
     for name, content in ((CONFIG, config), (RESULT, result)):
+        if name == RESULT and content is None and failed_jobs(folder):
+            return failed_jobs(folder)[0]
         if not (folder / name).exists():
             reason = "incomplete: interrupted or still running" if name == RESULT else "no run"
             return Problem(folder, f"{reason} ({name} is missing)")

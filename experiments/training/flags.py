@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from lpa_jax import checks, multihost
 
 FLAGS = flags.FLAGS
 
+# Parts whose radius is relative to the mean norm of the activation, and a radius that destroys it.
+RELATIVE, LARGE_RADIUS = ("lpa", "adversarial"), 10.0
 # Seeds are hashed as 32 bits.
 SEED_LIMIT = 2**32
 # More seeds in one command are a slip, such as 0-20260101 for 20260101.
@@ -63,6 +65,23 @@ def say(line: str) -> None:
     """Prints one line to standard error, on the first host and unless --quiet."""
     if not FLAGS.quiet and multihost.is_first_host():
         print(line, file=sys.stderr)
+
+
+def warn(batch_size: int, size: int, options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Says what is allowed and hardly meant.
+
+    Args:
+      batch_size: examples in a step.
+      size: of the training set, or of the smallest training domain.
+      options: of every method.
+    """
+    if batch_size > size:
+        say(f"--batch_size={batch_size} is above the {size} training images: steps repeat images")
+    for method, of_method in options.items():
+        for part in RELATIVE:
+            radius = of_method.get(f"{part}.radius") or 0
+            if radius > LARGE_RADIUS:
+                say(f"{method}: {part}.radius={radius:g} is relative: {radius:g} times mean ||h||")
 
 
 def apply_runtime_flags() -> None:

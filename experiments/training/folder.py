@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.runtime import files, hosts
@@ -11,10 +11,12 @@ from lpa_jax import multihost
 from lpa_jax.checkpoints import manifest
 from lpa_jax.checkpoints.checkpoints import Checkpoints, Restored, Totals, differences
 from lpa_jax.files import hold
+from lpa_jax.training.loop import NonFiniteLossError
 
 RESULT = "result.json"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+OUTCOME = "outcome.json"  # how a job of a sweep ended, or a run that failed
 DATA = "data"  # in a configuration: digests of what the run is trained and evaluated on
 MEASURED = "measured"  # a folder with what `landscape` and `layer_sweep` measured
 
@@ -89,6 +91,22 @@ def check_same_run(
     raise ValueError(
         f"--workdir: {folder} holds {what} {kind} ({differing}); choose another --workdir"
     )
+
+
+def record_failure(folder: pathlib.Path, reason: str) -> None:
+    """Leaves the reason for which a run has no result; a report lists it."""
+    files.write_json(folder / OUTCOME, {"exit_status": 1, "last_line": reason})
+
+
+def failures_error(failed: Sequence[str], num_runs: int) -> NonFiniteLossError:
+    """The error of a comparison of which some runs failed, for which `record_failure` was called.
+
+    Args:
+      failed: what failed, a line for each run.
+      num_runs: number of runs of the comparison.
+    """
+    others = "" if len(failed) == num_runs else "; the table holds the others"
+    return NonFiniteLossError(f"{len(failed)} of {num_runs} runs failed: {failed[0]}{others}")
 
 
 def check_inside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
@@ -214,6 +232,8 @@ class RunFolder:
         )
         if self._path is not None:
             files.write_json(self._path / self._names.result, result)
+            if multihost.is_first_host():
+                (self._path / OUTCOME).unlink(missing_ok=True)
             if not self._saving.keep_finished:
                 if self._checkpoints.steps():  # a power cut must not take both
                     manifest.flush_to_disk(self._path)

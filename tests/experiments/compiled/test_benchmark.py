@@ -156,8 +156,8 @@ def test_each_number_belongs_to_its_measurement_whichever_came_first():
         (["--methods="], "--methods must name at least one method"),
         (["--methods=mixstyle"], "mixstyle at hidden2: mixstyle needs an activation"),
         (["--layers=stage1"], "unknown layer 'stage1'; the injection points are: input, hidden1"),
-        (["--steps=1,x"], "--steps must be whole numbers >= 1, got '1,x'"),
-        (["--steps=0"], "--steps must be whole numbers >= 1, got '0'"),
+        (["--steps=1,x"], "--steps must be whole numbers in 1..1000, got '1,x'"),
+        (["--steps=0"], "--steps must be whole numbers in 1..1000, got '0'"),
         (["--csv=tests"], "--csv must name a file that can be written, got 'tests'"),
         (["--rounds=0"], "--rounds=0"),
         (

@@ -270,8 +270,8 @@ TINY = ("--topology=v5e:2x2", "--model=mlp", "--layer=hidden2", "--batch_size=64
         (["--model=mlpp"], "--model must be among mlp, small_cnn"),
         (["--dtype=int8"], "--dtype must be among float32, bfloat16, got 'int8'"),
         (["--mode=warm"], "--mode must be among cold, carry, free, got 'warm'"),
-        (["--steps=0"], "--steps must be whole numbers >= 1, got '0'"),
-        (["--num_classes=ten"], "--num_classes must be whole numbers >= 2, got 'ten'"),
+        (["--steps=0"], "--steps must be whole numbers in 1..1000, got '0'"),
+        (["--num_classes=ten"], "--num_classes must be whole numbers in 2..1000000, got 'ten'"),
         (["--shape="], "--shape must be among full, channel, got ''"),
         (["--batch_size=0"], "--batch_size=0"),
         pytest.param(

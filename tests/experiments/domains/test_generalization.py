@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -186,6 +187,18 @@ def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_dom
         assert config["options"] == expected
 
 
+def test_a_run_that_diverges_is_recorded_and_the_others_are_trained(run, tmp_path):
+    workdir = tmp_path / "job"
+    message, out, _ = run("domain_generalization", *TINY, "--methods=erm,lpa", "--num_seeds=1",
+                          "--option=lpa.radius=1e38", f"--workdir={workdir}")  # fmt: skip
+    assert re.search(
+        r"error: \d of \d runs failed: lpa without .* seed 0: the .* at step 0", message
+    )
+    assert "Failed: lpa without" in out
+    methods = {json.loads(p.read_text())["method"] for p in workdir.rglob("runs/**/result.json")}
+    assert methods == {"erm"}
+
+
 def test_a_trial_that_diverged_is_not_chosen():
     trials = {0: {"learning_rate": 1.0}, 1: {"learning_rate": 0.1}}
 
@@ -212,7 +225,7 @@ def test_a_trial_that_diverged_is_not_chosen():
             "--test_domains: ColoredMNIST has no domain '+70%'; it has: +90%",
         ),
         (["--test_domains=+90%,+90%"], "--test_domains must name different domains"),
-        (["--draws=0"], "--draws must be >= 1"),
+        (["--draws=0"], "--draws must be a whole number in 1..10000, got 0"),
         (["--draws=2", "--hparams=/nowhere.json"], "--hparams must be none"),
         (["--option=coral.layer=input", "--methods=coral"], "coral"),
         (["--evaluate_every=3"], "--evaluate_every must divide --train_steps=4"),

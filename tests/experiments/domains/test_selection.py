@@ -111,7 +111,14 @@ def test_of_equal_validation_accuracies_the_first_draw_and_checkpoint_win():
     records = [record(step, (step / 100, 1, 1), (1, 0.5, 0.5)) for step in (10, 20)]
     trainings = [Trained(frozenset("a"), draw, records) for draw in (1, 0)]
     found = domain_selection.training_domain_validation(trainings, "a")
-    assert found == Selected(0.1, 0.5, 0, 10)
+    assert found == Selected(0.1, 0.5, 0, 10, tied=4)
+    (line,) = domain_selection.tie_note(
+        [
+            {domain_selection.ORACLE: found._asdict() | {"tied": 1}},
+            {domain_selection.TRAINING_DOMAIN_VALIDATION: found._asdict()},
+        ]
+    )
+    assert "in 1 / 0 / 0 of 2 runs" in line
 
 
 def test_only_the_oracle_depends_on_accuracies_of_the_test_domain():

@@ -16,6 +16,7 @@ from experiments.images.data import TaskSource
 from experiments.images.job import ImageJob
 from experiments.images.settings import Settings
 from experiments.methods import build as assembly
+from experiments.reporting import runs
 from experiments.training import flags as run_flags
 from experiments.training.program import Program
 from lpa_jax import models, parallel
@@ -324,14 +325,20 @@ def test_tuning_refuses_the_test_images(run, tmp_path):
     assert not (tmp_path / "tune").exists()
 
 
-@pytest.mark.parametrize(
-    "cause", [("--methods=erm", "--learning_rate=1000", "--clip_norm=0"),
-              ("--methods=lpa", "--option=lpa.radius=1e38")], ids=("rate", "radius"),
-)  # fmt: skip
-def test_a_diverging_run_stops_with_its_step_and_leaves_no_result(run, tmp_path, cause):
-    message, *_ = run("long_tail", *TINY, *cause, "--num_seeds=1", f"--workdir={tmp_path / 'job'}")
-    assert re.search("the (training loss|gradient's norm) is (nan|infinite) at step", message)
-    assert not list((tmp_path / "job").glob("**/result.json"))
+def test_a_run_that_diverges_is_recorded_with_its_step_and_the_others_are_trained(run, tmp_path):
+    workdir = tmp_path / "job"
+    arguments = ("--methods=lpa,erm", "--option=lpa.radius=1e38", "--num_seeds=1")
+    message, out, err = run("long_tail", *TINY, *arguments, f"--workdir={workdir}")
+    assert re.fullmatch(
+        "error: 1 of 2 runs failed: lpa seed 0: the (training loss|gradient's norm) is "
+        "(nan|infinite) at step 0; the table holds the others",
+        message,
+    )
+    assert "lpa seed 0: failed: the " in err and "erm" in out and "Failed: lpa seed 0: the" in out
+    assert [path.parent.parent.name for path in workdir.rglob("result.json")] == ["erm"]
+    (found,), (problem,) = runs.collect([workdir])
+    assert found.config["method"] == "erm"
+    assert re.match("failed: the .* at step 0", problem.reason)
 
 
 @pytest.mark.parametrize("kind", [Settings, DomainSettings])

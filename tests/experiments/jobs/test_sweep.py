@@ -146,7 +146,7 @@ def test_a_description_in_a_file_says_the_same_as_flags(tmp_path, monkeypatch, u
         (["--seeds=100"], "write --num_seeds=100 for 100 seeds, --seeds=100-100 for the one seed"),
         (["--methods=erm,erm"], "--methods must name different methods"),
         (["--seeds=x"], "--seeds must be whole numbers"),
-        (["--num_workers=0"], "--num_workers must be >= 1"),
+        (["--num_workers=0"], "--num_workers must be a whole number in 1..10000, got 0"),
         (["stray"], "unexpected argument 'stray'"),
         (
             ["--description=/nowhere.json"],

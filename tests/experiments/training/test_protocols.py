@@ -166,7 +166,7 @@ def test_settings_of_jax_that_change_numbers_belong_to_a_run(settings):
         (["--methods=lpa@stage9"], "unknown layer 'stage9'; the injection points are: input, "),
         (["--methods=lpa@hidden1|nowhere"], "unknown layer 'nowhere'"),
         (["--layer=stage1", "--methods=lpa"], "unknown layer 'stage1'"),
-        (["--seeds=-1"], "--seeds must be whole numbers >= 0"),
+        (["--seeds=-1"], "--seeds must be whole numbers in 0..2**32-1"),
         (["--seeds=1,1"], "--seeds must name different seeds"),
         (["--batch_size=0"], "--batch_size must be a whole number in 1..1048576, got 0"),
         (["--accumulate=0"], "--accumulate must be a whole number in 1..1048576, got 0"),
