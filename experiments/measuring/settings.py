@@ -28,7 +28,7 @@ class Measuring:
         "Images of all parts but calibration, which takes the evaluation images.",
         allowed=("train", "evaluation"),
     )
-    measure_batches: int = setting(4, "Number of batches of them, drawn at random.", low=1)
+    measure_batches: int = setting(4, "Number of batches of them, drawn at random.", low=1, high=10**6)
     measure_batch_size: int = setting(256, "Images in each batch.", low=2, high=2**20)
     measure_layers: tuple[str, ...] = setting(
         (), "Layers of activation and geometry; unset: all hidden layers."
@@ -40,8 +40,8 @@ class Measuring:
         low=1,
         high=10**4,
     )
-    probes: int = setting(32, "Random vectors for the trace.", low=2)
-    spectrum_probes: int = setting(4, "Random vectors for the spectral density.", low=2)
+    probes: int = setting(32, "Random vectors for the trace.", low=2, high=10**5)
+    spectrum_probes: int = setting(4, "Random vectors for the spectral density.", low=2, high=10**5)
     sharpness_radius: float = setting(
         0.05,
         "Radius of the worst case, in units of the weights or (normalised) of the filters' norms.",
@@ -53,7 +53,7 @@ class Measuring:
     activation_radius: float = setting(
         0.1, "Radius at activations, relative to mean ||h||.", above=0
     )
-    directions: int = setting(3, "Random lines through the weights.", low=1)
+    directions: int = setting(3, "Random lines through the weights.", low=1, high=10**4)
     resolution: int = setting(
         15, "Points on a side of the plane; a line has twice as many and 1.", low=3, high=1000
     )

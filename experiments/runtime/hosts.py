@@ -58,14 +58,14 @@ class Hosts:
         None, "host:port of process 0, where the environment does not give it."
     )
     num_processes: int | None = setting(
-        None, "Number of processes of the run, one on each host.", low=1
+        None, "Number of processes of the run, one on each host.", low=1, high=10**6
     )
-    process_id: int | None = setting(None, "Index of this process, from 0.", low=0)
+    process_id: int | None = setting(None, "Index of this process, from 0.", low=0, high=10**6)
     initialization_timeout: int = setting(
-        300, "Seconds to wait for the other processes to start.", low=1
+        300, "Seconds to wait for the other processes to start.", low=1, high=10**6
     )
     heartbeat_timeout: int = setting(
-        100, "Seconds of silence after which a process counts as dead.", low=1
+        100, "Seconds of silence after which a process counts as dead.", low=1, high=10**6
     )
 
 

@@ -32,6 +32,7 @@ class Logging:
         "class (norm ratio, cosine, loss change, sign, radius), for figures over epochs.",
         flag="class_geometry_batches",
         low=0,
+        high=10**6,
     )
     tensorboard: str = setting(
         "scalars",

@@ -33,6 +33,7 @@ class Saving:
         "Number of newest checkpoints to keep, in addition to the best one.",
         flag="keep_checkpoints",
         low=1,
+        high=10**6,
     )
     keep_finished: bool = setting(
         False,

@@ -39,7 +39,8 @@ def manifold_mixup(alpha: float = 2.0) -> Perturbation:
 
     References:
       Verma et al., ICML 2019 (arXiv 1806.05236), with alpha = 2 for CIFAR, the default. The
-      published method also draws the layer at random in every step. At the input: Zhang et al.,
+      published method also draws the layer at random in every step, and its code trains with the
+      binary cross entropy of the softmax. At the input: Zhang et al.,
       ICLR 2018 (arXiv 1710.09412), with alpha = 1 for CIFAR and 0.2 in DomainBed.
     """
     checks.number("alpha", alpha)

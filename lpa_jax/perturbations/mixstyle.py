@@ -42,7 +42,8 @@ def mixstyle(alpha: float = 0.1, probability: float = 0.5) -> Perturbation:
       ValueError: mixstyle needs an activation [B, positions..., channels], got shape (32, 64)
 
     References:
-      Zhou et al., ICLR 2021 (arXiv 2104.02008), with pi over all domains.
+      Zhou et al., ICLR 2021 (arXiv 2104.02008), with pi over all domains. Its code divides
+      variances by n - 1, this by n.
     """
     checks.number("alpha", alpha)
     checks.number("probability", probability, 0.0, 1.0)
