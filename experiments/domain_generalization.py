@@ -89,15 +89,15 @@ def plan(settings: DomainSettings, tests: Sequence[str], tuned: tuned_file.Tuned
       ValueError: naming the flag that does not fit.
     """
     checks.integer("--draws", FLAGS.draws, 1, 10**4)
-    for name in ("space", "search_layers", "learning_rate_range"):
-        if FLAGS.draws == 1 and FLAGS[name].value:
-            raise ValueError(f"--{name} needs --draws of at least 2: nothing is drawn")
     if FLAGS.draws > 1 and FLAGS.hparams not in ("auto", "none"):
         raise ValueError(f"--draws={FLAGS.draws} draws hyperparameters: --hparams must be none")
     methods.check_different(FLAGS.methods)
     method_flags.check_reach(FLAGS.methods)
     hidden = method_flags.searched_layers(settings.model)
     ranges = domain_flags.search_ranges()
+    for name in ("space", "search_layers", "learning_rate_range"):
+        if FLAGS.draws == 1 and FLAGS[name].value:
+            raise ValueError(f"--{name} needs --draws of at least 2: nothing is drawn")
 
     def options(method, seed, test, draw):
         found = tuned.options(method, test)
@@ -133,7 +133,6 @@ def _notes(tuned: tuned_file.Tuned, tests: Sequence[str], domains: Sequence[str]
 def compare(interrupts: Interrupts) -> None:
     """Does what the flags say."""
     settings = domain_flags.settings()
-    run_flags.apply_runtime_flags()
     tuned = tuned_hparams(settings)
     source = DomainSource(settings)
     tests = domain_flags.domains_to_test(source.names)

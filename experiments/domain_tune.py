@@ -80,7 +80,6 @@ def outcome(trainings: Trainings, training: Training) -> dict[str, Any] | None:
 def tune(interrupts: Interrupts) -> None:
     """Trains this worker's missing trials; writes the choice if no trial is missing."""
     settings = domain_flags.settings()
-    run_flags.apply_runtime_flags()
     search_loop.check_flags()
     workdir, first = pathlib.Path(FLAGS.workdir), multihost.is_first_host()
     source = DomainSource(settings)

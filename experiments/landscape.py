@@ -160,7 +160,6 @@ def run(interrupts: Interrupts) -> None:
     """Trains or loads the models, measures them and reports."""
     settings = image_flags.settings()
     how = measuring(settings.model)
-    run_flags.apply_runtime_flags()
     options = compare.resolve_options(trained.tuned_hparams(settings))
     image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)

@@ -208,7 +208,6 @@ def _in_order(compared) -> list[str]:
 def sweep(interrupts: Interrupts) -> None:
     """Trains or loads the models, measures them and reports."""
     settings = image_flags.settings()
-    run_flags.apply_runtime_flags()
     layers = layers_to_sweep(settings)
     options = resolve_options(layers, trained.tuned_hparams(settings))
     image_flags.prepare_data()

@@ -157,7 +157,6 @@ def describe(settings: Settings, seeds: list[int], digests: Mapping[str, str]) -
 def tune(interrupts: Interrupts) -> None:
     """Trains this worker's missing trials; writes the choice if no trial is missing."""
     settings = image_flags.settings()
-    run_flags.apply_runtime_flags()
     if settings.evaluate_on != "validation":
         raise ValueError("--evaluate_on must be validation: test images choose nothing")
     search_loop.check_flags()

@@ -156,6 +156,7 @@ def train_all(
     with folder.held(workdir), interrupts, progress:
         for place in (workdir / "trainings", *(runs[number].folder(workdir) for number in missing)):
             folder.check_inside(workdir, place)
+        run_flags.apply_runtime_flags()
         files.write_json(workdir / "flags.json", run_flags.resolved())
         for group in _groups(runs, missing):
             for number in group:

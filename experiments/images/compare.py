@@ -128,6 +128,7 @@ def train_all(
             folder.check_inside(workdir, place)
             folder.finished_result(place, job.configuration())
         folder.check_inside(workdir, workdir / "splits")
+        run_flags.apply_runtime_flags()
         files.write_json(workdir / "flags.json", run_flags.resolved())
         if first:
             _write_splits(planned, settings, source, workdir)
@@ -185,7 +186,6 @@ def main(experiment: str, argv: list[str]) -> None:
 
     def compare(interrupts):
         settings = image_flags.settings()
-        run_flags.apply_runtime_flags()
         hparams = tuned_file.find(FLAGS.hparams, experiment, settings)
         options = resolve_options(hparams.pooled)
         notes = tuned_file.notes(hparams, FLAGS.methods, settings)

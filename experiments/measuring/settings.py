@@ -28,7 +28,9 @@ class Measuring:
         "Images of all parts but calibration, which takes the evaluation images.",
         allowed=("train", "evaluation"),
     )
-    measure_batches: int = setting(4, "Number of batches of them, drawn at random.", low=1, high=10**6)
+    measure_batches: int = setting(
+        4, "Number of batches of them, drawn at random.", low=1, high=10**6
+    )
     measure_batch_size: int = setting(256, "Images in each batch.", low=2, high=2**20)
     measure_layers: tuple[str, ...] = setting(
         (), "Layers of activation and geometry; unset: all hidden layers."

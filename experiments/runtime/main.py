@@ -40,9 +40,9 @@ def start(
             return rest
         except flags.UnrecognizedFlagError as error:
             nearest = "" if "Did you mean" in str(error) else fields.meant(error.flagname)
-            sys.exit(f"error: {error}{nearest}{hint}")
+            sys.exit(f"error: {_one_line(error)}{nearest}{hint}")
         except (flags.Error, ValueError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {_one_line(error)}")
 
     console.install()
     # Its notes are about accelerators that this machine has not.
@@ -52,6 +52,12 @@ def start(
         print(help_text(sys.modules[define_flags.__module__].__doc__ or ""))
         sys.exit(0)
     app.run(main, flags_parser=parse)
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error about a flag, which quotes whatever was typed."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def help_text(about: str) -> str:

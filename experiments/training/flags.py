@@ -85,7 +85,7 @@ def warn(batch_size: int, size: int, options: Mapping[str, Mapping[str, Any]]) -
 
 
 def apply_runtime_flags() -> None:
-    """Turns on the compilation cache."""
+    """Turns on the compilation cache; called when nothing is left to refuse."""
     if FLAGS.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(FLAGS.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

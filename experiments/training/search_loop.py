@@ -129,6 +129,7 @@ def run(
     """
     share = workdir / "locks" / f"worker_{FLAGS.worker}"
     with _held(workdir, share), interrupts, progress:
+        run_flags.apply_runtime_flags()
         if setting is not None:
             files.write_json(workdir / SETTING, setting)
         for trial in trials:

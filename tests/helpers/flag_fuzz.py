@@ -77,11 +77,8 @@ def begin(*_, **__):
 
 def cases(experiment):
     """(flag, command line) of every case."""
-    module = importlib.import_module(f"experiments.{experiment}")
-    module.define_flags()
-    names = [flag.name for flag in entry_point.own_flags()]
+    names = _names_of(experiment)
     shared = set(_names_of(SAME_AS[experiment])) if experiment in SAME_AS else set()
-    _forget()
     base = [*BASE.get(SAME_AS.get(experiment, experiment), ())]
     if experiment == "layer_sweep":
         base.remove("--methods=erm,lpa,lpl")
@@ -158,7 +155,8 @@ def main(experiment, folder, first, step):
         place = pathlib.Path(folder, experiment, str(number))
         place.mkdir(parents=True)
         os.chdir(place)
-        print(json.dumps({"case": number, "flag": flag, "arguments": arguments[-1][:80]}))
+        case = {"case": number, "flag": flag, "arguments": arguments[-1][:80]}
+        print(json.dumps(case), flush=True)
         watch = threading.Timer(PATIENCE, os._exit, [HUNG])
         watch.start()
         end, said = end_of(module, arguments)
