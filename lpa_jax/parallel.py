@@ -1,21 +1,24 @@
 """Many devices: the only file that names a mapper or devices.
 
-A step is written for one device's share of the batch and reduces over an `axis_name`. `pmap_step`
-maps it over the devices of all hosts: the batch is split along its first axis, the state and all
-further arguments are replicated, and so are the results. `lpa_jax.multihost` connects the hosts;
-the mapped step is the same on one host and on many.
+`pmap_step` maps a step that reduces over an `axis_name` over the devices of all hosts: the batch is
+split along its first axis, the state and all further arguments are replicated, and so are the
+results. `mesh_step` compiles a step for a `jax.sharding.Mesh` instead: the step sees the whole
+batch, the compiler adds the communication, and the state may be spread over the devices (FSDP).
+`lpa_jax.multihost` connects the hosts; the mapped step is the same on one host and on many.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lpa_jax.checks import check_labels, choice
 from lpa_jax.injection import check_examples, names_of
-from lpa_jax.pgd import check_labels
 
 AXIS_NAME = "batch"
 
@@ -38,15 +41,16 @@ class PlacedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class MappedStep:
-    """A step compiled for devices, made by `pmap_step` or `map_step`.
+    """A step compiled for devices, made by `pmap_step`, `mesh_step` or `map_step`.
 
-    Called as (state, batch, *replicated) -> results: the batch is split over the devices, the state
-    and all further arguments are the same on each.
+    Called as (state, batch, *replicated) -> results: the batch is split over the devices, all
+    further arguments are the same on each, and so is the state, unless `mesh_step` spreads it.
 
     Attributes:
       mapped: The compiled (state, arrays of the batch, tuple of replicated arguments) -> results.
       put_batch: Sends the arrays of a host batch to the devices.
       to_devices: Sends a pytree to every device, except the leaves that are there already.
+      put_state: Sends a state to the devices, except the leaves that are there already.
       num_classes: C, against which labels are checked; None reads it from the state.
       bound: Replicated arguments that come before those of a call; see `bind`.
     """
@@ -54,6 +58,7 @@ class MappedStep:
     mapped: Callable[[Any, Mapping[str, Any], tuple[Any, ...]], Any]
     put_batch: Callable[[Mapping[str, Any]], Mapping[str, jax.Array]]
     to_devices: Callable[[Any], Any]
+    put_state: Callable[[Any], Any]
     num_classes: int | None
     bound: tuple[Any, ...] = ()
 
@@ -90,7 +95,7 @@ class MappedStep:
             labels = names_of(getattr(state, "network", None)).labels
             batch = self.place(batch, getattr(state, "num_classes", None), labels)
         replicated = (*self.bound, *self.to_devices(replicated))
-        return self.mapped(self.to_devices(state), batch.arrays, replicated)
+        return self.mapped(self.put_state(state), batch.arrays, replicated)
 
 
 def pmap_step(
@@ -133,24 +138,160 @@ def pmap_step(
     mapped = pmapped(step, devices, axis_name=axis_name, donate_state=donate_state)
     # All arguments and results of a mapped step are on this host's devices, with many hosts, too.
     mesh = jax.sharding.Mesh(np.asarray(local), (axis_name,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis_name))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec(axis_name))
 
     def put_batch(batch):
         return jax.device_put(shard_batch(batch, len(local)), split)
 
     def to_devices(tree):
         # Where the steps leave their results: for a state on one device XLA would compile again.
+        return _put(tree, replicated_shardings(tree, mesh))
+
+    return MappedStep(mapped, put_batch, to_devices, to_devices, num_classes)
+
+
+def mesh_step(
+    step: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    *,
+    axis_names: Sequence[str] | None = None,
+    shardings: Callable[[Any, jax.sharding.Mesh], Any] | None = None,
+    donate_state: bool = False,
+    num_classes: int | None = None,
+) -> MappedStep:
+    """Compiles a step for a mesh with `jax.jit`: takes this host's part of the batch.
+
+    The step is the one for a single device, with `axis_name=None`, and sees the global batch. All
+    axes of the mesh are `AxisType.Auto` inside it, whatever they are outside.
+
+    Args:
+      step: (state, batch, *replicated, axis_name=...) -> results, as for `pmap_step`. A model with
+        synchronised batch normalisation needs no `axis_name`.
+      mesh: The mesh, such as `jax.make_mesh((8,), ("data",))`.
+      axis_names: Axes of the mesh over which the batch is split; all if None.
+      shardings: (tree, mesh) -> tree of `NamedSharding`: where the arrays of the state and of the
+        results are. `replicated_shardings` if None; `fsdp_shardings` for FSDP.
+      donate_state: As for `pmap_step`.
+      num_classes: As for `pmap_step`.
+
+    Returns:
+      (state, batch, *replicated) -> results, as from `pmap_step`; the arrays of the batch are
+      [B, ...] over this host's devices.
+
+    Raises:
+      ValueError: An axis that the mesh does not have; (when called) the batch does not split
+        evenly, or labels are outside 0..C-1.
+
+    Example:
+      >>> def count(state, batch, axis_name):
+      ...     return state + jnp.sum(batch["image"])
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> batch = {"image": np.ones(8 * jax.device_count(), np.float32)}
+      >>> float(mesh_step(count, mesh)(1.0, batch) - 1) / jax.device_count()
+      8.0
+    """
+    mesh = _in_auto_axes(mesh)
+    axes = mesh.axis_names if axis_names is None else tuple(axis_names)
+    for name in axes:
+        choice("axis_names", name, mesh.axis_names)
+    shardings = replicated_shardings if shardings is None else shardings
+    split = NamedSharding(mesh, PartitionSpec(axes))
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    shards = math.prod(mesh.shape[name] for name in axes) // hosts
+
+    def placed(state, batch, replicated):
+        results = step(state, batch, *replicated, axis_name=None)
+        return jax.lax.with_sharding_constraint(results, shardings(results, mesh))
+
+    def put_batch(batch):
+        check_split(batch, shards)
         return jax.tree.map(
-            lambda leaf: (
-                leaf
-                if getattr(leaf, "sharding", None) == everywhere
-                else jax.device_put(leaf, everywhere)
-            ),
-            tree,
+            lambda values: jax.make_array_from_process_local_data(split, np.asarray(values)),
+            dict(batch),
         )
 
-    return MappedStep(mapped, put_batch, to_devices, num_classes)
+    return MappedStep(
+        jax.jit(placed, donate_argnums=(0,) if donate_state else ()),
+        put_batch,
+        lambda tree: _put(tree, replicated_shardings(tree, mesh)),
+        lambda state: _put(state, shardings(state, mesh)),
+        num_classes,
+    )
+
+
+def replicated_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A sharding for every array of a tree: whole on every device of the mesh."""
+    everywhere = NamedSharding(_in_auto_axes(mesh), PartitionSpec())
+    return jax.tree.map(lambda leaf: everywhere, tree)
+
+
+def fsdp_shardings(
+    tree: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    axis_name: str | None = None,
+    min_size: int = 2**14,
+) -> Any:
+    """A sharding for every array of a tree: large ones are spread over the devices (FSDP).
+
+    An array is split along its largest axis whose length is a multiple of the number of devices; of
+    equal ones, the first. Arrays with fewer than `min_size` entries, or without such an axis, are
+    whole on every device. So every device keeps its part of the parameters, of the optimizer's
+    state and of carried class tables; the compiler gathers parameters where they are used.
+
+    Args:
+      tree: Arrays or their shapes, such as a `TrainState`.
+      mesh: The mesh.
+      axis_name: Axis of the mesh over which arrays are split; all axes together if None.
+      min_size: Smallest number of entries of an array that is split.
+
+    Returns:
+      A tree of `NamedSharding`, whose axes are `AxisType.Auto`.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((4,), ("data",))
+      >>> tree = {"kernel": jnp.zeros((8142, 64)), "bias": jnp.zeros(64)}
+      >>> {name: s.spec for name, s in fsdp_shardings(tree, mesh).items()}
+      {'bias': P(), 'kernel': P(None, 'data')}
+
+    References:
+      Zhao et al. 2023, PyTorch FSDP, arXiv 2304.11277; Rajbhandari et al. 2020, ZeRO, arXiv
+      1910.02054, stage 3.
+    """
+    mesh = _in_auto_axes(mesh)
+    if axis_name is not None:
+        choice("axis_name", axis_name, mesh.axis_names)
+    axes = mesh.axis_names if axis_name is None else axis_name
+    devices = mesh.size if axis_name is None else mesh.shape[axis_name]
+
+    def sharding(leaf):
+        shape = np.shape(leaf)
+        even = [axis for axis, length in enumerate(shape) if length % devices == 0]
+        if math.prod(shape) < min_size or not even:
+            return NamedSharding(mesh, PartitionSpec())
+        largest = max(even, key=lambda axis: shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * largest, axes))
+
+    return jax.tree.map(sharding, tree)
+
+
+def _in_auto_axes(mesh: Any) -> Any:
+    """The mesh with all axes `AxisType.Auto`."""
+    types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, types)
+    return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+    """Sends arrays to where they are to be, except those that are there already."""
+    return jax.tree.map(
+        lambda leaf, sharding: (
+            leaf if getattr(leaf, "sharding", None) == sharding else jax.device_put(leaf, sharding)
+        ),
+        tree,
+        shardings,
+    )
 
 
 def pmapped(
@@ -199,7 +340,11 @@ def map_step(
         donate_argnums=(0,) if donate_state else (),
     )
     return MappedStep(
-        compiled, lambda batch: jax.device_put(dict(batch)), lambda tree: tree, num_classes
+        compiled,
+        lambda batch: jax.device_put(dict(batch)),
+        lambda tree: tree,
+        lambda tree: tree,
+        num_classes,
     )
 
 
@@ -242,17 +387,24 @@ def shard_batch(batch: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
       >>> shard_batch({"label": np.arange(4)}, 2)["label"].tolist()
       [[0, 1], [2, 3]]
     """
-    check_examples(batch)
+    check_split(batch, num_shards)
+    return jax.tree.map(
+        lambda values: values.reshape(
+            (num_shards, values.shape[0] // num_shards, *values.shape[1:])
+        ),
+        dict(batch),
+    )
 
-    def shard(path, values):
+
+def check_split(batch: Mapping[str, Any], num_shards: int) -> None:
+    """Raises ValueError unless the arrays [B, ...] of a batch agree and split into equal parts."""
+    check_examples(batch)
+    for path, values in jax.tree_util.tree_leaves_with_path(dict(batch)):
         if values.shape[0] % num_shards:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has {values.shape[0]} examples, which do not "
                 f"split evenly over {num_shards} devices"
             )
-        return values.reshape((num_shards, values.shape[0] // num_shards, *values.shape[1:]))
-
-    return jax.tree_util.tree_map_with_path(shard, dict(batch))
 
 
 def check_batch(batch: Mapping[str, Any], num_classes: int | None, labels: str = "label") -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -32,6 +33,12 @@ CHIP_GIB = {
     "TPU v5 lite": 16,
     "TPU v5": 95,
     "TPU v6 lite": 32,
+}
+# Where the arrays of the state are, by placement.
+PLACEMENTS = {
+    "pmap": None,
+    "mesh": parallel.replicated_shardings,
+    "fsdp": parallel.fsdp_shardings,
 }
 # libtpu must neither ask a cloud which machine this is nor reserve devices nor write a log.
 _NO_DEVICE = {
@@ -77,6 +84,8 @@ class Setting:
       model, dtype, num_classes: the network.
       batch_size: examples in a step over all devices.
       image_size, channels: shape of an image, [image_size, image_size, channels].
+      placement: one of `PLACEMENTS`: "pmap", or `parallel.mesh_step` with the state whole on every
+        device ("mesh") or spread over all of them ("fsdp").
     """
 
     topology: str
@@ -86,6 +95,7 @@ class Setting:
     batch_size: int
     image_size: int
     channels: int
+    placement: str = "pmap"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,18 +284,40 @@ def abstract_state(
 
 
 def lower_step(setting: Setting, perturbations: Mapping[str, Perturbation]) -> Lowered:
-    """Lowers the training step, mapped over all devices; it donates its state."""
+    """Lowers the training step, placed over all devices; it donates its state."""
     start = time.perf_counter()
     devices = topology(setting.topology).devices
     state, batch = abstract_state(setting, perturbations)
-    batch = {
-        name: jax.ShapeDtypeStruct((len(devices), *part.shape), part.dtype)
-        for name, part in batch.items()
-    }
     step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations)
-    lowered = parallel.pmapped(step, devices, donate_state=True).lower(state, batch, ())
+    if setting.placement == "pmap":
+        batch = {
+            name: jax.ShapeDtypeStruct((len(devices), *part.shape), part.dtype)
+            for name, part in batch.items()
+        }
+        lowered = parallel.pmapped(step, devices, donate_state=True).lower(state, batch, ())
+    else:
+        lowered = _lower_for_mesh(step, devices, PLACEMENTS[setting.placement], state, batch)
     seconds = time.perf_counter() - start
     return Lowered(lowered, setting.topology, state.network.layers, seconds)
+
+
+def _lower_for_mesh(step, devices, shardings, state, batch):
+    """Lowers `parallel.mesh_step`, with `batch` the shapes of one device's share."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), (parallel.AXIS_NAME,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (len(devices) * part.shape[0], *part.shape[1:]), part.dtype, sharding=split
+        )
+        for name, part in batch.items()
+    }
+    compiled = parallel.mesh_step(step, mesh, shardings=shardings, donate_state=True)
+    return compiled.mapped.lower(placed, batch, ())
 
 
 def lower_gradient_pass(setting: Setting, layer: str) -> Lowered:

@@ -22,7 +22,7 @@ from lpa_jax.models.resnet import (
     ResNet56,
     ResNet110,
 )
-from lpa_jax.models.vit import ViT, ViT_S16, ViT_Ti16
+from lpa_jax.models.vit import ViT, ViT_L16, ViT_S16, ViT_Ti16
 from lpa_jax.models.wide_resnet import WRN_16_8, WRN_28_10, WideResNet
 from lpa_jax.registry import Registry
 
@@ -46,6 +46,7 @@ _REGISTRY: Registry[StagedModel] = Registry(
         "vit": ViT,
         "vit_ti16": ViT_Ti16,
         "vit_s16": ViT_S16,
+        "vit_l16": ViT_L16,
     },
     hidden=("parent", "name"),
 )
@@ -92,6 +93,7 @@ __all__ = [
     "SmallCNN",
     "StagedModel",
     "ViT",
+    "ViT_L16",
     "ViT_S16",
     "ViT_Ti16",
     "WideResNet",

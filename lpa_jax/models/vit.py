@@ -25,7 +25,7 @@ class ViT(base.StagedModel):
     `block<depth>`, `pool`, `logits`.
 
     The image size is that of the images at initialisation. At 224 x 224 and 1000 classes
-    `ViT_Ti16` has 5,717,416 and `ViT_S16` 22,050,664 parameters.
+    `ViT_Ti16` has 5,717,416, `ViT_S16` 22,050,664 and `ViT_L16` 304,326,632 parameters.
 
     Attributes:
       patch: Side of a patch in pixels; must divide the image's height and width.
@@ -165,3 +165,4 @@ class ClassToken(nn.Module):
 
 ViT_Ti16 = functools.partial(ViT, patch=16, width=192, depth=12, heads=3)
 ViT_S16 = functools.partial(ViT, patch=16, width=384, depth=12, heads=6)
+ViT_L16 = functools.partial(ViT, patch=16, width=1024, depth=24, heads=16)

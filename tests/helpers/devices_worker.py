@@ -18,9 +18,10 @@ import optax
 import lpa_jax
 from lpa_jax import parallel
 from lpa_jax.checkpoints.checkpoints import Checkpoints
+from lpa_jax.data.prefetch import Prefetched
 from lpa_jax.models import MLP
 from lpa_jax.perturbations import stateless
-from tests.helpers import toy
+from tests.helpers import mappings, toy
 
 STEPS = 9
 COMPILED = []  # every compilation since it was cleared
@@ -69,6 +70,12 @@ class Setup:
         if count == 0:
             return jax.jit(step)
         return parallel.pmap_step(step, devices=jax.devices()[:count])
+
+    def fsdp_step(self, count):
+        step = functools.partial(
+            lpa_jax.lpa_step, perturbations=self.perturbations, augment=self.augment
+        )
+        return mappings.over_fsdp(step, count)
 
 
 SETUPS = {
@@ -136,18 +143,17 @@ def all_runs():
 
 
 def moved():
-    """A run on 8 devices, saved after its first step, read and gone on with on 2."""
+    """A run that is saved and read twice: after a step on 8 devices, and after one with FSDP."""
     setup = SETUPS["carried and free lpa"]
-    before, after = setup.step(8), setup.step(2)
+    steps = [setup.step(8), setup.fsdp_step(4), setup.step(2)]
 
     def step(state, batch):
-        if state.step == 0:
-            return before(state, batch)
-        if state.step == 1:
+        done = int(state.step)
+        if done in (1, 2):
             with tempfile.TemporaryDirectory() as folder:
-                Checkpoints(folder).save(1, state)
+                Checkpoints(folder).save(done, state)
                 state = Checkpoints(folder).restore(setup.state).state
-        return after(state, batch)
+        return steps[min(done, 2)](state, batch)
 
     return trained(setup, step)
 
@@ -249,39 +255,23 @@ def replicated(count):
     }
 
 
-def over_shard_map(check_vma):
-    """What `trained` gives for a step under `jax.shard_map` on 2 devices."""
+def fully_sharded(count):
+    """What `trained` gives with the state spread over devices, batches placed ahead; and shards."""
     setup = SETUPS["carried and free lpa"]
-    step = functools.partial(
-        lpa_jax.lpa_step,
-        perturbations=setup.perturbations,
-        augment=setup.augment,
-        axis_name=parallel.AXIS_NAME,
-    )
-    devices = jax.sharding.Mesh(jax.devices()[:2], (parallel.AXIS_NAME,))
-    everywhere, split = (jax.sharding.PartitionSpec(*names) for names in ((), devices.axis_names))
-    specs = {"in_specs": (everywhere, split), "out_specs": everywhere, "check_vma": check_vma}
-    return trained(setup, jax.jit(jax.shard_map(step, mesh=devices, **specs)))
-
-
-def over_mesh():
-    """What `trained` gives for a jitted step on arrays over 4 devices of a default mesh."""
-    setup = SETUPS["carried and free lpa"]
-    step = functools.partial(
-        lpa_jax.lpa_step, perturbations=setup.perturbations, augment=setup.augment
-    )
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
-    everywhere, split = (
-        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
-        for names in ((), mesh.axis_names)
-    )
-    compiled = jax.jit(step)
-    return trained(
-        setup,
-        lambda state, batch: compiled(
-            jax.device_put(state, everywhere), jax.device_put(batch, split)
-        ),
-    )
+    step = setup.fsdp_step(count)
+    state, _ = step(setup.state, batch(setup, 0))
+    shards = {
+        name: [leaf.shape, leaf.addressable_shards[0].data.shape]
+        for name, leaf in (
+            ("parameters", state.params["hidden1"]["dense"]["kernel"]),
+            ("momentum", state.opt_state[0].trace["hidden1"]["dense"]["kernel"]),
+            ("class table", state.perturbation_state["hidden2"]["delta"]),
+            ("bias", state.params["hidden1"]["dense"]["bias"]),
+        )
+    }
+    with Prefetched([batch(setup, number) for number in range(STEPS)], step.place) as ahead:
+        run = trained(setup, lambda state, _: step(state, ahead[int(state.step)]))
+    return {"run": run, "shards": shards}
 
 
 def refusals():
@@ -315,8 +305,8 @@ def main():
         "local_statistics": local_statistics(),
         "donation": donation(),
         "replicated": {count: replicated(count) for count in (1, 2)},
-        "shard_map": {str(check): over_shard_map(check) for check in (True, False)},
-        "mesh": over_mesh(),
+        "fsdp": {count: fully_sharded(count) for count in (4, 8)},
+        "mappings": mappings.deviations(mappings.PART),
         "refusals": refusals(),
     }
     json.dump(results, sys.stdout)

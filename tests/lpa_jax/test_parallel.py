@@ -14,7 +14,7 @@ import pytest
 import lpa_jax
 from lpa_jax import parallel
 from lpa_jax.models import MLP
-from tests.helpers import devices_worker, hosts, toy
+from tests.helpers import devices_worker, hosts, mappings, toy
 
 SPREADS = [
     ("erm", "8"),
@@ -30,15 +30,20 @@ SPREADS = [
 
 @pytest.fixture(scope="module")
 def worker():
-    """What `devices_worker.py` prints: every run on 8 CPU devices, in a process of its own."""
-    command = [sys.executable, "-W", "error", "-m", "tests.helpers.devices_worker"]
+    """What `devices_worker.py` prints: every run on 8 CPU devices."""
+    results = printed_by("tests.helpers.devices_worker")
+    assert results["devices"] == 8
+    return results
+
+
+def printed_by(module):
+    """What a module prints on 8 CPU devices, in a process of its own."""
+    command = [sys.executable, "-W", "error", "-m", module]
     done = subprocess.run(
         command, env=hosts.environment(8), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads(done.stdout)
-    assert results["devices"] == 8
-    return results
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(("name", "count"), SPREADS)
@@ -51,14 +56,37 @@ def test_a_run_that_goes_on_with_another_number_of_devices_ends_where_it_would_h
     assert_nearly_the_same(worker["moved"], worker["runs"]["carried and free lpa"]["1"])
 
 
-@pytest.mark.parametrize("check_vma", ["True", "False"])
-def test_a_step_under_shard_map_is_that_of_one_device(worker, check_vma):
+@pytest.mark.parametrize("cell", mappings.PART, ids=lambda cell: " on ".join(map(str, cell)))
+def test_every_mapping_gives_the_result_of_one_device(worker, cell):
+    assert_within_tolerance(worker["mappings"], [cell])
+
+
+@pytest.mark.slow
+def test_every_mapping_of_every_step_on_all_numbers_of_devices_gives_that_of_one_device():
+    assert_within_tolerance(printed_by("tests.helpers.mappings"), mappings.TABLE)
+
+
+def assert_within_tolerance(found, cells):
+    found = {tuple(cell): outcome for cell, outcome in found}
+    # A difference of NaN is no less than 1.
+    assert not {cell: found[cell] for cell in cells if not found[cell][0] <= 1}
+
+
+@pytest.mark.parametrize("count", ["4", "8"])
+def test_a_state_spread_over_devices_learns_what_one_device_does(worker, count):
     expected = worker["runs"]["carried and free lpa"]["1"]
-    assert_nearly_the_same(worker["shard_map"][check_vma], expected)
+    assert_nearly_the_same(worker["fsdp"][count]["run"], expected)
+    assert not any(worker["fsdp"][count]["run"]["compilations"][1:])
 
 
-def test_a_jitted_step_on_the_default_mesh_is_that_of_one_device(worker):
-    assert_nearly_the_same(worker["mesh"], worker["runs"]["carried and free lpa"]["1"])
+@pytest.mark.parametrize("count", ["4", "8"])
+def test_large_arrays_of_a_state_are_spread_and_stay_so_after_a_step(worker, count):
+    shards = worker["fsdp"][count]["shards"]
+    # 4 classes do not split over 8 devices.
+    for name in ("parameters", "momentum", "class table")[: 3 if count == "4" else 2]:
+        whole, part = map(np.prod, shards[name])
+        assert whole == int(count) * part, name
+    assert shards["bias"][0] == shards["bias"][1]
 
 
 def assert_nearly_the_same(found, expected):
@@ -176,7 +204,11 @@ def state():
     )
 
 
-@pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step])
+def on_a_mesh(step, **axis_names):
+    return parallel.mesh_step(step, jax.make_mesh((1,), ("data",)), **axis_names)
+
+
+@pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step, on_a_mesh])
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("bad", [-2, toy.CLASSES])
 def test_contract_10_bad_label_is_refused_before_a_device_is_called(mapped, as_array, bad):
@@ -198,7 +230,7 @@ def test_replicated_arguments_are_the_same_on_all_devices_and_are_not_donated(wo
     assert run["compilations after the first"] == 0
 
 
-@pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step])
+@pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step, on_a_mesh])
 def test_replicated_arguments_come_after_the_batch_in_the_order_of_bind_and_call(mapped):
     def step(state, batch, first, second, axis_name):
         return state.step + jnp.sum(batch["label"]) + first["value"] - second
@@ -222,3 +254,27 @@ def test_one_device_needs_no_mapper():
     assert parallel.map_step(step)(state(), toy.batch()) == 5
     assert parallel.pmap_step(step)(state(), toy.batch()) == 5
     assert axes == [None, parallel.AXIS_NAME]
+
+
+def test_an_array_is_split_along_its_largest_even_axis():
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    shapes = {"table": (8142, 64), "square": (64, 64), "odd": (8142, 3), "small": (8, 8), "one": ()}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    found = parallel.fsdp_shardings(tree, mesh, axis_name="data", min_size=65)
+    assert {name: tuple(sharding.spec) for name, sharding in found.items()} == {
+        "table": (None, "data"),
+        "square": ("data",),
+        "odd": (),
+        "small": (),
+        "one": (),
+    }
+    both = parallel.fsdp_shardings(tree, mesh, min_size=65)
+    assert tuple(both["table"].spec) == (None, ("data", "model"))
+
+
+def test_an_axis_that_the_mesh_does_not_have_is_refused():
+    mesh = jax.make_mesh((1,), ("data",))
+    with pytest.raises(ValueError, match="axis_names must be one of data, got 'model'"):
+        on_a_mesh(lpa_jax.lpa_step, axis_names=["model"])
+    with pytest.raises(ValueError, match="axis_name must be one of data, got 'model'"):
+        parallel.fsdp_shardings({}, mesh, axis_name="model")

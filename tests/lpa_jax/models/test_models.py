@@ -31,6 +31,7 @@ from tests.helpers.tiny_models import RNGS, TINY, abstract_variables, normal, ra
         ("resnet50", 1000, 224, 25_557_032),
         ("vit_ti16", 1000, 224, 5_717_416),
         ("vit_s16", 1000, 224, 22_050_664),
+        ("vit_l16", 1000, 224, 304_326_632),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, num_classes, size, published):
