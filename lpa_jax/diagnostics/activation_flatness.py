@@ -16,6 +16,7 @@ from lpa_jax.diagnostics.curvature import Estimate
 from lpa_jax.diagnostics.objective import (
     Batch,
     Objective,
+    ReadBatches,
     batch_losses,
     first_batch_shapes,
     objective_over,
@@ -89,7 +90,7 @@ def activation_objective(
     return objective_over(
         _ActivationLosses(network, loss, layer, level),
         variables,
-        batches,
+        ReadBatches(network, batches),
         rows=rows,
         dimension=math.prod(activation.shape[1:]),
         dtype=pgd.perturbation_dtype(activation),

@@ -12,6 +12,7 @@ from lpa_jax import metrics, pgd, tables
 from lpa_jax.diagnostics.objective import (
     Batch,
     Objective,
+    ReadBatches,
     batch_losses,
     first_batch_shapes,
     objective_over,
@@ -71,7 +72,7 @@ def weight_objective(
     return objective_over(
         _WeightLosses(network, loss, filter_normalized),
         variables,
-        batches,
+        ReadBatches(network, batches),
         rows=1,
         dimension=flat.shape[0],
         dtype=pgd.perturbation_dtype(flat),

@@ -60,6 +60,7 @@ def observe(
     states: Mapping[str, Any] | None = None,
     loss: Loss = cross_entropy,
     train: bool = False,
+    axis_name: str | None = None,
 ) -> dict[str, Observation]:
     """Runs one perturbed pass and records it at every perturbed layer.
 
@@ -77,9 +78,12 @@ def observe(
         initial state (a carried delta is then zero: use `mode="cold"` to measure LPA without one).
       loss: (logits [B, C], targets [B, C]) -> [B].
       train: Training mode (dropout, batch statistics) instead of evaluation mode.
+      axis_name: Mapped axis of the global batch, as for `lpa_step`, or None. A model with
+        `BatchNorm(axis_name=...)` needs it in training mode, on one device under
+        `jax.vmap(..., axis_name=...)`.
 
     Returns:
-      layer -> observation.
+      layer -> observation, of this device's share of the batch.
 
     Raises:
       ValueError: Unknown layer, or an empty batch.
@@ -94,6 +98,7 @@ def observe(
       >>> seen["hidden"].delta.tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
+    batch = injection.read_batch(network, batch)
     inputs = batch["image"]
     if not batch["label"].shape[0]:
         raise ValueError("batch must hold at least one example, got none")
@@ -107,8 +112,10 @@ def observe(
             layer: initial_state(layer, perturbation, shapes[layer], labels)
             for layer, perturbation in perturbations.items()
         }
+    if axis_name is not None:
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
     dropout_rng, sites_rng = jax.random.split(rng)
-    perturbed = PerturbedPass(labels, states, loss, domain=batch.get("domain"))
+    perturbed = PerturbedPass(labels, states, loss, axis_name, batch.get("domain"))
     seen: dict[str, Observation] = {}
 
     def recording(layer):
@@ -144,6 +151,7 @@ def perturbation_effect(
     perturbations: Mapping[str, Perturbation],
     loss: Loss,
     rng: Array,
+    axis_name: str | None = None,
 ) -> dict[str, metrics.Pair]:
     r"""Loss change and norm ratio that each perturbation causes, by sign of the class.
 
@@ -164,13 +172,24 @@ def perturbation_effect(
       perturbations: Layer -> perturbation, one layer each.
       loss: (logits, targets) -> [B].
       rng: Key for dropout and random perturbations.
+      axis_name: Mapped axis of the global batch, or None.
 
     Returns:
-      (sum, count) pairs named `layer/loss_change/group`, `layer/norm_ratio/group` and, of methods
-      that have one, `layer/radius/group` (in units of the activation).
+      (sum, count) pairs over the global batch, named `layer/loss_change/group`,
+      `layer/norm_ratio/group` and, of methods that have one, `layer/radius/group` (in units of the
+      activation).
     """
+    batch = injection.read_batch(network, batch)
     seen = observe(
-        network, variables, batch, perturbations, rng=rng, states=states, loss=loss, train=True
+        network,
+        variables,
+        batch,
+        perturbations,
+        rng=rng,
+        states=states,
+        loss=loss,
+        train=True,
+        axis_name=axis_name,
     )
     labels = jnp.reshape(counted_labels(batch), -1)
     pairs: dict[str, metrics.Pair] = {}
@@ -196,7 +215,7 @@ def perturbation_effect(
                 pairs[f"{layer}/{name}/{group}"] = metrics.mean(
                     value, known & everywhere & (sign == wanted)
                 )
-    return pairs
+    return metrics.reduce_over(pairs, axis_name)
 
 
 @in_auto_axes()

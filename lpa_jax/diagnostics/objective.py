@@ -14,6 +14,7 @@ The host loops over the batches, with one compiled call for each; they are never
 which excludes a host loop and makes convolutions on CPU an order of magnitude slower.)
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax import metrics, pgd
-from lpa_jax.injection import LOGITS, Network, Pass, Variables, activation_shapes
+from lpa_jax.injection import (
+    LOGITS,
+    Network,
+    Pass,
+    Variables,
+    activation_shapes,
+    read_batch,
+)
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -139,6 +147,17 @@ def objective_over(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadBatches:
+    """Batches with the entries that a network reads, as `image` and `label`."""
+
+    network: Network
+    batches: Iterable[Batch]
+
+    def __iter__(self):
+        return (read_batch(self.network, batch) for batch in self.batches)
+
+
 def batch_losses(
     network: Network,
     loss: Callable[[Array, Array], Array],
@@ -163,6 +182,7 @@ def first_batch_shapes(
     """
     _check_collection(batches)
     batch = next(iter(batches), None)
+    batch = None if batch is None else read_batch(network, batch)
     if batch is None or not len(batch["label"]):
         raise ValueError("batches must hold at least one example, got none")
     shapes = activation_shapes(network, variables, batch["image"], layers)

@@ -37,6 +37,7 @@ def suggest_radius(
     low: float = 1e-4,
     high: float = 1e3,
     tolerance: float = 0.05,
+    axis_name: str | None = None,
     **options: Any,
 ) -> float:
     r"""The radius at which the class-level loss change of a sign group has a chosen size.
@@ -71,6 +72,8 @@ def suggest_radius(
       low: Smallest radius tried.
       high: Largest radius tried.
       tolerance: Largest relative difference between the change and the target.
+      axis_name: Mapped axis that the model reduces over, as in `BatchNorm(axis_name=...)`: here the
+        batch is all of it. None for other models.
       **options: Options of `method`, for example `assignment=lpa_jax.by_frequency(counts)`,
         `steps`, `geometry`. `mode` must be `"cold"`, the default: the others start from a carried
         delta.
@@ -100,13 +103,13 @@ def suggest_radius(
     """
     network = injection.as_network(model)
     _check_arguments(target, group, low, high, tolerance, options)
+    batch = injection.read_batch(network, batch)
     batch = {"image": jax.tree.map(jnp.asarray, batch["image"]), "label": counted_labels(batch)}
     labels = _checked_labels(network, variables, batch, layer)
     index = GROUPS.index(group)
     rng = jax.random.key(0) if rng is None else rng
 
-    @jax.jit
-    def measure(variables, batch, radius):
+    def measured(variables, batch, radius):
         perturbations = {layer: method(radius, **options)}
         seen = observe(network, variables, batch, perturbations, rng=rng, loss=loss, train=True)
         before, after, sign = seen[layer].loss_before, seen[layer].loss_after, seen[layer].sign
@@ -119,6 +122,8 @@ def suggest_radius(
         change, exists = measured_change(before, after, classes, sign)
         base, _ = sign_group_means(before, classes, sign)
         return change[index], base[index], exists[index]
+
+    measure = jax.jit(_on_one_device(measured, axis_name))
 
     def change_at(radius):
         change = float(measure(variables, batch, np.float32(radius))[0])
@@ -135,6 +140,19 @@ def suggest_radius(
         raise ValueError(f"the loss must be finite, but is {float(base)} without perturbation")
     lower, upper = _bracket(change_at, target, low, high, tolerance, float(base))
     return _bisect(change_at, target, lower, upper, tolerance)
+
+
+def _on_one_device(measured, axis_name):
+    """The function with a mapped axis of size 1."""
+    if axis_name is None:
+        return measured
+    mapped = jax.vmap(measured, (None, 0, None), axis_name=axis_name)
+
+    def call(variables, batch, radius):
+        found = mapped(variables, jax.tree.map(lambda values: values[None], batch), radius)
+        return jax.tree.map(lambda values: values[0], found)
+
+    return call
 
 
 def _bracket(change_at, target, low, high, tolerance, base) -> tuple[float, float]:

@@ -111,10 +111,11 @@ def read_batch(network: Network, batch: Mapping[str, Any], labels: bool = True) 
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch must be a dictionary of arrays, got {type(batch).__name__}")
     wanted = names.inputs if isinstance(names.inputs, tuple) else (names.inputs,)
-    needed = (*wanted, names.labels) if labels and "label" in batch else wanted
-    if "image" in batch and not all(name in batch for name in needed):
-        names, wanted = BatchNames(), ("image",)  # read already
-    for name in (*wanted, names.labels) if labels else wanted:
+    needed = (*wanted, names.labels) if labels else wanted
+    usual = ("image", "label") if labels else ("image",)
+    if not all(name in batch for name in needed) and all(name in batch for name in usual):
+        names, wanted, needed = BatchNames(), ("image",), usual  # read already
+    for name in needed:
         if name not in batch:
             raise ValueError(
                 f"batch must have an entry {name!r}, got {', '.join(map(str, batch)) or 'none'}; "

@@ -84,7 +84,7 @@ class TrainState(flax.struct.PyTreeNode):
           >>> TrainState.create(MLP(num_classes=3), optax.sgd(0.1), jax.random.key(0), batch).step
           Array(0, dtype=int32)
         """
-        network = injection.as_network(model)
+        network, optimizer = injection.as_network(model), _transformation(optimizer)
         plan, penalties = plan_sites(perturbations or {}, network.layers), penalties or {}
         check_penalties(penalties, network.layers)
         params_rng, run_rng = jax.random.split(rng)
@@ -135,6 +135,16 @@ def named(network: Network) -> str:
     """The network by the class of its model and its layers."""
     model = getattr(network, "model", getattr(network, "module", network))
     return f"{type(model).__name__} cut at {', '.join(network.layers)}"
+
+
+def _transformation(optimizer: Any) -> optax.GradientTransformation:
+    """The optimizer as a transformation that gets the extra arguments of `lpa_step`."""
+    if isinstance(optimizer, optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        got = type(optimizer).__name__
+        raise ValueError(f"optimizer must be an optax transformation, got {got}")
+    return optimizer
 
 
 def replaced(variables: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

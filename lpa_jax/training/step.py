@@ -28,6 +28,7 @@ from lpa_jax.training.forward import (
     step_keys,
     zero_probes,
 )
+from lpa_jax.training.optimizer_update import optimizer_update
 from lpa_jax.training.state import (
     Batch,
     Penalties,
@@ -60,8 +61,9 @@ def lpa_step(
     layer; the training pass continues from the perturbed activation. Several layers, from `input`
     to `logits`, may be perturbed in one pass: a perturbation sees those below it applied and those
     above it not. No gradient flows through a learned perturbation. Running statistics are updated
-    once, by the training pass. An optimizer that needs gradients at other parameters (`grad_fn`,
-    as `optax.contrib.sam` does) gets them for the same batch, keys and perturbation rules.
+    once, by the training pass. The optimizer gets what it may need besides the gradient, for the
+    same batch, keys and perturbation rules: `value` (`optax.contrib.reduce_on_plateau`), `grad` and
+    `value_fn` (`optax.lbfgs`), `obj_fn` and `grad_fn` (`optax.contrib.sam`).
 
     Args:
       state: From `TrainState.create` with the same perturbations.
@@ -120,11 +122,17 @@ def lpa_step(
     perturbation_state = learned_states(
         perturbations, forward, probe_gradients, loss=loss, axis_name=axis_name
     )
-    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
-        gradient, state.opt_state, state.params, grad_fn=lambda *at: gradient_at(*at)[0]
-    )
     pairs = _measured(record.losses, forward.logits, forward.labels)
     pairs = metrics.reduce_over(pairs, axis_name)
+    loss_sum, count = pairs["loss"]
+    updates, opt_state = optimizer_update(
+        state,
+        gradient,
+        value=loss_sum / jnp.maximum(count, 1) + sum(record.penalties.values()),
+        value_at=lambda params: objective(*_on_this_device((params, probes), axis_name))[0],
+        gradient_at=lambda *at: gradient_at(*at)[0],
+        axis_name=axis_name,
+    )
     pairs["gradient_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
     for name, value in record.penalties.items():
         pairs[f"penalty/{name}"] = (value, jnp.ones(()))
