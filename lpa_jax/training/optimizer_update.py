@@ -51,22 +51,25 @@ def optimizer_update(
         del grad_fn, obj_fn  # optax's line searches refuse arguments that this does not take
         return objective(params) if axis_name is None else across_devices(params)
 
-    try:
-        return optax.with_extra_args_support(state.optimizer).update(
-            gradient,
-            state.opt_state,
-            state.params,
-            value=jnp.asarray(value),
-            grad=gradient,
-            value_fn=objective_fn,
-            obj_fn=objective_fn,
-            grad_fn=gradient_at,
-        )
-    except TypeError as error:
-        missing = re.search(r"missing .* required .*: (.*)", str(error))
-        if missing is None:
-            raise
-        raise ValueError(
-            "optimizer must need no arguments but value, grad, value_fn, obj_fn and grad_fn, got "
-            f"one that also needs {missing[1]}"
-        ) from None
+    given = {
+        "value": jnp.asarray(value),
+        "grad": gradient,
+        "value_fn": objective_fn,
+        "obj_fn": objective_fn,
+        "grad_fn": gradient_at,
+    }
+    update = optax.with_extra_args_support(state.optimizer).update
+    while True:
+        try:
+            return update(gradient, state.opt_state, state.params, **given)
+        except TypeError as error:
+            # Some transformations refuse what they do not need, such as optax.contrib.sam.
+            refused = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+            missing = re.search(r"missing .* required .*: (.*)", str(error))
+            if missing is not None:
+                raise ValueError(
+                    "optimizer must need no arguments but value, grad, value_fn, obj_fn and "
+                    f"grad_fn, got one that also needs {missing[1]}"
+                ) from None
+            if refused is None or given.pop(refused[1], None) is None:
+                raise
