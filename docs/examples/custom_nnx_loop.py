@@ -1,10 +1,11 @@
-"""The same with an NNX module, and the perturbations carried from step to step.
+"""LPA in a loop with `nnx.Optimizer`: the perturbations of the library, a step of one's own.
 
     python docs/examples/custom_nnx_loop.py
 
-A perturbation belongs to a class, not to an example, so the next batch can start from the last
-perturbation (`initial=`), and one ascent step is enough. `class_perturbation` returns zero for a
-class that is absent from a batch, so the loop keeps its old perturbation.
+`perturbed_forward` runs the network under perturbations and returns logits and targets. Which loss,
+which optimiser and what else happens in a step is up to the loop. The states of the perturbations
+go through it, as those of an optimiser do: here each class's perturbation is carried from step to
+step, so that one ascent step is enough.
 """
 
 import digits_lt
@@ -16,10 +17,6 @@ from flax import nnx
 import lpa_jax
 from lpa_jax import data
 
-SIGN = jnp.where(jnp.arange(10) < 4, -1.0, 1.0)  # contract frequent digits, expand rare ones
-REACH = jnp.where(SIGN < 0, 0.3, 1.0)  # contract less than expand
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
 
 class Net(nnx.Module):
     """Two hidden layers; the first is perturbed."""
@@ -29,52 +26,49 @@ class Net(nnx.Module):
         self.second = nnx.Linear(64, 64, rngs=rngs)
         self.head = nnx.Linear(64, 10, rngs=rngs)
 
-    def encode(self, images):
-        """Map images to the activation that is perturbed."""
-        return nnx.relu(self.first(images.reshape(images.shape[0], -1)))
-
-    def decode(self, hidden):
-        """Map that activation to the logits."""
+    def __call__(self, images):
+        """Map images to logits."""
+        hidden = nnx.relu(self.first(images.reshape(images.shape[0], -1)))
         return self.head(nnx.relu(self.second(hidden)))
 
 
-@nnx.jit
-def train_step(model, optimizer, carried, batch, radius):
-    """Update model and optimiser in place; return the perturbations for the next step."""
-    images, labels = batch["image"], batch["label"]
+def make_step(network, perturbations):
+    """Make the compiled step."""
 
-    def objective(model):
-        hidden = model.encode(images)
-        graph, variables = nnx.split(model)
-        frozen = nnx.merge(graph, jax.lax.stop_gradient(variables))
-        size = radius * jnp.mean(jnp.linalg.norm(hidden, axis=-1))
-        delta = lpa_jax.class_perturbation(
-            lambda perturbed: cross_entropy(frozen.decode(perturbed), labels),
-            hidden,
-            labels,
-            sign=SIGN,
-            radius=size * REACH,
-            steps=1,
-            initial=carried,
-        )
-        logits = model.decode(hidden + delta[labels])
-        return jnp.mean(cross_entropy(logits, labels)), delta
+    @nnx.jit
+    def train_step(model, optimizer, states, batch, rng):
+        """Update model and optimiser in place; return the states of the perturbations."""
+        _, params, rest = nnx.split(model, nnx.Param, ...)
 
-    gradient, delta = nnx.grad(objective, has_aux=True)(model)
-    optimizer.update(model, gradient)
-    present = jnp.bincount(labels, length=10) > 0
-    return jnp.where(present[:, None], delta, carried)
+        def objective(params):
+            variables = {"params": params, "nnx": rest}
+            out = lpa_jax.perturbed_forward(
+                perturbations, states, network, variables, batch, rng=rng
+            )
+            return out.mean(lpa_jax.cross_entropy(out.logits, out.targets)), out.states
+
+        gradient, states = jax.grad(objective, has_aux=True)(params)
+        optimizer.update(model, gradient)
+        return states
+
+    return train_step
 
 
 if __name__ == "__main__":
     train, test = digits_lt.load()
     batches = data.batches(train, seed=0, batch_size=64)
-    for name, radius in (("ERM", 0.0), ("LPA", 0.1)):
+    rule = lpa_jax.by_frequency(train.counts)
+    lpa = lpa_jax.lpa(0.1, mode="carry", assignment=rule, negative_scale=0.3)
+    for name, perturbations in (("ERM", {}), ("LPA", {"first": lpa})):
         model = Net(nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-        carried = jnp.zeros((10, 64))
+        network = lpa_jax.inject(model, "first")
+        variables = network.init(jax.random.key(0), batches[0]["image"])
+        states = lpa_jax.initial_states(perturbations, network, variables, batches[0])
+        train_step = make_step(network, perturbations)
         for step in range(150):
-            carried = train_step(model, optimizer, carried, batches[step], radius)
-        digits_lt.report(name, model.decode(model.encode(test.images)), test.labels)
-    norms = jnp.linalg.norm(carried, axis=-1)
+            rng = jax.random.fold_in(jax.random.key(1), step)
+            states = train_step(model, optimizer, states, batches[step], rng)
+        digits_lt.report(name, model(test.images), test.labels)
+    norms = jnp.linalg.norm(states["first"]["delta"], axis=-1)
     print("length of each digit's perturbation:", " ".join(f"{norm:.2f}" for norm in norms))

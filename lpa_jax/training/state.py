@@ -133,7 +133,10 @@ class TrainState(flax.struct.PyTreeNode):
 
 def named(network: Network) -> str:
     """The network by the class of its model and its layers."""
-    model = getattr(network, "model", getattr(network, "module", network))
+    model = network
+    while inner := getattr(model, "network", None):  # accumulation, names of batches
+        model = inner
+    model = getattr(model, "model", getattr(model, "module", model))
     return f"{type(model).__name__} cut at {', '.join(network.layers)}"
 
 
