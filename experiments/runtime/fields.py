@@ -27,7 +27,7 @@ _SAME = object()
 _KEY = "setting"
 # Groups of flags in the order of --help, and the group of each flag that is not in the first.
 GROUPS = (
-    "compare",
+    "what to compare",
     "data",
     "model",
     "training",

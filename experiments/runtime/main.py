@@ -39,8 +39,10 @@ def start(
             files.check_folders()
             return rest
         except flags.UnrecognizedFlagError as error:
-            nearest = "" if "Did you mean" in str(error) else fields.meant(error.flagname)
-            sys.exit(f"error: {_one_line(error)}{nearest}{hint}")
+            text, meant = _one_line(error), fields.meant(error.flagname)
+            # Before the nearest spelling, which is another flag's.
+            text = text.partition(". Did you mean")[0] + meant if meant else text
+            sys.exit(f"error: {text}{hint}")
         except (flags.Error, ValueError) as error:
             sys.exit(f"error: {_one_line(error)}")
 

@@ -77,19 +77,23 @@ def test_every_form_of_the_report_has_the_contrasts(made):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("argument", "expected"),
     [
-        ("lpa", "--compare must name pairs METHOD:METHOD, got 'lpa'"),
-        ("lpa:", "got 'lpa:'"),
-        ("lpa:lpa", "got 'lpa:lpa'"),
-        ("lpa:lpl:erm", "got 'lpa:lpl:erm'"),
-        ("lpa:lpl,lpl:lpa", "--compare must name each pair once, got 'lpa:lpl' twice"),
-        ("lpa:lpk", "--compare must name methods with runs (erm, lpa, lpa+lpl, lpl), got 'lpk'"),
+        ("--compare=lpa", "--compare must name pairs METHOD:METHOD, got 'lpa'"),
+        ("--compare=lpa:", "got 'lpa:'"),
+        ("--compare=lpa:lpa", "got 'lpa:lpa'"),
+        ("--compare=lpa:lpl:erm", "got 'lpa:lpl:erm'"),
+        ("--compare=lpa:lpl,lpl:lpa", "--compare must name each pair once, got 'lpa:lpl' twice"),
+        ("--baseline=lpk", "--baseline must name methods with runs (erm, lpa, lpa+lpl, lpl), got"),
+        (
+            "--compare=lpa:lpk",
+            "--compare must name methods with runs (erm, lpa, lpa+lpl, lpl), got 'lpk'",
+        ),
     ],
 )
-def test_a_wrong_contrast_is_one_line_and_nothing_is_written(runs, tmp_path, text, expected):
+def test_a_wrong_contrast_is_one_line_and_nothing_is_written(runs, tmp_path, argument, expected):
     out = tmp_path / "out"
-    message, _ = module_call.call(report, f"--compare={text}", f"--output={out}", str(runs))
+    message, _ = module_call.call(report, argument, f"--output={out}", str(runs))
     assert expected in message and "\n" not in message
     assert not out.exists()
 

@@ -1,15 +1,21 @@
 """How experiments end: one line and the exit status that docs/reliability.md promises."""
 
+import re
 import signal
+import sys
 
 import pytest
+from absl import flags
 
-from experiments.runtime import hosts
+from experiments import domain_generalization, long_tail
+from experiments.runtime import console, hosts
 from experiments.runtime import main as entry_point
 from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.files import LockedError
 from lpa_jax.interrupts import SIGNALS, InterruptedRunError, Interrupts
 from lpa_jax.training import loop as trainer
+
+FLAGS = flags.FLAGS
 
 
 def end_of(work):
@@ -98,3 +104,51 @@ def test_an_argument_that_is_no_flag_is_named_in_one_line():
         "error: unexpected argument 'more'; write flags as --name=value, lists with commas: "
         "--methods=erm,lpa"
     )
+
+
+def started(monkeypatch, module, *arguments):
+    """(exit status or message, standard output is captured) of a command line."""
+    monkeypatch.setattr(console, "install", lambda: None)
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    before = set(FLAGS)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            entry_point.start(module.define_flags, module.main)
+    finally:
+        for name in set(FLAGS) - before:
+            delattr(FLAGS, name)
+        FLAGS.unparse_flags()
+    return stop.value.code
+
+
+@pytest.mark.parametrize("word", ["--help", "--helpshort", "-h"])
+def test_help_shows_the_flags_in_groups_and_exits_with_0(monkeypatch, capsys, word):
+    assert started(monkeypatch, long_tail, "--epochs=3", word) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Long-tailed classification")
+    titles = re.findall(r"^([A-Z][A-Za-z ]+):$", out, re.M)
+    assert titles == ["What to compare", "Data", "Model", "Training", "LPA", "Saving", "Machines"]
+    groups = dict(zip(titles, re.split(r"^[A-Z][A-Za-z ]+:$", out, flags=re.M)[1:], strict=True))
+    for group, flag in {
+        "What to compare": "--num_seeds=3", "Data": "--imbalance=100.0", "Model": "--model=mlp",
+        "Training": "--epochs=60", "LPA": "--radius=", "Saving": "--checkpoint_every=5minutes",
+        "Machines": "--multihost=false",
+    }.items():  # fmt: skip
+        assert f"\n  {flag}\n" in groups[group]
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "expected"),
+    [
+        (domain_generalization, "--epochs=3", "'epochs'. Did you mean: train_steps ?"),
+        (long_tail, "--train_steps=3", "'train_steps'. Did you mean: epochs ?"),
+        (long_tail, "--lr=3", "'lr'. Did you mean: learning_rate ?"),
+        (long_tail, "--epoch=3", "'epoch'. Did you mean: epochs ?"),
+        (long_tail, "--epochs=a\nb", "error: flag --epochs=a b: invalid literal"),
+    ],
+)
+def test_a_flag_of_another_name_is_one_line_with_the_one_that_is_meant(
+    monkeypatch, module, argument, expected
+):
+    message = started(monkeypatch, module, argument)
+    assert message.startswith("error: ") and expected in message and "\n" not in message

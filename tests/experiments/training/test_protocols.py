@@ -31,6 +31,7 @@ from experiments.training.task import digests
 from lpa_jax import data, parallel
 from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.training import loop
+from tests.helpers.commands import parsed
 from tests.helpers.module_call import call_by_name, forget_flags, own_flags
 from tests.helpers.protocols import PROTOCOLS, DomainRuns, ImageRuns
 from tests.helpers.toy import assert_trees_equal
@@ -144,6 +145,16 @@ def test_a_digest_notices_labels_contents_in_memory_and_sizes_of_files(tmp_path)
     assert differing(before, of_files(["b.png", "a.png"], labels)) == {"train images"}
     (tmp_path / "b.png").write_bytes(b"1234")
     assert differing(before, of_files(["a.png", "b.png"], labels)) == {"train images"}
+
+
+def test_what_is_allowed_and_hardly_meant_is_said(capsys):
+    with parsed(long_tail, []):
+        run_flags.warn(64, 63, {"lpa": {"lpa.radius": 1e6}, "lpl": {"lpl.radius": 30.0}})
+        run_flags.warn(64, 64, {"lpa": {"lpa.radius": 1.0}})
+    assert capsys.readouterr().err.splitlines() == [
+        "--batch_size=64 is above the 63 training images: steps repeat images",
+        "lpa: lpa.radius=1e+06 is relative: 1e+06 times mean ||h||",
+    ]
 
 
 @pytest.mark.parametrize("settings", [Settings, DomainSettings])
