@@ -90,6 +90,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("channels", 3, "Channels of the images.", lower_bound=1, upper_bound=2**10)
     flags.DEFINE_enum(
+        "placement", "pmap", list(tpu.PLACEMENTS),
+        "How the step is spread: pmap, or mesh_step with the state whole on every device (mesh) or "
+        "spread (fsdp). Of the last two, only the memory is checked.",
+    )  # fmt: skip
+    flags.DEFINE_enum(
         "grid", None, ["full", "star"], "Fills the list flags that are not given with a grid."
     )
     files.define_path("output", None, "JSON file that keeps compiled programs between runs.")
@@ -101,7 +106,7 @@ def compile_case(setting: tpu.Setting, method: Method, programs: Programs) -> Re
     """ERM, one gradient pass and the method; None if `programs` lacks one and must not compile."""
     # The gradient pass on one device is the same program in every slice of its kind.
     kind, share = tpu.topology(setting.topology).kind, tpu.share(setting)
-    alone = dataclasses.replace(setting, topology=kind, batch_size=share)
+    alone = dataclasses.replace(setting, topology=kind, batch_size=share, placement="")
     found = (
         programs.get((setting, "erm"), lambda: tpu.lower_step(setting, {})),
         programs.get((alone, method.layer), lambda: tpu.lower_gradient_pass(setting, method.layer)),
@@ -144,7 +149,7 @@ def make_cases(values: Mapping[str, Sequence[str]]) -> list[Case]:
         (
             tpu.Setting(
                 topology, model, dtype, int(num_classes),
-                FLAGS.batch_size, FLAGS.image_size, FLAGS.channels,
+                FLAGS.batch_size, FLAGS.image_size, FLAGS.channels, FLAGS.placement,
             ),
             Method(layer, mode, steps, shape, FLAGS.geometry, FLAGS.assignment),
         )

@@ -27,6 +27,11 @@ def in_auto_axes(
     Args:
       like: Arguments of the function -> prefix of the tree of its results, in which an array stands
         for results with its sharding, and None for results that are the same on all devices.
+
+    Example:
+      >>> @in_auto_axes(like=lambda total, batch: (total, None))
+      ... def step(total, batch):  # the new total has the sharding of the old one
+      ...     return total + batch.sum(), batch.max()
     """
 
     def decorate(function):
@@ -75,6 +80,15 @@ def in_own_axes(function: Callable[[Any], Any], like: Any) -> Callable[[Any], An
     if not _is_explicit(like):
         return function
     return jax.sharding.explicit_axes(function, in_sharding=jax.typeof(like).sharding)
+
+
+def check_auto_axes(name: str, tree: Any) -> None:
+    """Raises ValueError for arrays on a mesh of Explicit axes, outside `in_auto_axes`."""
+    if _explicit_leaves(tree):
+        raise ValueError(
+            f"{name} must be on a mesh whose axes are AxisType.Auto, or your step must be "
+            "decorated with lpa_jax.sharding.in_auto_axes, got AxisType.Explicit"
+        )
 
 
 def _is_explicit(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ def text(result: Result, outcome: Sequence[Check]) -> str:
     lines = [
         f"{method}, {method.geometry}, {method.assignment}",
         f"{setting.model}, {setting.dtype}, {setting.num_classes} classes, batch "
-        f"{setting.batch_size}, {tpu.share(setting)} a device",
+        f"{setting.batch_size}, {tpu.share(setting)} a device, {setting.placement}",
         f"{slice_.name}: {len(slice_.devices)} devices on {slice_.chips} chips, {slice_.kind}, "
         f"{slice_.memory / tpu.GIB:g} GiB a device",
     ]

@@ -98,12 +98,12 @@ class Check(NamedTuple):
 
 
 def checks(result: Result) -> list[Check]:
-    """Checks all promises; those about the compiled text only if all programs compiled."""
+    """Checks all promises; of refused programs and of `mesh_step` only that of the memory."""
     found = [
         _fits("ERM", result.erm, result.memory),
         _fits("the method", result.program, result.memory),
     ]
-    if result.refused:
+    if result.refused or result.setting.placement != "pmap":
         return found
     method, erm, own = result.method, result.erm.contractions, result.program.contractions
     below = result.layers[: result.layers.index(method.layer) + 1]

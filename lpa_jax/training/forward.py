@@ -12,6 +12,7 @@ from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
 from lpa_jax.perturbations import Feedback, Site
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass
+from lpa_jax.sharding import check_auto_axes
 from lpa_jax.tables import weight_of_counted
 from lpa_jax.training.state import Batch, Perturbations, PlannedSite, plan_sites
 
@@ -114,6 +115,8 @@ def perturbed_forward(
     """
     network = injection.as_network(network)
     plan = plan_sites(perturbations, network.layers)
+    if plan:
+        check_auto_axes("variables and batch", (variables, batch))
     batch = injection.read_batch(network, batch)
     labels = batch_labels(network, variables, batch, num_classes)
     check_fits(loss, labels.several)

@@ -19,8 +19,10 @@ import lpa_jax
 from lpa_jax import parallel
 from lpa_jax.checkpoints.checkpoints import Checkpoints
 from lpa_jax.data.prefetch import Prefetched
+from lpa_jax.diagnostics import geometry
 from lpa_jax.models import MLP
 from lpa_jax.perturbations import stateless
+from lpa_jax.sharding import in_auto_axes
 from tests.helpers import mappings, toy
 
 STEPS = 9
@@ -274,6 +276,48 @@ def fully_sharded(count):
     return {"run": run, "shards": shards}
 
 
+def on_explicit_axes():
+    """Each pair: what a function gives on one device, and over 4 of a mesh of Explicit axes."""
+    layer, perturbation = "hidden1", lpa_jax.lpa(0.3, steps=1)
+    state, images = SETUPS["erm"].state, batch(SETUPS["erm"], 0)
+    mesh = mappings.mesh_of(4, jax.sharding.AxisType.Explicit)
+    everywhere, split = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+        for names in ((), mesh.axis_names)
+    )
+    placed = jax.device_put(state.variables, everywhere), jax.device_put(images, split)
+
+    def own_pass(variables, batch):
+        states = lpa_jax.initial_states({layer: perturbation}, state.network, variables, batch)
+        return lpa_jax.perturbed_forward(
+            {layer: perturbation}, states, state.network, variables, batch, rng=jax.random.key(0)
+        ).logits
+
+    def effect(variables, batch):
+        observed = geometry.observe(
+            state.network, variables, batch, {layer: perturbation}, rng=jax.random.key(0)
+        )[layer]
+        return geometry.class_geometry(observed, batch["label"], toy.CLASSES)
+
+    def radius(variables, batch):
+        return lpa_jax.suggest_radius(state.network, variables, batch, layer, target=0.1)
+
+    functions = {
+        "own pass": jax.jit(in_auto_axes()(own_pass)),
+        "observe": jax.jit(effect),
+        "suggest_radius": radius,
+    }
+    found = {
+        name: [flat(function(state.variables, images)), flat(function(*placed))]
+        for name, function in functions.items()
+    }
+    try:
+        jax.jit(own_pass)(*placed)
+    except ValueError as error:
+        found["refusal"] = str(error)
+    return found
+
+
 def refusals():
     def never(state, batch, axis_name):
         raise AssertionError("a device was called")
@@ -307,6 +351,7 @@ def main():
         "replicated": {count: replicated(count) for count in (1, 2)},
         "fsdp": {count: fully_sharded(count) for count in (4, 8)},
         "mappings": mappings.deviations(mappings.PART),
+        "explicit axes": on_explicit_axes(),
         "refusals": refusals(),
     }
     json.dump(results, sys.stdout)

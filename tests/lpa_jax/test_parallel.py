@@ -89,6 +89,18 @@ def test_large_arrays_of_a_state_are_spread_and_stay_so_after_a_step(worker, cou
     assert shards["bias"][0] == shards["bias"][1]
 
 
+@pytest.mark.parametrize("name", ["own pass", "observe", "suggest_radius"])
+def test_a_function_on_explicit_axes_gives_the_result_of_one_device(worker, name):
+    assert_nearly_the_same(*reversed(worker["explicit axes"][name]))
+
+
+def test_a_pass_of_ones_own_on_explicit_axes_is_refused_in_one_line(worker):
+    assert worker["explicit axes"]["refusal"] == (
+        "variables and batch must be on a mesh whose axes are AxisType.Auto, or your step must be "
+        "decorated with lpa_jax.sharding.in_auto_axes, got AxisType.Explicit"
+    )
+
+
 def assert_nearly_the_same(found, expected):
     """Metrics, parameters and all states, to float32 rounding."""
     assert list(found) == list(expected)

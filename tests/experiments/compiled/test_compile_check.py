@@ -343,6 +343,19 @@ def test_a_small_pod_keeps_every_promise_and_a_second_run_compiles_nothing(
 
 
 @needs_libtpu
+def test_a_state_spread_over_a_pod_takes_less_memory_of_each_device(run, tmp_path):
+    arguments = {}
+    for placement in ("mesh", "fsdp"):
+        path = tmp_path / f"{placement}.json"
+        message, out = run(*TINY, "--steps=1", f"--placement={placement}", f"--output={path}")
+        assert message is None and out.count("pass  ") == 2
+        kept = json.loads(path.read_text(encoding="utf-8"))["compiled_programs"]
+        arguments[placement] = [program["memory"]["arguments"] for program in kept.values()]
+    for whole, spread in zip(arguments["mesh"][::2], arguments["fsdp"][::2], strict=True):
+        assert spread < 0.4 * whole
+
+
+@needs_libtpu
 def test_a_step_that_exchanges_more_is_noticed(run, monkeypatch):
     def gathered_mean(site, values):
         return jax.numpy.mean(jax.lax.all_gather(values, site.axis_name, tiled=True))
