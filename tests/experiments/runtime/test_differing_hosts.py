@@ -16,6 +16,8 @@ from experiments.runtime.progress import RunProgress
 from experiments.training.folder import RunFolder
 from experiments.training.saving import Saving
 from lpa_jax.checkpoints.checkpoints import Checkpoints
+from tests.helpers.module_call import call_by_name
+from tests.helpers.protocols import IMAGES
 
 SHARE = "; --workdir must be on a file system that all hosts share"
 START, EIGHT = Found(0, b"run", b""), Found(8, b"run", b"eight")
@@ -124,7 +126,7 @@ def test_a_result_that_one_process_alone_sees_is_no_result(tmp_path, second, her
 
 
 def test_trainings_of_domain_generalization_do_not_begin_differently(tmp_path, second, monkeypatch):
-    source = types.SimpleNamespace(task=lambda *_: None)
+    source = types.SimpleNamespace(task=lambda *_: None, digests={})
     trainings = Trainings(DomainSettings(), source, tmp_path)
     program = types.SimpleNamespace(init=lambda seed: STATE)
     monkeypatch.setattr(trainings, "program", lambda training: program)
@@ -133,6 +135,17 @@ def test_trainings_of_domain_generalization_do_not_begin_differently(tmp_path, s
         with pytest.raises(DifferingHostsError):
             trainings.run(Training("erm", {}, ("0",), 0), RunProgress(1, 1, quiet=True))
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_processes_with_other_seeds_or_methods_are_refused_before_any_begins(
+    tmp_path, second, data_dir, capsys
+):
+    second(run=bytes(32))
+    workdir = tmp_path / "job"
+    arguments = (*IMAGES.tiny, "--methods=erm", "--num_seeds=2", f"--workdir={workdir}")
+    assert call_by_name(data_dir, "long_tail", *arguments) == "1"
+    assert "all need the same flags and data" in capsys.readouterr().err
+    assert not workdir.exists()
 
 
 def test_a_process_that_has_not_joined_the_others_of_its_slice_trains_nothing(
