@@ -117,7 +117,12 @@ class Suggestions:
         image = self._task.normalization.apply(batch["image"])
         try:
             return suggest_radius(
-                state.network, state.variables, {**batch, "image": image}, layer, method=method
+                state.network,
+                state.variables,
+                {**batch, "image": image},
+                layer,
+                method=method,
+                axis_name=parallel.batch_axis(),
             )
         except ValueError as error:
             raise ValueError(f"--radius_center=suggest: {name} at {layer}: {error}") from None

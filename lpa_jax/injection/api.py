@@ -32,6 +32,12 @@ def inject(
     and random streams keep working; statistics are updated once per training pass. What modules
     `sow` is dropped.
 
+    The output of a submodule under `remat`, `jit`, `vmap` or `scan` is cut like any other, but not
+    what runs inside such a transformation. So cut a scanned stack of layers at its output, write it
+    as two stacks to cut between them, or unroll it into a Python loop. `Module.perturb` does not
+    lead inside: it adds a variable of the size of the activations of all layers, gives no
+    activation for the class means, and every step of PGD would run the whole stack.
+
     Args:
       module: Takes a batch of inputs, returns logits; any other with `call` and `select`.
       *paths: Paths of submodules in the order of the pass, parts separated by `/`, for example
