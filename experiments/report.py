@@ -72,6 +72,8 @@ def make(
     found, problems = runs.collect(folders)
     for problem in problems:
         print(f"not counted: {problem.folder}: {problem.reason}", file=sys.stderr)
+    for line in runs.damaged_logs(folders):
+        print(f"damaged log: {line}; tables need none", file=sys.stderr)
     if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"no complete run in {names} ({len(problems)} not counted)")

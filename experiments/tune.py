@@ -26,7 +26,7 @@ from experiments.images.settings import Settings
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.methods import search
-from experiments.runtime import fields, files
+from experiments.runtime import fields, files, schema
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
@@ -58,6 +58,15 @@ def define_flags() -> None:
     fields.define(method_flags.Perturbing)
     run_flags.define_console_flags()
     FLAGS.set_default("evaluate_on", "validation")
+
+
+OUTCOME = {
+    "method": schema.TEXT,
+    "trial": schema.WHOLE,
+    "options": schema.OBJECT,
+    "score": (schema.SHARE, None),
+    "accuracies": [schema.SHARE],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Search:
         Raises:
           InterruptedRunError: a signal came; nothing is kept of the draw.
         """
-        if files.read_json(path) is not None:
+        if found(path) is not None:
             return
         options = self.options(method, number)
         accuracies = []
@@ -122,6 +131,11 @@ class Search:
         outcome = {"method": method, "trial": number, "options": options, "score": score,
                    "accuracies": accuracies}  # fmt: skip
         files.write_json(path, outcome)
+
+
+def found(path: pathlib.Path) -> dict[str, Any] | None:
+    """The outcome of a draw; None if it is missing or damaged."""
+    return schema.read_or_say(path, OUTCOME, run_flags.say)
 
 
 def describe(settings: Settings, seeds: list[int], digests: Mapping[str, str]) -> dict[str, Any]:
@@ -176,7 +190,7 @@ def tune(interrupts: Interrupts) -> None:
         for method in FLAGS.methods:
             path = workdir / "trials" / method / f"{number:04d}.json"
             lock = workdir / "locks" / method / path.stem
-            find = functools.partial(files.read_or_say, path, run_flags.say)
+            find = functools.partial(found, path)
             train = functools.partial(shared.train, method, number, path)
             trials.append(search_loop.Trial(method, number, None, lock, find, train))
     todo = search_loop.missing(trials)

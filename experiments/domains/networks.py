@@ -19,6 +19,7 @@ from experiments.domains.settings import DomainSettings
 from experiments.methods.names import MIXUP, parse
 from experiments.runtime import files
 from experiments.runtime.progress import RunProgress
+from experiments.runtime.schema import ANY, NUMBER, SHARE, TEXT, WHOLE, YES_OR_NO
 from experiments.training import run
 from experiments.training.folder import DATA, Names, check_inside, finished_result
 from experiments.training.program import Program, Programs
@@ -28,7 +29,18 @@ from lpa_jax.training.loop import EpochRecord, NonFiniteLossError
 from lpa_jax.training.step import TrainState
 
 # Not the names of results: a result is selected from several networks.
-NAMES = Names(config="training_config.json", result="training.json")
+_RECORD = {"step": WHOLE, IN: {...: SHARE}, OUT: {...: SHARE}}
+NAMES = Names(
+    config="training_config.json",
+    result="training.json",
+    schema={
+        "complete": YES_OR_NO,
+        "records": [_RECORD],
+        "diverged": (TEXT, None),
+        "seconds": NUMBER,
+        ...: ANY,
+    },
+)
 
 
 class Training(NamedTuple):

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.reporting.runs import OUTCOME, Run, read_run
-from experiments.runtime import files
+from experiments.reporting.runs import OUTCOME, OUTCOME_SCHEMA, Run, read_run
+from experiments.runtime import files, schema
+from experiments.runtime.schema import TEXT, WHOLE
 
 JOB, LOG, RUN = "job.json", "log.txt", "run"
+JOB_SCHEMA = {"name": TEXT, "experiment": TEXT, "seed": WHOLE, "arguments": [TEXT]}
 # Exit statuses of `experiments.jobs.run_job` besides 0 and 1.
 LOCKED, INTERRUPTED = 75, 130
 # Time to finish a step and save a checkpoint.
@@ -93,8 +95,12 @@ def plan(
     return jobs
 
 
-def prepare(jobs: Iterable[Job]) -> None:
+def prepare(jobs: Iterable[Job], say: Callable[[str], None] = lambda line: None) -> None:
     """Writes `job.json` into the folders that have none.
+
+    Args:
+      jobs: of a sweep.
+      say: called with a line for a damaged file, which is written again.
 
     Raises:
       ValueError: a folder holds another job, or two jobs share a folder. Nothing is written then.
@@ -104,14 +110,13 @@ def prepare(jobs: Iterable[Job]) -> None:
         raise ValueError("--set must not have two combinations that share a folder")
     missing = []
     for job in jobs:
-        earlier = files.read_json(pathlib.Path(job.folder, JOB))
+        earlier = schema.read_or_say(pathlib.Path(job.folder, JOB), JOB_SCHEMA, say)
         if earlier is None:
             missing.append(job)
         elif earlier != _description(job):
-            flags = earlier.get("arguments", ()) if isinstance(earlier, dict) else ("unreadable",)
             raise ValueError(
                 f"--workdir: {job.folder} holds a job with other flags "
-                f"({' '.join(map(str, flags))}); choose another --workdir"
+                f"({' '.join(earlier['arguments'])}); choose another --workdir"
             )
     for job in missing:
         files.write_json(pathlib.Path(job.folder, JOB), _description(job))
@@ -123,10 +128,10 @@ def read(folder: pathlib.Path) -> Job:
     Raises:
       ValueError: `job.json` does not describe a job.
     """
-    try:
-        return Job(folder=str(folder), **files.read_json(folder / JOB))
-    except TypeError:
-        raise ValueError(f"{folder / JOB} does not describe a job of a sweep") from None
+    description = schema.read(folder / JOB, JOB_SCHEMA)
+    if description is None:
+        raise ValueError(f"{folder / JOB} is missing")
+    return Job(folder=str(folder), **description)
 
 
 def _description(job: Job) -> dict[str, Any]:
@@ -136,8 +141,11 @@ def _description(job: Job) -> dict[str, Any]:
 
 def is_done(folder: str | os.PathLike) -> bool:
     """Whether a job ended with status 0 and all of its results are still there and whole."""
-    outcome = files.read_json(pathlib.Path(folder, OUTCOME))
-    if not isinstance(outcome, dict) or outcome.get("exit_status") != 0:
+    try:
+        outcome = schema.read(pathlib.Path(folder, OUTCOME), OUTCOME_SCHEMA)
+    except ValueError:
+        return False
+    if outcome is None or outcome["exit_status"] != 0:
         return False
     results = [pathlib.Path(folder, name) for name in outcome.get("results", ())]
     return bool(results) and all(isinstance(read_run(result), Run) for result in results)

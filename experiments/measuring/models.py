@@ -120,10 +120,14 @@ class Models:
         path = self.folder(method, seed) / run_folder.MEASURED / f"{name}.json"
         run_folder.check_inside(self.workdir, path)
         settings = files.plain(settings)
-        earlier = files.read_json(path)
-        if not isinstance(earlier, dict) or earlier.get("settings") != settings:
+        try:
+            earlier = run_folder.read_measured(path)
+        except ValueError as error:
+            run_flags.say(f"{error}: it will be measured again")
+            earlier = None
+        if earlier is None or earlier["settings"] != settings:
             earlier = {"settings": settings, "measured": files.plain(measure())}
-            files.write_json(path, earlier)
+            run_folder.write_measured(path, **earlier)
         return earlier["measured"]
 
 

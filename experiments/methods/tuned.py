@@ -1,7 +1,6 @@
 """Hyperparameters found by tuning: the file that holds them, and notes for the table."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -9,7 +8,8 @@ from typing import Any, NamedTuple
 
 from experiments.methods import names
 from experiments.methods.data_set_defaults import set_name
-from experiments.runtime import files
+from experiments.runtime import fields, files, schema
+from experiments.runtime.schema import ANY, OBJECT
 from lpa_jax.checkpoints.checkpoints import differences
 
 FOLDER = pathlib.Path(__file__).parent / "hparams"
@@ -29,6 +29,13 @@ _MAY_DIFFER = (
     "evaluate_every",
     "accumulate",
 )
+_SCHEMA = {
+    "methods": {
+        ...: {"chosen": OBJECT, "by_test_domain?": {...: {"options": OBJECT, ...: ANY}}, ...: ANY}
+    },
+    "search?": {"settings?": OBJECT, ...: ANY},
+    ...: ANY,
+}
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -130,24 +137,17 @@ def load(path: str | pathlib.Path, run_options: Sequence[str] = names.RUN_OPTION
         not have or a value that the option does not take.
     """
     path = pathlib.Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        entries = content["methods"]
-        searched = dict(content.get("search", {}).get("settings", {}))
-        pooled = {method: dict(entry["chosen"]) for method, entry in entries.items()}
-        by_domain = {
-            method: {
-                domain: dict(found["options"])
-                for domain, found in entry.get("by_test_domain", {}).items()
-            }
-            for method, entry in entries.items()
+    content = fields.named("hparams", lambda: schema.read(path, _SCHEMA))
+    if content is None:
+        raise ValueError(f"--hparams: cannot read {str(path)!r} (there is no such file)")
+    entries, searched = content["methods"], content.get("search", {}).get("settings", {})
+    pooled = {method: entry["chosen"] for method, entry in entries.items()}
+    by_domain = {
+        method: {
+            domain: found["options"] for domain, found in entry.get("by_test_domain", {}).items()
         }
-    except OSError as error:
-        raise ValueError(f"--hparams: cannot read {str(path)!r} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(
-            f"--hparams: {str(path)!r} is not a file written by experiments.tune"
-        ) from None
+        for method, entry in entries.items()
+    }
     for method in pooled:
         for options in (pooled[method], *by_domain[method].values()):
             try:

@@ -8,12 +8,22 @@ import csv
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.runtime import files
-from experiments.training.folder import CONFIG, DATA, OUTCOME, RESULT
+from experiments.runtime import schema
+from experiments.runtime.schema import ANY, TEXT, WHOLE
+from experiments.training.folder import (
+    CONFIG,
+    CONFIG_SCHEMA,
+    LOGS,
+    OUTCOME,
+    RESULT,
+    RESULT_SCHEMA,
+    log_digests,
+)
 
+OUTCOME_SCHEMA = {"exit_status": WHOLE, "results?": [TEXT], "last_line?": ANY, ...: ANY}
 # One line a run, as `report` writes it.
 ROWS = "runs.csv"
 # Model selections of domain generalization. The first decides a run's one accuracy, if the run
@@ -74,85 +84,64 @@ def collect(roots: Iterable[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
 
 def failed_jobs(root: pathlib.Path) -> list[Problem]:
     """Jobs of a sweep that ended with an error, and runs that failed."""
-    outcomes = [(path.parent, files.read_json(path)) for path in sorted(root.rglob(OUTCOME))]
-    return [
-        Problem(folder, f"failed: {outcome.get('last_line')}")
-        for folder, outcome in outcomes
-        if isinstance(outcome, dict) and outcome.get("exit_status") != 0
-    ]
+    found = []
+    for path in sorted(root.rglob(OUTCOME)):
+        try:
+            outcome = schema.read(path, OUTCOME_SCHEMA)
+        except ValueError as error:
+            found.append(Problem(path.parent, str(error)))
+            continue
+        if outcome is not None and outcome["exit_status"] != 0:
+            found.append(Problem(path.parent, f"failed: {outcome.get('last_line')}"))
+    return found
+
+
+def damaged_logs(roots: Iterable[pathlib.Path]) -> list[str]:
+    """A line for each log of a finished run that has changed since the run wrote it."""
+    lines = []
+    for path in {path.resolve(): path for root in roots for path in root.rglob(LOGS)}.values():
+        try:
+            written = schema.read(path, {...: TEXT}) or {}
+        except ValueError as error:
+            lines.append(str(error))
+            continue
+        for name, digest in log_digests(path.parent).items():
+            if written.get(name, digest) != digest:
+                lines.append(f"{path.parent / name} has changed since the run wrote it")
+    return lines
 
 
 def read_run(folder: pathlib.Path) -> Run | Problem:
     """The run in a folder that has a configuration or a result."""
-    config, result = (files.read_json(folder / name) for name in (CONFIG, RESULT))
+    try:
+        config = schema.read(folder / CONFIG, CONFIG_SCHEMA)
+        result = schema.read(folder / RESULT, RESULT_SCHEMA)
+    except ValueError as error:
+        return Problem(folder, str(error).removeprefix(f"{folder}/"))
     for name, content in ((CONFIG, config), (RESULT, result)):
         if name == RESULT and content is None and failed_jobs(folder):
             return failed_jobs(folder)[0]
-        if not (folder / name).exists():
+        if content is None:
             reason = "incomplete: interrupted or still running" if name == RESULT else "no run"
             return Problem(folder, f"{reason} ({name} is missing)")
-        if not isinstance(content, dict):
-            return Problem(folder, f"{name} is cut short or no JSON object")
     if not result.get("complete"):
         return Problem(folder, f"{RESULT} does not say that it is complete")
-    if not isinstance(config.get("method"), str) or not _is_whole(config.get("seed")):
-        return Problem(folder, f"{CONFIG} names no method or no seed")
     for key in ("method", "seed"):
         if result.get(key, config[key]) != config[key]:
             return Problem(folder, f"{key} is {config[key]!r} in {CONFIG}, {result[key]!r} in "
                                    f"{RESULT}")  # fmt: skip
-    for name, content, fields in ((CONFIG, config, _CONFIG_FIELDS), (RESULT, result, _FIELDS)):
-        for field, (is_valid, kind) in fields.items():
-            if content.get(field) is not None and not is_valid(content[field]):
-                return Problem(folder, f"{field} in {name} must be {kind}")
     # A selection that was not made is null.
     made = {k: v for k, v in (result.get("selections") or {}).items() if v is not None}
     result = {k: v for k, v in result.items() if v is not None}
     result = {"accuracy": made.get(SELECTIONS[0])} | result | {"selections": made}
-    for name, value in {**made, "accuracy": result["accuracy"]}.items():
-        if not _is_number(value):
-            return Problem(folder, f"{RESULT} has no finite {name}")
+    if result["accuracy"] is None:
+        return Problem(folder, f"{RESULT} has no accuracy")
+    sizes = {len(result[k]) for k in ("per_class_accuracy", "train_counts") if k in result}
+    if len(sizes) > 1:
+        return Problem(folder, f"{RESULT}: per_class_accuracy and train_counts differ in length")
     places = (result, config, config.get("settings") or {})
-    domain = next((str(p["test_domain"]) for p in places if p.get("test_domain") is not None), None)
+    domain = next((p["test_domain"] for p in places if p.get("test_domain") is not None), None)
     return Run(folder, config, {**result, "seed": config["seed"], "test_domain": domain}, domain)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _holds(kind: type, of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether a value is a list or mapping whose values, where they are not null, pass a check."""
-
-    def check(value):
-        items = value.values() if kind is dict and isinstance(value, dict) else value
-        return isinstance(value, kind) and all(item is None or of(item) for item in items)
-
-    return check
-
-
-def _is_curve(value: Any) -> bool:
-    vector = _holds(list, _is_number)
-    record = _holds(dict, lambda item: _is_number(item) or vector(item))
-    return isinstance(value, list) and all(
-        record(row) and _is_number(row.get("epoch")) for row in value
-    )
-
-
-_is_mapping = (lambda value: isinstance(value, dict), "an object")
-_CONFIG_FIELDS = {"settings": _is_mapping, "options": _is_mapping, DATA: _is_mapping}
-_FIELDS = {
-    "group_accuracy": (_holds(dict, _is_number), "an object of numbers"),
-    "selections": _is_mapping,
-    "seconds": (_is_number, "a number"),
-    "per_class_accuracy": (_holds(list, _is_number), "a list of numbers"),
-    "train_counts": (_holds(list, _is_number), "a list of numbers"),
-    "curve": (_is_curve, "a list of records of numbers, each with its epoch"),
-}
 
 
 def read_rows(path: pathlib.Path) -> list[Run | Problem]:
@@ -163,7 +152,7 @@ def read_rows(path: pathlib.Path) -> list[Run | Problem]:
     setting, every folder above runs/METHOD is a setting.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             header, *lines = list(csv.reader(file, strict=True)) or [[]]
     except (ValueError, csv.Error) as error:
         return [Problem(path, f"is no CSV: {error}")]

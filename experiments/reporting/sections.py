@@ -1,6 +1,7 @@
 """A report's sections, and its files: Markdown, CSV, LaTeX."""
 
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from experiments.reporting.measured_tables import Found
 from experiments.reporting.paired import Pair
 from experiments.reporting.runs import Problem
 from experiments.runtime import files
-from experiments.training.folder import MEASURED
+from experiments.training.folder import MEASURED, read_measured
 
 PUBLISHED = (
     "published: accuracies of other authors' runs; sources and protocols in "
@@ -170,9 +171,26 @@ def _figures(
         found = measured(section.setting, name, needed)
         if found:
             path = folder / f"{slug}_{name}{suffix}"
-            draw(found, path)
-            made.append((caption, path))
+            if _is_drawn(draw, found, path, name):
+                made.append((caption, path))
     return tuple(made)
+
+
+def _is_drawn(draw: Callable, found: Found, path: pathlib.Path, name: str) -> bool:
+    """Draws what was measured; says so if files of the first release are damaged."""
+    try:
+        draw(found, path)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        runs = ", ".join(
+            f"{method} seeds {ranges(sorted(seeds))}" for method, seeds in found.items()
+        )
+        print(
+            f"not drawn: {MEASURED}/{name}.json of {runs}: some field has a wrong type or size "
+            f"({type(error).__name__}: {error})",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def measured(setting: Setting, name: str, needed: Sequence[str]) -> Found:
@@ -185,10 +203,14 @@ def measured(setting: Setting, name: str, needed: Sequence[str]) -> Found:
     by_settings: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for method, members in setting.runs.items():
         for run in members:
-            content = files.read_json(run.folder / MEASURED / f"{name}.json")
-            found = content.get("measured") if isinstance(content, dict) else None
-            if isinstance(found, dict) and {"values", *needed} <= set(found):
-                one = by_settings.setdefault(repr(content.get("settings")), {})
+            try:
+                content = read_measured(run.folder / MEASURED / f"{name}.json")
+            except ValueError as error:
+                print(f"not drawn: {error}", file=sys.stderr)
+                continue
+            found = {} if content is None else content["measured"]
+            if {"values", *needed} <= set(found):
+                one = by_settings.setdefault(repr(content["settings"]), {})
                 one.setdefault(method, {})[run.config["seed"]] = found
     counted = sorted(by_settings.values(), key=lambda one: -sum(map(len, one.values())))
     return counted[0] if counted else {}

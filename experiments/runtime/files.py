@@ -8,12 +8,13 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from experiments.runtime import schema
 from lpa_jax import files, multihost
 
 FLAGS = flags.FLAGS
@@ -107,19 +108,11 @@ def check_writable(flag: str, path: str) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any | None:
-    """Reads JSON; None if the file is missing, cut short or no JSON."""
+    """Reads JSON of any kind; None if the file is missing, cut short or no JSON."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # deep nesting exhausts the parser's stack
+        return schema.read(pathlib.Path(path), schema.ANY)
+    except ValueError:
         return None
-
-
-def read_or_say(path: pathlib.Path, say: Callable[[str], None]) -> Any | None:
-    """Reads JSON like `read_json`; says so if a file exists and cannot be read."""
-    content = read_json(path)
-    if content is None and path.exists():
-        say(f"{path} is cut short or not JSON: it will be written again")
-    return content
 
 
 def plain(value: Any) -> Any:

@@ -1,11 +1,15 @@
 """The folder of a run: its configuration, its checkpoints and its result."""
 
 import contextlib
+import hashlib
+import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.runtime import files, hosts
+from experiments.runtime import files, hosts, schema
+from experiments.runtime.schema import ANY, NUMBER, OBJECT, TEXT, WHOLE, YES_OR_NO
 from experiments.training.saving import Saving
 from lpa_jax import multihost
 from lpa_jax.checkpoints import manifest
@@ -21,11 +25,54 @@ DATA = "data"  # in a configuration: digests of what the run is trained and eval
 MEASURED = "measured"  # a folder with what `landscape` and `layer_sweep` measured
 
 
+LOGS = "logs.json"  # SHA-256 of the logs of a finished run
+_SHARES = {...: (schema.SHARE, None)}
+_ROW = {"epoch": NUMBER, ...: (NUMBER, None, [(NUMBER, None)])}
+CONFIG_SCHEMA = {
+    "method": TEXT,
+    "seed": WHOLE,
+    "options?": (OBJECT, None),
+    "settings?": (
+        {
+            **dict.fromkeys(("title?", "dataset?", "profile?", "model?", "evaluate_on?"), TEXT),
+            "imbalance?": NUMBER,
+            ...: ANY,
+        },
+        None,
+    ),
+    "title?": TEXT,
+    "test_domain?": (TEXT, None),
+    "data?": (OBJECT, None),
+    ...: ANY,
+}
+# Fields that only one protocol has may be missing.
+RESULT_SCHEMA = {
+    "complete?": YES_OR_NO,
+    "method?": TEXT,
+    "seed?": WHOLE,
+    "accuracy?": (schema.SHARE, None),
+    "seconds?": (NUMBER, None),
+    "group_accuracy?": (_SHARES, None),
+    "per_class_accuracy?": ([(schema.SHARE, None)], None),
+    "train_counts?": ([WHOLE], None),
+    "curve?": ([_ROW], None),
+    "selections?": (_SHARES, None),
+    "evaluated_on?": TEXT,
+    "test_domain?": (TEXT, None),
+    "options?": (OBJECT, None),
+    "environment?": (OBJECT, None),
+    "checkpoints_kept?": YES_OR_NO,
+    ...: ANY,
+}
+_MEASURED = {"settings": OBJECT, "measured": {"values?": OBJECT, ...: ANY}, "digest?": TEXT}
+
+
 class Names(NamedTuple):
-    """The names of a run's files. Reports read results with the usual names."""
+    """The names of a run's files, and what its result holds. Reports read the usual ones."""
 
     config: str = CONFIG
     result: str = RESULT
+    schema: Any = RESULT_SCHEMA
 
 
 USUAL = Names()
@@ -48,12 +95,12 @@ def finished_result(
     Raises:
       ValueError: the folder holds a run with another configuration; the message names what differs.
     """
-    earlier = files.read_or_say(folder / names.config, say)
+    earlier = schema.read_or_say(folder / names.config, ANY, say)
     if earlier is None:
         return None
     check_same_run(folder, earlier, as_recorded(folder, config, names))
-    result = files.read_or_say(folder / names.result, say)
-    return result if isinstance(result, dict) and result.get("complete") else None
+    result = schema.read_or_say(folder / names.result, names.schema, say)
+    return result if result is not None and result.get("complete") else None
 
 
 def as_recorded(
@@ -107,6 +154,35 @@ def failures_error(failed: Sequence[str], num_runs: int) -> NonFiniteLossError:
     """
     others = "" if len(failed) == num_runs else "; the table holds the others"
     return NonFiniteLossError(f"{len(failed)} of {num_runs} runs failed: {failed[0]}{others}")
+
+
+def log_digests(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of the logs in the folder of a run, by name."""
+    logs = [path for path in folder.iterdir() if re.match(r"metrics\.jsonl|events\.", path.name)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(logs)}
+
+
+def write_measured(path: pathlib.Path, settings: Any, measured: Any) -> None:
+    """Writes what was measured with some settings, as plain values, with a digest of itself."""
+    content = {"settings": settings, "measured": measured}
+    files.write_json(path, content | {"digest": _digest(content)})
+
+
+def read_measured(path: pathlib.Path) -> dict[str, Any] | None:
+    """What `write_measured` wrote; None if there is no file.
+
+    Raises:
+      ValueError: naming the file, if it has changed since.
+    """
+    content = schema.read(path, _MEASURED)
+    # Files of the first release have no digest.
+    if content is not None and content.pop("digest", None) not in (None, _digest(content)):
+        raise ValueError(f"{path} has changed since it was written")
+    return content
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_inside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
@@ -231,6 +307,7 @@ class RunFolder:
             }
         )
         if self._path is not None:
+            files.write_json(self._path / LOGS, log_digests(self._path))
             files.write_json(self._path / self._names.result, result)
             if multihost.is_first_host():
                 (self._path / OUTCOME).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 from experiments.runtime import fields, files
 from experiments.runtime.fields import setting
+from experiments.training.folder import LOGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,8 @@ class RunLog:
         if self._folder is not None:
             path = self._folder / "metrics.jsonl"
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-            for old in self._folder.glob("events.out.tfevents.*"):
-                old.unlink()
+            for old in (*self._folder.glob("events.out.tfevents.*"), self._folder / LOGS):
+                old.unlink(missing_ok=True)
             self._lines = path.open("a", encoding="utf-8")
             self._events = SummaryWriter(str(self._folder), flush_secs=30)
             for row in self.rows:

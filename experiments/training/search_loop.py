@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from absl import flags
 
-from experiments.runtime import fields, files
+from experiments.runtime import fields, files, schema
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import folder as run_folder
@@ -89,7 +89,7 @@ def check_setting(workdir: pathlib.Path, setting: Mapping[str, Any]) -> dict[str
       ValueError: the trials of the workdir were made with other settings, or on other data.
     """
     setting = run_folder.as_recorded(workdir, setting, run_folder.Names(config=SETTING))
-    earlier = files.read_or_say(workdir / SETTING, run_flags.say)
+    earlier = schema.read_or_say(workdir / SETTING, schema.ANY, run_flags.say)
     if earlier is not None:
         run_folder.check_same_run(workdir, earlier, setting, "trials")
     return setting

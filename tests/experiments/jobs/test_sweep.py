@@ -262,7 +262,7 @@ def test_other_flags_in_the_same_workdir_are_refused_and_nothing_is_written(plan
     [
         # A flag of an earlier release.
         ({"experiment": "long_tail", "arguments": ["--methods=erm", "--gone=1"]}, "flag 'gone'"),
-        ({"arguments": []}, "does not describe a job of a sweep"),
+        ({"arguments": []}, "experiment must be printable text, got nothing"),
     ],
 )
 def test_a_job_of_another_release_that_cannot_run_is_refused_in_one_line(

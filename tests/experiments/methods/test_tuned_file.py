@@ -47,7 +47,7 @@ def test_options_of_single_test_domains_are_checked_as_well(tmp_path):
     with pytest.raises(ValueError, match=r"found\.json': lpa: batch_size must be a number, got"):
         tuned_file.load(path, methods.DOMAIN_RUN_OPTIONS)
     path = write(tmp_path / "found.json", {}, by_test_domain={"d0": 3})
-    with pytest.raises(ValueError, match="is not a file written by"):
+    with pytest.raises(ValueError, match=r"by_test_domain\.d0 must be an object, got 3"):
         tuned_file.load(path, methods.DOMAIN_RUN_OPTIONS)
 
 

@@ -129,7 +129,10 @@ def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_
         "cut": ("result.json is cut short", lambda f: (f / "result.json").write_text(whole[:99])),
         "gone": ("incomplete: interrupted", lambda f: (f / "result.json").unlink()),
         "no_config": ("config.json is missing", lambda f: (f / "config.json").unlink()),
-        "list": ("no JSON object", lambda f: (f / "result.json").write_text("[1, 2]")),
+        "list": (
+            "result.json: it must be an object, got [1, 2]",
+            lambda f: (f / "result.json").write_text("[1, 2]"),
+        ),
         "other": ("seed is 9 in config.json, 1", lambda f: (f / "result.json").write_text(whole)),
     }
     for name, (_, damage) in broken.items():
@@ -144,10 +147,10 @@ def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_
     text = (tmp_path / "out" / "report.md").read_text()
     assert message is None and re.search(r"^lpa +75\.00±5\.00 ", out, re.M)
     reasons = {name: reason for name, (reason, _) in broken.items()}
-    reasons |= {"partial": "does not say that it is complete", "nan": "no finite accuracy"}
-    reasons |= {"curve": "curve in result.json must be a list of records"}
-    reasons |= {"groups": "group_accuracy in result.json must be an object of numbers"}
-    reasons |= {"selections": "selections in result.json must be an object"}
+    reasons |= {"partial": "does not say that it is complete", "nan": "has no accuracy"}
+    reasons |= {"curve": "curve[0].epoch must be a finite number"}
+    reasons |= {"groups": 'group_accuracy.many must be a number between 0 and 1, got "high"'}
+    reasons |= {"selections": "selections must be an object, got [0.1]"}
     for name, reason in reasons.items():
         line = next(line for line in err.splitlines() if f"/{name}:" in line)
         assert reason in line
