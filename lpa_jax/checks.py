@@ -230,7 +230,10 @@ def check_labels(
     """
     if not is_known(labels):
         return
-    values = np.asarray(labels).reshape(-1)
+    values = np.asarray(labels)
+    if values.ndim > 1 and values.dtype.kind in "bf" and np.array_equal(values, np.trunc(values)):
+        values = values.astype(np.int64)  # 0 and 1 for each of several classes
+    values = values.reshape(-1)
     if not np.issubdtype(values.dtype, np.integer):
         _refuse(name, "integers", f"dtype {values.dtype}")
     bad = np.flatnonzero((values < (-1 if may_ignore else 0)) | (values >= num_classes))

@@ -59,6 +59,8 @@ class Labels:
             fits = not known or bool(np.isin(np.asarray(values), (-1, 0, 1)).all())
             checks.require(fits, "labels", "0, 1 or -1 for several classes an example", values)
         else:
+            whole = values.ndim == 1 or jnp.issubdtype(values.dtype, jnp.integer)
+            checks.require(bool(whole), "labels", "integers", values.dtype)
             checks.check_labels(values, labels.num_classes, may_ignore=True)
         return labels
 

@@ -260,6 +260,17 @@ def test_one_class_given_as_several_is_trained_as_one_class():
     assert_close(results[1][1]["loss"], results[0][1]["loss"])
 
 
+def test_several_classes_may_be_booleans_or_floats_but_positions_are_integers():
+    problem = Problem("several")
+    known = np.maximum(SEVERAL, 0)
+    image = np.float32(problem.h)
+    expected = trained(problem, {}, 1, {"image": image, "label": known})[1]
+    for given in (known == 1, np.float32(known)):
+        assert_close(trained(problem, {}, 1, {"image": image, "label": given})[1], expected)
+        lpa_jax.parallel.check_batch({"label": given}, CLASSES)
+    refused("tokens", {}, "labels must be integers", labels=np.float32(TOKENS))
+
+
 @pytest.mark.parametrize("shape", [(4,), (2,), (1,)])
 def test_majority_is_that_of_a_slow_count(shape):
     rng = np.random.default_rng(0)
