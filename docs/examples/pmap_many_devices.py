@@ -1,10 +1,11 @@
-"""The same global batch on one device and on eight: the same perturbations, the same network.
+"""The same global batch on one device, on eight, and on a mesh: the same network.
 
     python docs/examples/pmap_many_devices.py
 
 Eight CPU devices act as the cores of an accelerator. `lpa_step` is written for one device's share
-of the batch and reduces over a named axis; `pmap_step` maps it. The examples of a class are on
-several devices here, and its perturbation is still that of the global batch.
+of the batch and reduces over a named axis; `pmap_step` maps it. `mesh_step` compiles the same step
+with `jax.jit` for a mesh, here with parameters and optimizer state spread over it (FSDP). The
+examples of a class are on several devices, and its perturbation is that of the global batch.
 """
 
 import functools
@@ -39,16 +40,22 @@ if __name__ == "__main__":
     holders = sum(0 in share for share in shares)
     print(f"{jax.device_count()} devices; digit 0 of the first batch lies on {holders} of them")
 
+    parallel, devices = lpa_jax.parallel, jax.devices()
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    ways = {
+        "1 device": parallel.pmap_step(step, devices=devices[:1]),
+        "8 devices": parallel.pmap_step(step, devices=devices),
+        "a mesh": parallel.mesh_step(step, mesh, shardings=parallel.fsdp_shardings),
+    }
     trained = {}
-    for devices in (1, 8):
-        mapped = lpa_jax.parallel.pmap_step(step, devices=jax.devices()[:devices])
+    for name, mapped in ways.items():
         state = start
         for number in range(20):
             state, metrics = mapped(state, batches[number])
             jax.block_until_ready(metrics)  # CPU devices can deadlock without it
-        trained[devices] = jax.device_get(state.params)
-        loss = lpa_jax.metrics.compute(metrics)["loss"]
-        print(f"{devices} device{'s' if devices > 1 else ' '}: loss {loss:.6f} after 20 steps")
+        trained[name] = jax.device_get(state.params)
+        print(f"{name}: loss {lpa_jax.metrics.compute(metrics)['loss']:.6f} after 20 steps")
 
-    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained[1], trained[8])
-    print(f"largest difference of any weight: {max(jax.tree.leaves(differences)):.1e}")
+    for name, params in trained.items():
+        differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained["1 device"], params)
+        print(f"{name}: largest difference of any weight: {max(jax.tree.leaves(differences)):.1e}")
