@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lpa_jax.models.convolution import conv_general_dilated
+
 # Normal with variance 2 / (k*k*C_out), which the ResNet and WideResNet releases use (He et al.,
 # "Delving Deep into Rectifiers", arXiv 1502.01852, section 2.2, backward form).
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -46,6 +48,7 @@ class Primitives:
             use_bias=self.kind == "none",
             kernel_init=he_normal_fan_out,
             dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
             name=name,
         )(x)
 

@@ -20,7 +20,7 @@ from lpa_jax import parallel
 from lpa_jax.checkpoints.checkpoints import Checkpoints
 from lpa_jax.data.prefetch import Prefetched
 from lpa_jax.diagnostics import geometry
-from lpa_jax.models import MLP
+from lpa_jax.models import MLP, convolution
 from lpa_jax.perturbations import stateless
 from lpa_jax.sharding import in_auto_axes
 from tests.helpers import mappings, toy
@@ -318,6 +318,47 @@ def on_explicit_axes():
     return found
 
 
+def split_convolution(count):
+    """Largest errors of a kernel's gradient by parts with the batch on `count` devices.
+
+    By `jit` over a sharded batch, whose collectives are listed, and by `pmap`.
+    """
+    images = jax.random.normal(jax.random.key(0), (32, 6, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 2))
+
+    def gradient(convolve, images, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+
+        def loss(kernel):
+            return jnp.mean(convolve(images, kernel, (1, 1), "SAME", dimension_numbers=layout) ** 3)
+
+        return jax.grad(loss)(kernel)
+
+    def mean_gradient(images, kernel):
+        return jax.lax.pmean(gradient(convolution.conv_general_dilated, images, kernel), "batch")
+
+    expected = gradient(jax.lax.conv_general_dilated, images, kernel)
+    mesh = jax.sharding.Mesh(jax.devices()[:count], ("batch",))
+    arguments = [
+        jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names)))
+        for array, names in ((images, ("batch",)), (kernel, ()))
+    ]
+    by_parts = functools.partial(gradient, convolution.conv_general_dilated)
+    compiled = jax.jit(by_parts).lower(*arguments).compile()
+    mapped = jax.pmap(
+        mean_gradient, "batch", in_axes=(0, None), out_axes=None, devices=jax.devices()[:count]
+    )(images.reshape(count, -1, 6, 6, 3), kernel)
+    names = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+    return {
+        "convolutions": compiled.as_text().count("convolution("),
+        "collectives": [name for name in names if name in compiled.as_text()],
+        "errors": [
+            float(jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected)))
+            for found in (compiled(*arguments), mapped)
+        ],
+    }
+
+
 def refusals():
     def never(state, batch, axis_name):
         raise AssertionError("a device was called")
@@ -340,6 +381,7 @@ def note(event, duration, **details):
 def main():
     jax.monitoring.register_event_duration_secs_listener(note)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    convolution.PART_BYTES = 4 * 6 * 6 * 3 * 4  # four images of `split_convolution`
     results = {
         "devices": jax.device_count(),
         "runs": all_runs(),
@@ -352,6 +394,7 @@ def main():
         "fsdp": {count: fully_sharded(count) for count in (4, 8)},
         "mappings": mappings.deviations(mappings.PART),
         "explicit axes": on_explicit_axes(),
+        "split convolution": {count: split_convolution(count) for count in (2, 4)},
         "refusals": refusals(),
     }
     json.dump(results, sys.stdout)

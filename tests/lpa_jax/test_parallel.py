@@ -101,6 +101,14 @@ def test_a_pass_of_ones_own_on_explicit_axes_is_refused_in_one_line(worker):
     )
 
 
+@pytest.mark.parametrize("count", ["2", "4"])
+def test_a_kernel_gradient_by_parts_sends_no_example_to_another_device(worker, count):
+    found = worker["split convolution"][count]
+    assert found["convolutions"] > 4  # parts
+    assert found["collectives"] == ["all-reduce"]
+    assert max(found["errors"]) < 2e-6
+
+
 def assert_nearly_the_same(found, expected):
     """Metrics, parameters and all states, to float32 rounding."""
     assert list(found) == list(expected)

@@ -43,8 +43,11 @@ def multiply_adds(model, size):
     """Counts the multiply-adds of one image's convolutions and matrix products."""
     variables = abstract_variables(model, size)
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    equations = list(jax.make_jaxpr(model.apply)(variables, image).eqns)
     total = 0
-    for equation in jax.make_jaxpr(model.apply)(variables, image).eqns:
+    for equation in equations:
+        if equation.primitive.name == "custom_jvp_call":  # of `models.convolution`
+            equations += equation.params["call_jaxpr"].eqns
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             kernel = equation.invars[1].aval.shape
             total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
