@@ -287,11 +287,22 @@ def _put(tree: Any, shardings: Any) -> Any:
     """Sends arrays to where they are to be, except those that are there already."""
     return jax.tree.map(
         lambda leaf, sharding: (
-            leaf if getattr(leaf, "sharding", None) == sharding else jax.device_put(leaf, sharding)
+            leaf if getattr(leaf, "sharding", None) == sharding else _send(leaf, sharding)
         ),
         tree,
         shardings,
     )
+
+
+def _send(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """The array, which every host has as a whole, with a sharding over the devices of all hosts."""
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _send(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def pmapped(

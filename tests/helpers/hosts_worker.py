@@ -46,7 +46,7 @@ CONFIDENCE = lpa_jax.by_confidence(kappa=1.0, ema=0.5)
 
 
 def setups():
-    """Model and perturbations by name."""
+    """Model, perturbations and what maps the step, by name."""
 
     def normalized(num_classes=toy.CLASSES):
         return toy.NormalizedMLP(num_classes, axis_name=parallel.batch_axis())
@@ -55,20 +55,33 @@ def setups():
         return lpa_jax.lpa(0.3, assignment=CONFIDENCE, **options)
 
     return {
-        "erm": (normalized(), {}),
+        "erm": (normalized(), {}, parallel.map_step),
         "cold lpa and lpl": (
             normalized(),
             {
                 "hidden1": lpa(steps=2),
                 "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE),
             },
+            parallel.map_step,
         ),
         # More classes than examples: tables are compact, all hosts agree on their slots.
         "carried and free lpa": (
             normalized(MANY),
             {"hidden1": lpa(mode="carry"), "hidden2": lpa(mode="free")},
+            parallel.map_step,
         ),
+        "carried lpa, spread": (MLP(MANY, hidden=(8, 8)), {"hidden1": lpa(mode="carry")}, spread),
     }
+
+
+def spread(step, donate_state):
+    """The step for a mesh of all devices, with the state spread over them."""
+    return parallel.mesh_step(
+        step,
+        jax.make_mesh((jax.device_count(),), ("data",)),
+        shardings=functools.partial(parallel.fsdp_shardings, min_size=16),
+        donate_state=donate_state,
+    )
 
 
 def results(*names):
@@ -82,8 +95,8 @@ def results(*names):
     return found | evaluated()
 
 
-def trained(model, perturbations):
-    step = parallel.map_step(
+def trained(model, perturbations, map_step):
+    step = map_step(
         functools.partial(lpa_jax.lpa_step, perturbations=perturbations), donate_state=True
     )
     source = dataset(model.num_classes)
@@ -103,7 +116,8 @@ def trained(model, perturbations):
         "model_state": state.model_state,
         "perturbation_state": state.perturbation_state,
     }
-    return {**flat(seen), "compilations": np.array(compilations)}
+    # What is spread over hosts cannot be read.
+    return {**flat(step.to_devices(seen)), "compilations": np.array(compilations)}
 
 
 def evaluated():
