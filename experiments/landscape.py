@@ -129,9 +129,9 @@ def _measure(name: str, load: Callable[[], trained.Model], how: Measuring) -> di
 def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> None:
     """Prints the tables, and writes them and the figures."""
     figures = {
-        "flatness": measured_figures.bars,
+        "flatness": measured_figures.flatness,
         "spectrum": measured_figures.spectra,
-        "activation": measured_figures.bars,
+        "activation": measured_figures.flatness,
         "line": measured_figures.lines,
         "plane": measured_figures.planes,
         "amplification": measured_figures.amplification,

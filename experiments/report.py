@@ -52,7 +52,7 @@ def make(
     baseline: str = ERM,
     page: bool = False,
     pairs: Sequence[paired.Pair] = (),
-    suffix: str = ".png",
+    suffix: str = ".svg",
 ) -> list[sections.Section]:
     """Reads the runs below the folders and writes the report; returns its sections.
 
@@ -62,7 +62,7 @@ def make(
       folders: with runs anywhere below, or with the rows of an earlier report, or such rows.
       output: folder for what is written.
       baseline: method that the others are compared to.
-      page: whether to write report.html, whose figures are PNG.
+      page: whether to write report.html.
       pairs: of methods, whose differences are tested besides.
       suffix: format of the figures, .png or .svg.
 

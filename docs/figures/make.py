@@ -6,14 +6,18 @@ Every number is read from results/. Run this again when a table there changes.
 """
 
 import pathlib
+import sys
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
 FIGURES = pathlib.Path(__file__).parent
+sys.path.insert(0, str(FIGURES.parents[1]))
+from experiments.reporting import style  # noqa: E402
+
 RESULTS = FIGURES.parents[1] / "results"
-BLUE, ORANGE, GREEN, GREY, DARK = "#0072B2", "#D55E00", "#009E73", "#8a8a8a", "#222222"
+BLUE, ORANGE, GREEN, GREY, DARK = style.BLUE, style.RED, style.GREEN, style.GREY, style.INK
 NAMES = {
     "erm": "ERM", "lpl": "LPL", "lpa": "LPA", "lpa+lpl": "LPA+LPL", "sam": "SAM", "isda": "ISDA",
     "adversarial": "adversarial perturbation", "ldam_drw": "LDAM-DRW", "vrex": "V-REx",
@@ -23,9 +27,6 @@ NAMES = {
     "logit_adjusted+lpa": "LA+LPA", "logit_adjusted+lpl": "LA+LPL", "mixup": "input mixup",
     "logit_adjusted+lpa+lpl": "LA+LPA+LPL",
 }  # fmt: skip
-# Letters as outlines look the same everywhere; a fixed salt gives the same file every time.
-STYLE = {"svg.hashsalt": "lpa_jax", "font.size": 10, "axes.spines.top": False,
-         "axes.spines.right": False, "text.color": DARK}  # fmt: skip
 
 
 def name_of(method: str) -> str:
@@ -34,17 +35,16 @@ def name_of(method: str) -> str:
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:
-    """Write an SVG on white, without a date."""
-    figure.savefig(
-        path, format="svg", bbox_inches="tight", pad_inches=0.06, metadata={"Date": None}
-    )
+    """Write an SVG whose letters are outlines: they look the same everywhere."""
+    with mpl.rc_context({"svg.fonttype": "path"}):
+        style.save(figure, path)
 
 
 def idea(path: pathlib.Path) -> None:
     """The cascade from input to loss, and below it one arrow per class at one hidden layer."""
     figure = Figure((5.4, 3.3))
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, 108), ylim=(0, 64))
+    axis.set(xlim=(-4, 108), ylim=(0, 64))
     axis.axis("off")
     stages = [("input", "augmentation"), ("hidden", "LPA"), ("hidden", "LPA"), ("logits", "LPL")]
     for i, (stage, method) in enumerate([*stages, ("loss", "")]):
@@ -63,7 +63,7 @@ def idea(path: pathlib.Path) -> None:
     axis.text(14.5, 6.5, "0", va="center")
     offsets = [(-3, 1.5), (-1, -2.2), (0.5, 2.4), (2.6, -0.8), (0.3, 0.2), (3.2, 2.0), (-2.4, -1)]
     classes = [
-        (52, 26, -14, -7, BLUE, "frequent class:\ncontract, lower its loss", (57, 31)),
+        (52, 24, -14, -7, BLUE, "frequent class:\ncontract, lower its loss", (57, 28)),
         (64, 11, 15, 1.6, ORANGE, "rare class:\nexpand, raise its loss", (68, 20)),
     ]
     for x, y, dx, dy, color, label, place in classes:
@@ -81,23 +81,24 @@ def idea(path: pathlib.Path) -> None:
 def accuracy_by_class(path: pathlib.Path) -> None:
     """Accuracy over all, frequent, medium and rare classes: ERM and the class-level methods."""
     table = pd.read_csv(RESULTS / "long_tail/mlp_40_trials/table.csv").set_index("method")
-    figure = Figure((5.2, 3.1))
+    figure = Figure((5.6, 3.1), layout="constrained")
     axis = figure.add_subplot()
     groups = {"accuracy": "all", "many": "frequent\n(>100 images)", "medium": "medium\n(20-100)",
               "few": "rare\n(<20)"}  # fmt: skip
-    colors = {"erm": GREY, "lpl": GREEN, "lpa": BLUE, "lpa+lpl": ORANGE}
-    for i, (method, color) in enumerate(colors.items()):
+    ends = {}
+    for i, method in enumerate(("erm", "lpl", "lpa", "lpa+lpl")):
         row = table.loc[method]
-        x = [k + 0.16 * (i - 1.5) for k in range(len(groups))]
+        color, marker = style.mark_of(method)
+        x = [k + 0.14 * (i - 1.5) for k in range(len(groups))]
         means = [100 * row[f"{group}_mean"] for group in groups]
         errors = [100 * row[f"{group}_se"] for group in groups]
-        axis.errorbar(x, means, errors, fmt="o", ms=6, elinewidth=1.6, color=color,
-                      label=name_of(method))  # fmt: skip
-    axis.grid(axis="y", color="#e4e4e4")
+        axis.errorbar(x, means, errors, fmt=marker, ms=6, elinewidth=1.6, color=color)
+        ends[name_of(method)] = (means[-1], color)
+    axis.grid(axis="x", visible=False)
     axis.set_xticks(range(len(groups)), groups.values())
-    axis.set(ylim=(45, 101), ylabel="test accuracy %")
-    figure.legend(loc="upper center", ncols=4, frameon=False, columnspacing=1.2, handletextpad=0,
-                  bbox_to_anchor=(0.54, 1.04))  # fmt: skip
+    axis.set_xlim(-0.4, len(groups) - 0.65)
+    style.per_cent(axis, 47, label="test accuracy %")
+    style.label_ends(axis, ends)
     save(figure, path)
 
 
@@ -107,62 +108,63 @@ def methods(folder: str, *tables: str) -> None:
     rows = rows[~rows.setting.str.endswith("oracle")]
     settings = sorted(rows.setting.unique(), key=lambda text: [int(n) for n in _numbers(text)])
     count = max((rows.setting == setting).sum() for setting in settings)
-    figure = Figure((3.3 * len(settings), 0.7 + 0.2 * count))
-    for axis, setting in zip(
-        figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True
-    ):
+    figure, axes = style.grid_of(len(settings), 0.7 + 0.2 * count, 3.3, len(settings))
+    for axis, setting in zip(axes.flat, settings, strict=True):
         part = rows[rows.setting == setting].sort_values("accuracy_mean").reset_index(drop=True)
+        bold = style.highlighted(list(part.method[::-1]))
         for y, row in part.iterrows():
-            color = GREY if row.method == "erm" else BLUE if "lp" in row.method else DARK
-            axis.errorbar(100 * row.accuracy_mean, y, xerr=100 * row.accuracy_se, fmt="o", ms=4,
-                          color=color, elinewidth=1.2)  # fmt: skip
-        axis.set_yticks(part.index, [name_of(m) for m in part.method], fontsize=8)
-        axis.axvline(100 * part.accuracy_mean[part.method == "erm"].item(), color=GREY, lw=0.6)
-        axis.set_title(_short(setting), fontsize=9)
-        axis.set_xlabel("accuracy %", fontsize=9)
-        axis.tick_params(axis="x", labelsize=8)
-    figure.tight_layout()
+            color, marker = style.GREY, "o"
+            if row.method in bold:
+                color, marker = style.mark_of(row.method)
+            axis.errorbar(100 * row.accuracy_mean, y, xerr=100 * row.accuracy_se, fmt=marker,
+                          color=color, elinewidth=1.3)  # fmt: skip
+        axis.set_yticks(part.index, [name_of(m) for m in part.method])
+        style.zero_line(axis, 100 * part.accuracy_mean[part.method == "erm"].item(), "x")
+        axis.grid(axis="y", visible=False)
+        axis.set_title(_short(setting))
+        axis.set_xlabel("accuracy % (line: ERM)")
     save(figure, RESULTS / folder / "accuracy.svg")
 
 
 def layers(path: pathlib.Path) -> None:
     """The gain of LPA over ERM at every injection point, a panel a network and data set."""
-    figure = Figure((8, 4.6))
-    axes = figure.subplots(2, 2)
+    figure, axes = style.panels(2, 2, 2.1, 3.7)
+    color, marker = style.mark_of("lpa")
     for axis, (folder, title) in zip(axes.flat, _FOUR.items(), strict=True):
         rows = pd.read_csv(RESULTS / "layer_sweep" / folder / "layer_sweep.csv")
         rows = rows[(rows.measure == "accuracy") & (rows.method != "erm")]
         places = [method.split("@")[1] for method in rows.method]
-        axis.errorbar(places, 100 * rows.difference, yerr=100 * rows.difference_se, fmt="o",
-                      color=BLUE)  # fmt: skip
-        axis.axhline(0, color=GREY, lw=0.8)
-        axis.set_title(title, fontsize=9)
-        axis.set_ylabel("LPA - ERM, points", fontsize=9)
-        axis.tick_params(labelsize=8)
-    figure.tight_layout()
+        axis.errorbar(range(len(places)), 100 * rows.difference, yerr=100 * rows.difference_se,
+                      fmt=marker, color=color)  # fmt: skip
+        style.ticks(axis, places)
+        style.zero_line(axis)
+        axis.set_title(title)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("LPA - ERM, points")
     save(figure, path)
 
 
 def sharpness(path: pathlib.Path) -> None:
     """Test accuracy against the largest Hessian eigenvalue, a panel a network and data set."""
-    figure = Figure((8, 5.6))
-    axes = figure.subplots(2, 2)
+    figure, axes = style.panels(2, 2, 2.5, 3.7)
+    handles = {}
     for axis, (folder, title) in zip(axes.flat, _FOUR.items(), strict=True):
         flat = pd.read_csv(RESULTS / "landscape" / folder / "flatness.csv")
         right = pd.read_csv(RESULTS / "landscape" / folder / "calibration.csv")
         largest = flat[flat.measure == "lambda1"].set_index("method")["mean"]
         accuracy = right[right.measure == "accuracy"].set_index("method")
         for method, x in largest.items():
-            axis.errorbar(x, 100 * accuracy["mean"][method], 100 * accuracy["se"][method], fmt="o",
-                          ms=5, label=name_of(method))  # fmt: skip
-        axis.set(xscale="log")
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("largest eigenvalue (flat to sharp)", fontsize=9)
-        axis.set_ylabel("test accuracy %", fontsize=9)
-        axis.tick_params(labelsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=4,
-                  frameon=False, fontsize=9)  # fmt: skip
+            color, marker = style.mark_of(method)
+            handles[name_of(method)] = axis.errorbar(
+                x, 100 * accuracy["mean"][method], 100 * accuracy["se"][method], fmt=marker,
+                color=color)  # fmt: skip
+        style.log(axis, "x")
+        axis.set_title(title)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy %")
+    for axis in axes[-1]:
+        axis.set_xlabel("largest eigenvalue (flat to sharp)")
+    style.legend(figure, handles)
     save(figure, path)
 
 
@@ -188,7 +190,6 @@ def _short(setting: str) -> str:
 
 def main() -> None:
     """Draw all figures."""
-    mpl.rcParams.update(STYLE)
     idea(FIGURES / "idea.svg")
     accuracy_by_class(FIGURES / "accuracy_by_class.svg")
     methods("long_tail/mlp", "table.csv")

@@ -95,6 +95,7 @@ class DomainJob(run.Job):
     def row(self, state: TrainState, record: EpochRecord) -> dict[str, Any]:
         """The line of the log at a checkpoint."""
         row = {f"train/{name}": value for name, value in record.train.items()}
+        row["train/learning_rate"] = self.program.learning_rate(record.step - 1)
         row |= record.evaluation | run.adapted_radii(state)
         return {"step": record.step, **row, "examples_per_second": record.examples_per_second}
 

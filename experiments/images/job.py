@@ -59,9 +59,11 @@ class ImageJob(Job):
         """The line of the log after an epoch."""
         row = {"epoch": record.epoch, "step": record.step}
         row |= {f"train/{name}": value for name, value in record.train.items()}
+        row["train/learning_rate"] = self.program.learning_rate(record.step - 1)
         if record.evaluation is not None:
             for name in ("loss", "accuracy"):
                 row[f"evaluation/{name}"] = record.evaluation[name]
+            row |= {f"evaluation/{k}": v for k, v in self._groups(record.evaluation).items()}
             row |= self._effects(state) | adapted_radii(state)
         return row | {"examples_per_second": record.examples_per_second}
 
@@ -74,7 +76,6 @@ class ImageJob(Job):
     ) -> dict[str, Any]:
         """Final accuracy, also by class and by group of classes, and the curve."""
         per_class = np.asarray(evaluation["per_class_accuracy"])
-        groups = shot_groups(self.task.counts)
         return {
             "method": self.program.method,
             "seed": self.seed,
@@ -83,11 +84,15 @@ class ImageJob(Job):
             "accuracy": evaluation["accuracy"],
             "loss": evaluation["loss"],
             "per_class_accuracy": per_class,
-            "group_accuracy": {
-                name: float(np.nanmean(per_class[members])) for name, members in groups.items()
-            },
+            "group_accuracy": self._groups(evaluation),
             "curve": rows,
         }
+
+    def _groups(self, evaluation: Mapping[str, Any]) -> dict[str, float]:
+        """Mean accuracy of the classes with many, medium and few training images."""
+        per_class = np.asarray(evaluation["per_class_accuracy"])
+        groups = shot_groups(self.task.counts)
+        return {name: float(np.nanmean(per_class[own])) for name, own in groups.items()}
 
     def _effects(self, state: TrainState) -> dict[str, Any]:
         """What the perturbations do by sign group, on one batch, and to every class, on several."""

@@ -8,113 +8,128 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from experiments.reporting.figures import COLORS, DASHES, curve_of
+from experiments.reporting import style
+from experiments.reporting.figures import curve_of
 from experiments.reporting.frame import Results
-from experiments.reporting.measured_figures import (
-    color_of,
-    estimates,
-    first_of,
-    over_seeds,
-    panels,
-    save,
-)
+from experiments.reporting.measured_figures import estimates, first_of, over_seeds
 from experiments.reporting.measured_tables import Found
 from lpa_jax import diagnostics
 
-# Name of a measure in files, its label, and where a perturbation changes nothing.
+# Logged measures of a class, with their labels and the value where a perturbation changes nothing.
 MEASURES = {
     "norm_ratio": ("norm ratio", 1.0),
-    "loss_change": ("loss change", 0.0),
-    "cosine": ("cosine to the class mean", 0.0),
+    "loss_change": ("loss change, nats", 0.0),
     "radius": ("radius used", None),
 }
-_SIGNS = ((1, "positive", COLORS[4], "^"), (-1, "negative", COLORS[5], "v"),
-          (0, "neutral", "#999999", "o"))  # fmt: skip
 # Loss changes within this are drawn on a line, beyond it by their logarithm.
 _LINEAR_LOSS = 1e-3
+_FORMS = {"signed": "within the half-space that keeps its sign", "free": "without a half-space"}
+_GEOMETRY = (
+    "Norm ratio above 1: the perturbation moves the activations of a class outward. If expansive "
+    "means harder, ratios are above 1 where the loss rises (positive classes) and below 1 where it "
+    "falls, and the correlation over classes is near 1. Correlations near 0 or below refute it."
+)
 
 
 def every_form(found: Found, path: pathlib.Path) -> None:
-    """The figure over layers, and beside it, NAME_FORM.png, one a form of LPA with its classes."""
-    over_layers(found, path)
-    for form in first_of(found)["classes"]:
-        by_class(found, form, path.with_name(f"{path.stem}_{form}{path.suffix}"))
+    """A figure over layers for each form of LPA's perturbation, and one of its single classes.
 
-
-def over_layers(found: Found, path: pathlib.Path) -> None:
-    """Norm ratio and loss change of each sign group, and their correlation, over layers.
-
-    One row for each form of LPA; means and standard errors over seeds of every method.
+    The first is PATH; the others are beside it, NAME_FORM and NAME_FORM_classes.
     """
-    compared, methods = over_seeds(found), list(found)
-    first = first_of(found)
-    layers, forms = first["layers"], list(first["classes"])
-    columns = {
-        f"{name} {sign}": f"{MEASURES[name][0]}, {sign} classes"
-        for name in ("norm_ratio", "loss_change", "cosine")
-        for sign in ("positive", "negative")
-    } | {"correlation": "correlation of the two over classes"}
-    figure, axes = panels(len(forms), len(columns), 2.8)
-    for row, form in zip(axes, forms, strict=True):
-        for axis, (measure, label) in zip(row, columns.items(), strict=True):
-            series = [
-                estimates(compared, f"{form} at {layer}: {measure}", methods) for layer in layers
-            ]
-            for i, method in enumerate(methods):
-                means, errors = np.array(series)[:, :, i].T
-                axis.errorbar(
-                    np.arange(len(layers)) + 0.04 * (i - len(methods) / 2), means,
-                    np.nan_to_num(errors), label=method, color=color_of(methods, method),
-                    linestyle=DASHES[i // len(COLORS) % len(DASHES)], marker=".", linewidth=1.2,
-                )  # fmt: skip
-            axis.axhline(1.0 if "norm" in measure else 0.0, color="#666666", linewidth=0.8)
-            if "loss" in measure:
-                _log_of_losses(axis)
-            if measure == "correlation":
-                axis.set_ylim(-1.05, 1.05)
-            axis.set_xticks(range(len(layers)), layers, rotation=40, ha="right", fontsize=8)
-            axis.set_title(f"{form}: {label}", fontsize=8)
-            axis.grid(alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    save(figure, path)
+    for number, form in enumerate(_forms(found)):
+        of_form = path if not number else path.with_name(f"{path.stem}_{form}{path.suffix}")
+        over_layers(found, of_form, form)
+        by_class(found, form, path.with_name(f"{path.stem}_{form}_classes{path.suffix}"))
+
+
+def _forms(found: Found) -> list[str]:
+    """The forms measured, the one that answers the question first: it is free to shrink or grow."""
+    return sorted(first_of(found)["classes"], key=lambda form: form != "free")
+
+
+def over_layers(found: Found, path: pathlib.Path, form: str | None = None) -> None:
+    """Four panels over layers: norm ratio of both signs, loss change by sign, their correlation.
+
+    Args:
+      found: measurements of `geometry`.
+      path: of the figure: means and standard errors over seeds of every method.
+      form: of the perturbation; None takes the one without a half-space.
+    """
+    compared, layers = over_seeds(found), first_of(found)["layers"]
+    form = form or _forms(found)[0]
+    means = {m: np.mean([one["values"].get("accuracy", np.nan) for one in found[m].values()])
+             for m in found}  # fmt: skip
+    marks = style.marks(style.by_result(means))
+    figure, axes = style.panels(2, 2, 2.5, 3.6, sharex=True)
+    panels = [
+        ("norm ratio, positive classes", ["norm_ratio positive"], 1.0),
+        ("norm ratio, negative classes", ["norm_ratio negative"], 1.0),
+        ("loss change, nats: positive above 0, negative below",
+         ["loss_change positive", "loss_change negative"], 0.0),
+        ("correlation of the two over classes", ["correlation"], 0.0),
+    ]  # fmt: skip
+    handles = {}
+    for axis, (title, measures, still) in zip(axes.flat, panels, strict=True):
+        for i, (method, mark) in enumerate(marks.items()):
+            shift = 0.03 * (i - len(marks) / 2)
+            for measure in measures:
+                series = [estimates(compared, f"{form} at {x}: {measure}", [method])[:, 0]
+                          for x in layers]  # fmt: skip
+                mean, error = np.array(series).T
+                handles[method] = axis.errorbar(np.arange(len(layers)) + shift, mean,
+                                                np.nan_to_num(error), **mark)  # fmt: skip
+        style.zero_line(axis, still)
+        axis.set_title(title)
+        style.ticks(axis, layers)
+        if len(measures) > 1:
+            _log_of_losses(axis)
+        elif measures == ["correlation"]:
+            axis.set_ylim(-1.08, 1.08)
+    bold = style.highlighted(list(marks))
+    style.legend(figure, {m: h for m, h in handles.items() if m in bold})
+    style.note(figure, f"LPA's perturbation, {_FORMS.get(form, form)}. {_GEOMETRY}")
+    style.save(figure, path)
 
 
 def _log_of_losses(axis) -> None:
     low, high = axis.dataLim.intervaly
     # On a logarithmic axis a margin is a factor; a side without data ends at zero.
     axis.set_ylim(1.5 * min(low, 0.0), 1.5 * max(high, 0.0))
-    axis.set_yscale("symlog", linthresh=_LINEAR_LOSS)
-    axis.tick_params(axis="y", labelsize=8)
+    style.log(axis, linthresh=_LINEAR_LOSS)
 
 
 def by_class(found: Found, form: str, path: pathlib.Path) -> None:
     """Loss change against norm ratio, a point a class and seed, a panel a method and layer."""
     layers = first_of(found)["layers"]
-    figure, axes = panels(len(found), len(layers), 2.2, width=2.6)
-    for row, (method, seeds) in zip(axes, found.items(), strict=True):
+    figure, axes = style.panels(len(found), len(layers), 1.8, 2.0, sharey=True, sharex="col")
+    handles = {}
+    for row, seeds in zip(axes, found.values(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
             classes = {
                 name: np.array([one["classes"][form][layer][name] for one in seeds.values()], float)
                 for name in ("norm_ratio", "loss_change", "sign")
             }
-            for sign, label, color, marker in _SIGNS:
-                chosen = np.sign(np.nan_to_num(classes["sign"])) == sign
-                axis.plot(
-                    classes["norm_ratio"][chosen], classes["loss_change"][chosen], marker,
-                    color=color, markersize=4, alpha=0.7, label=label if chosen.any() else None,
-                )  # fmt: skip
-            axis.axvline(1, color="#666666", linewidth=0.8)
-            axis.axhline(0, color="#666666", linewidth=0.8)
-            axis.set_title(f"{method}, {layer}", fontsize=9)
-            axis.tick_params(labelsize=7)
-            axis.grid(alpha=0.3)
+            for sign, (color, marker) in style.SIGNS.items():
+                number = {"positive": 1, "negative": -1, "neutral": 0}[sign]
+                chosen = np.sign(np.nan_to_num(classes["sign"])) == number
+                chosen &= np.isfinite(classes["norm_ratio"])
+                if chosen.any():
+                    (handles[sign],) = axis.plot(
+                        classes["norm_ratio"][chosen], classes["loss_change"][chosen], marker,
+                        color=color, markersize=4, alpha=0.7, linestyle="",
+                    )  # fmt: skip
+            style.zero_line(axis, 1.0, "x")
+            style.zero_line(axis)
+            style.log(axis, linthresh=_LINEAR_LOSS)
+            style.plain(axis, "x", 3)
+    for axis, layer in zip(axes[0], layers, strict=True):
+        axis.set_title(layer)
+    for axis, method in zip(axes[:, 0], found, strict=True):
+        axis.set_ylabel(f"{method}\nloss change, nats")
     for axis in axes[-1]:
-        axis.set_xlabel(f"norm ratio ({form})", fontsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("loss change")
-    axes[0, 0].legend(fontsize=8)
-    save(figure, path)
+        axis.set_xlabel("norm ratio")
+    style.legend(figure, {f"{sign} classes": handle for sign, handle in handles.items()})
+    style.save(figure, path)
 
 
 def swept(
@@ -127,71 +142,75 @@ def swept(
       placed: method -> layer -> name of the placed method.
       path: of the figure: a row of panels a method, means and standard errors over seeds.
     """
-    columns = {
-        "norm ratio": {f"norm_ratio {sign}": sign for _, sign, *_ in _SIGNS},
-        "loss change": {f"loss_change {sign}": sign for _, sign, *_ in _SIGNS},
+    panels = {
+        "norm ratio": {f"norm_ratio {sign}": sign for sign in style.SIGNS},
+        "loss change, nats": {f"loss_change {sign}": sign for sign in style.SIGNS},
     }
     correlation = "correlation of loss and norm"
-    swept_names = [name for at in placed.values() for name in at.values()]
-    if np.isfinite(estimates(compared, correlation, swept_names)).any():
-        columns["correlation over classes"] = {correlation: "all"}  # some run logged its classes
-    styles = {sign: (color, marker) for _, sign, color, marker in _SIGNS} | {
-        "all": ("#000000", ".")
-    }
-    figure, axes = panels(len(placed), len(columns), 2.6)
+    names = [name for at in placed.values() for name in at.values()]
+    if np.isfinite(estimates(compared, correlation, names)).any():
+        panels["correlation over classes"] = {correlation: "all"}  # runs logged classes
+    figure, axes = style.panels(len(placed), len(panels), 2.4, 3.1, sharex="col")
+    handles = {}
     for row, (method, at) in zip(axes, placed.items(), strict=True):
-        for axis, (label, series) in zip(row, columns.items(), strict=True):
+        for axis, (label, series) in zip(row, panels.items(), strict=True):
             for measure, sign in series.items():
                 means, errors = estimates(compared, measure, list(at.values()))
                 if np.isfinite(means).any():
-                    color, marker = styles[sign]
-                    axis.errorbar(range(len(at)), means, np.nan_to_num(errors), label=sign,
-                                  color=color, marker=marker, capsize=3)  # fmt: skip
-            axis.axhline(1.0 if label == "norm ratio" else 0.0, color="#666666", linewidth=0.8)
-            axis.set_xticks(range(len(at)), list(at), rotation=30, ha="right", fontsize=8)
-            axis.set_title(f"{method}: {label}", fontsize=9)
-            axis.grid(alpha=0.3)
+                    color, marker = style.SIGNS.get(sign, (style.INK, "o"))
+                    drawn = axis.errorbar(range(len(at)), means, np.nan_to_num(errors),
+                                          color=color, marker=marker)  # fmt: skip
+                    if sign != "all":
+                        handles[f"{sign} classes"] = drawn
+            style.zero_line(axis, 1.0 if label == "norm ratio" else 0.0)
+            style.ticks(axis, list(at))
+            axis.set_title(label)
             if correlation in series:
-                axis.set_ylim(-1.05, 1.05)
-        if row[0].lines[1:]:
-            row[0].legend(fontsize=8)
-    save(figure, path)
+                axis.set_ylim(-1.08, 1.08)
+            elif "loss" in label:
+                _log_of_losses(axis)
+        row[0].set_ylabel(method)
+    style.legend(figure, handles)
+    style.save(figure, path)
 
 
 def over_epochs(results: Results, path: pathlib.Path) -> bool:
     """What each method's own perturbations did to every class over the epochs of training.
 
-    A row a method and perturbed layer: norm ratio, loss change, cosine and radius by class, means
+    A row a method and perturbed layer: norm ratio, loss change and radius by class, means
     over seeds, frequent classes dark and rare ones light; and the correlation of loss change and
     norm ratio over classes with its standard error. False if no run logged any.
     """
     rows = [(method, layer) for method, runs in results.items() for layer in _logged_layers(runs)]
     if not rows:
         return False
-    figure, axes = panels(len(rows), len(MEASURES) + 1, 2.3, width=2.9)
+    figure, axes = style.panels(len(rows), len(MEASURES) + 1, 1.9, 2.7, sharex=True)
     for row, (method, layer) in zip(axes, rows, strict=True):
         runs = results[method]
         counts = np.mean([run["train_counts"] for run in runs], axis=0)
         rank = np.argsort(np.argsort(-counts, kind="stable"), kind="stable")
         colors = plt.get_cmap("viridis")(0.92 * rank / max(len(counts) - 1, 1))
-        for axis, (name, (label, still)) in zip(row, MEASURES.items(), strict=False):
+        for axis, (name, (_, still)) in zip(row, MEASURES.items(), strict=False):
             epochs, values = curve_of(runs, f"classes/{layer}/{name}")
             for c, color in enumerate(colors):
                 axis.plot(epochs, _mean_known(values[:, :, c]), color=color, linewidth=1.2,
                           marker="." if len(epochs) == 1 else "")  # fmt: skip
             if still is not None:
-                axis.axhline(still, color="#666666", linewidth=0.8)
-            axis.set_title(f"{method}, {layer}: {label}", fontsize=8)
+                style.zero_line(axis, still)
+            style.epochs(axis, epochs[-1])
+            style.plain(axis)
         _correlation_over_epochs(row[-1], runs, layer)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("epoch", fontsize=8)
-    ends = [plt.Line2D([], [], color=plt.get_cmap("viridis")(x)) for x in (0.0, 0.92)]
-    figure.legend(ends, ["most frequent class", "rarest class"], loc="outside upper right",
-                  ncols=2, frameon=False, fontsize=8)  # fmt: skip
-    save(figure, path)
+        style.epochs(row[-1], epochs[-1])
+        row[0].set_ylabel(f"{method}\n{layer}")
+    for axis, (label, _) in zip(axes[0], MEASURES.values(), strict=False):
+        axis.set_title(label)
+    axes[0, -1].set_title("correlation over classes")
+    for axis in axes[:-1].flat:
+        axis.set_xlabel("")
+    lines = [plt.Line2D([], [], color=plt.get_cmap("viridis")(x)) for x in (0.0, 0.92)]
+    ends = ("most frequent class", "rarest class")
+    style.legend(figure, dict(zip(ends, lines, strict=True)))
+    style.save(figure, path)
     return True
 
 
@@ -216,14 +235,13 @@ def _correlation_over_epochs(axis, runs, layer: str) -> None:
         if (np.nan_to_num(geometry["delta_norm"]) > 0).sum() > 1:
             found[index] = diagnostics.agreement(geometry).correlation
     mean = _mean_known(found)
-    axis.plot(epochs, mean, color=COLORS[5], marker="." if len(epochs) == 1 else "")
+    axis.plot(epochs, mean, color=style.BLUE, marker="." if len(epochs) == 1 else "")
     if len(runs) > 1:
         known = np.ma.masked_invalid(found)
         error = known.std(axis=0, ddof=1) / np.sqrt(known.count(axis=0))
-        axis.fill_between(epochs, mean - error, mean + error, color=COLORS[5], alpha=0.15)
-    axis.axhline(0, color="#666666", linewidth=0.8)
-    axis.set_ylim(-1.05, 1.05)
-    axis.set_title("correlation of loss change and norm ratio", fontsize=8)
+        axis.fill_between(epochs, mean - error, mean + error, color=style.BLUE, alpha=0.15)
+    style.zero_line(axis)
+    axis.set_ylim(-1.08, 1.08)
 
 
 def _mean_known(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""A report as one page that needs nothing else: no script, no network, figures inside."""
+"""A report as one page that needs nothing else: no network, figures inside, one small script."""
 
 import base64
+import hashlib
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -38,10 +39,40 @@ tr + tr td { border-top: 1px solid var(--line); }
 .pairs th, .pairs td { text-align: left; white-space: normal; vertical-align: top; }
 figure { margin: 1.25rem 0; }
 figure .wide { background: #fff; }
-img { display: block; width: 100%; max-width: 62rem; margin: 0 auto;
-  height: auto; }
+img { display: block; margin: 0 auto; max-width: none; }
+.answer { font-size: 1.1rem; }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
+  cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
 figcaption, .notes { font-size: .875rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; }
+"""
+
+# Sorts a table by the number, or the text, at the start of a column's cells. The page's policy
+# allows this script by its hash, and no other.
+SCRIPT = """
+for (const button of document.querySelectorAll("th button")) {
+  button.onclick = () => {
+    const head = button.parentElement, body = head.closest("table").tBodies[0];
+    const down = head.getAttribute("aria-sort") !== "descending";
+    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const value = (row) => {
+      const text = row.cells[head.cellIndex].textContent;
+      const number = parseFloat(text.replace("[", ""));
+      return isNaN(number) ? text : number;
+    };
+    const rows = [...body.rows].sort((a, b) => {
+      const x = value(a), y = value(b);
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const order = typeof x === "number" && typeof y === "number" ? x - y
+        : String(x).localeCompare(String(y));
+      return down ? -order : order;
+    });
+    body.append(...rows);
+  };
+}
 """
 
 
@@ -58,28 +89,37 @@ def page(
       problems: folders that do not.
     """
     body = ["<h1>Report</h1>"]
-    body.append(f"<p>{len(runs)} runs, {len(sections)} tables, {len(problems)} not counted.</p>")
-    body.append("<ul>")
-    for i, section in enumerate(sections):
-        body.append(f'<li><a href="#t{i}">{html.escape(section.title)}</a></li>')
-    body.append("</ul>")
+    body.append(f"<p>Runs: {len(runs)}. Tables: {len(sections)}. Not counted: {len(problems)}.</p>")
+    if len(sections) > 1:
+        body.append("<ul>")
+        for i, section in enumerate(sections):
+            title, found = html.escape(section.title), html.escape(report_sections.answer(section))
+            body.append(f'<li><a href="#t{i}">{title}</a>: {found}</li>')
+        body.append("</ul>")
     for i, section in enumerate(sections):
         body += _section(section, f"t{i}")
     lines = "".join(f"<li>{html.escape(x)}</li>" for x in report_sections.how_to_read(sections))
     body += ["<h2>How to read the tables</h2>", f"<ul>{lines}</ul>"]
     body += ["<h2>Not counted</h2>", _problems(problems)]
-    body += ["<h2>Environment</h2>", *_environments(runs)]
+    body.append(_details("Environment", "".join(_environments(runs))))
+    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{allowed}'"
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f"<title>Report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
-        + "\n</body>\n</html>\n"
+        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
 def _section(section: Section, anchor: str) -> list[str]:
     parts = [f'<h2 id="{anchor}">{html.escape(section.title)}</h2>']
+    parts.append(f'<p class="answer">{html.escape(report_sections.answer(section))}</p>')
     parts.append(f'<div class="wide">{_table(section.table, "numbers")}</div>')
     if section.notes:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
@@ -88,14 +128,12 @@ def _section(section: Section, anchor: str) -> list[str]:
         contrast_table = _table(tables.contrast_table(section.contrasts), "numbers")
         parts += ["<h3>Contrasts</h3>", f'<div class="wide">{contrast_table}</div>']
     for caption, path in section.figures:
-        content = path.read_bytes()
-        image = base64.b64encode(content).decode()
-        text = html.escape(caption)
-        # Never below half its pixels, where text is still read: a phone scrolls sideways instead.
-        least = int.from_bytes(content[16:20]) // 2
+        image, text = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
+        kind = {".svg": "svg+xml"}.get(path.suffix, path.suffix[1:])
+        # At its own size, where text is read: a phone scrolls sideways.
         parts.append(
             f'<figure><div class="wide"><img alt="{html.escape(section.title)}: {text}" '
-            f'style="min-width: {least}px" src="data:image/png;base64,{image}"></div>'
+            f'src="data:image/{kind};base64,{image}"></div>'
             f"<figcaption>{text}</figcaption></figure>"
         )
     parts.append(_details("Seeds", _table(report_sections.seeds_table(section), "pairs")))
@@ -105,7 +143,9 @@ def _section(section: Section, anchor: str) -> list[str]:
 
 
 def _table(lines: Sequence[Sequence[str]], kind: str) -> str:
-    header, *body = [[html.escape(cell) for cell in line] for line in lines]
+    header, *body = [[html.escape(cell).replace(" +- ", " ± ") for cell in x] for x in lines]
+    if kind == "numbers":
+        header = [f'<button type="button">{cell}</button>' for cell in header]
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'

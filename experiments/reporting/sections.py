@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from experiments.methods import published
@@ -92,7 +93,7 @@ def sections(
     baseline: str,
     pairs: Sequence[Pair],
     output: pathlib.Path,
-    suffix: str = ".png",
+    suffix: str = ".svg",
 ) -> list[Section]:
     """All tables; draws their figures into the folder, in the format of the suffix."""
     made = []
@@ -147,7 +148,7 @@ def _figures(
     evaluated_on = section.setting.config.get("evaluate_on", "test")
     drawn = (
         ("accuracy, mean and standard error", "accuracy",
-         lambda path: figures.accuracy_bars(compared, path)),
+         lambda path: figures.accuracy(compared, path)),
         (f"paired differences to {baseline}", "differences",
          lambda path: figures.differences(_tested(compared), f"difference to {baseline}", path)),
         ("paired differences of the contrasts", "contrasts",
@@ -329,6 +330,25 @@ def seeds_table(section: Section) -> list[list[str]]:
     return [["method", "seeds"], *([name, ranges(own)] for name, own in section.seeds.items())]
 
 
+def answer(section: Section) -> str:
+    """What was compared, and the best method with its uncertainty, in words."""
+    rows = tables.accuracies(section.compared).sort_values("mean", ascending=False)
+    best, seeds = rows.iloc[0], {len(own) for own in section.seeds.values()}
+    runs_of = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
+    plural = "" if seeds == {1} else "s"
+    if len(rows) == 1:
+        return f"{best.method}: {tables.percent(best['mean'], best['se'])} %".replace("+-", "±")
+    text = f"Of {len(rows)} methods with {runs_of} seed{plural}, {best.method} has the best "
+    text += f"accuracy, {tables.percent(best['mean'], best['se'])} %"
+    if best.pairs >= paired.FEWEST_PAIRS:
+        low, high = (f"{100 * best[end]:+.2f}" for end in ("difference_low", "difference_high"))
+        text += f": {tables.percent(best.difference, np.nan, signed=True)} points to "
+        text += f"{best.baseline} (95% interval {low} to {high}, p {best.p_holm:.2g} by Holm)"
+    elif best.pairs:
+        text += f": {tables.difference(best)} points to {best.baseline}; too few seeds for a test"
+    return text.replace("+-", "±") + "."
+
+
 def how_to_read(made: Sequence[Section]) -> list[str]:
     """What the columns of all tables mean, each line once."""
     every = [section.table for section in made]
@@ -340,7 +360,8 @@ def markdown(made: Sequence[Section], problems: Sequence[Problem], output: pathl
     """The report in Markdown; figures are linked relative to the folder."""
     lines = ["# Report", ""]
     for section in made:
-        lines += [f"## {section.title}", "", tables.markdown_table(section.table)]
+        lines += [f"## {section.title}", "", answer(section), ""]
+        lines += [tables.markdown_table(section.table)]
         if not section.contrasts.empty:
             table = tables.contrast_table(section.contrasts)
             lines += ["Contrasts:", "", tables.markdown_table(table)]

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams as hparams_of
 
 from experiments.runtime import fields, files
 from experiments.runtime.fields import setting
@@ -121,6 +122,14 @@ class RunLog:
                 figure = _class_accuracy_figure(class_accuracy)
                 self._events.add_figure("evaluation/class_accuracy", figure, step)
 
+    def finish(self, hparams: Mapping[str, Any], accuracy: float | None) -> None:
+        """Adds what TensorBoard's HPARAMS compares: the options and the final accuracy."""
+        if self._events is None or accuracy is None:
+            return
+        for summary in hparams_of(dict(hparams), {"final/accuracy": accuracy}):
+            self._events.file_writer.add_summary(summary)
+        self._events.add_scalar("final/accuracy", accuracy, self.rows[-1]["step"])
+
     def _add_events(self, row: Mapping[str, Any]) -> None:
         for name, value in row.items():
             if isinstance(value, list):
@@ -137,12 +146,13 @@ class RunLog:
 
 
 def _class_accuracy_figure(accuracy: np.ndarray) -> Figure:
-    """Bars of one model's accuracy by class, [C]."""
-    figure = Figure(figsize=(max(4.0, min(12.0, 0.35 * len(accuracy))), 2.6))
+    """One model's accuracy by class, [C]."""
+    figure = Figure(figsize=(max(4.0, min(12.0, 0.35 * len(accuracy))), 2.6), layout="constrained")
     axis = figure.subplots()
-    axis.bar(range(len(accuracy)), 100 * np.nan_to_num(accuracy), color="#0072B2")
+    axis.plot(range(len(accuracy)), 100 * accuracy, "o", color="#0072B2")
     axis.set(xlabel="class", ylabel="accuracy %", ylim=(0, 100))
-    figure.tight_layout()
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(color="#e6e6e6")
     return figure
 
 

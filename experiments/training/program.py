@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from experiments.methods.build import Built, assemble, build, traceable
 from experiments.methods.names import POSTHOC, RUN_OPTIONS, loss_names, parse, part_options
@@ -137,10 +138,16 @@ class Program:
             num_domains=self._num_domains,
             head=settings.head,
         )
-        rate = options.get("learning_rate", settings.learning_rate)
-        schedule = settings.rate_schedule(rate, length)
         default = settings.default_loss(self._counts, options)
-        return build(parts, settings, options, schedule, ((0, default),))
+        return build(parts, settings, options, self._schedule(options), ((0, default),))
+
+    def _schedule(self, options: Mapping[str, Any]) -> optax.Schedule:
+        rate = options.get("learning_rate", self.settings.learning_rate)
+        return self.settings.rate_schedule(rate, self.length)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return float(self._schedule(self.options)(step))
 
     def _created(self, known: Built, rng: jax.Array, loaded: Any) -> TrainState:
         return TrainState.create(

@@ -147,6 +147,7 @@ def run(
             if record is None or record.epoch < length.epochs:
                 raise InterruptedRunError("stopped, and what was done is saved")
             result = job.result(log.rows, record.evaluation)
+            log.finish(_hparams(job), result.get("accuracy"))
         except loop.NonFiniteLossError as error:
             result = job.diverged(error)
     seconds = time.perf_counter() - started
@@ -177,6 +178,12 @@ def _details(logging: Logging, state: TrainState, record: loop.EpochRecord) -> d
         return {}
     weights, per_class = jax.device_get(state.params), record.evaluation["per_class_accuracy"]
     return {"weights": weights, "class_accuracy": per_class}
+
+
+def _hparams(job: Job) -> dict[str, Any]:
+    """What TensorBoard compares runs by: the method, the seed, and the options that are numbers."""
+    numbers = {k: v for k, v in job.program.options.items() if isinstance(v, int | float | str)}
+    return {"method": job.program.method, "seed": job.seed, **numbers}
 
 
 def adapted_radii(state: TrainState) -> dict[str, float]:

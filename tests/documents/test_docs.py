@@ -78,7 +78,7 @@ def test_every_test_that_the_reliability_page_names_exists():
 
 
 def test_every_page_is_in_the_navigation():
-    listed = re.findall(r"^  - .*: (\w+\.md)$", CONFIG.read_text(), re.MULTILINE)
+    listed = re.findall(r"^ +- .*: (\w+\.md)$", CONFIG.read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
@@ -95,8 +95,8 @@ def test_every_public_name_has_a_place_in_the_reference():
 
 
 def test_the_pages_build_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs", reason="mkdocs is in the extra docs")
-    pytest.importorskip("mkdocstrings", reason="mkdocstrings is in the extra docs")
+    for package in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):
+        pytest.importorskip(package, reason=f"{package} is in the extra docs")
     build = ["-m", "mkdocs", "build", "--strict", "-f", CONFIG, "-d", tmp_path / "site"]
     done = subprocess.run(
         [sys.executable, *build],
@@ -108,3 +108,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert 'id="lpa_jax.class_perturbation"' in reference
+    first = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "<math" in first and "$`" not in first and "```math" not in first
+    loaded = re.findall(r"""<(?:script|link|img)[^>]* (?:src|href)=["']?(https?:[^"' >]*)""", first)
+    assert loaded == [], "a page loads nothing from elsewhere"

@@ -10,7 +10,7 @@ import pytest
 from experiments import landscape, report
 from experiments.measuring import measurements
 from experiments.measuring import models as trained
-from experiments.reporting import class_figures, measured_figures, measured_tables, sections
+from experiments.reporting import class_figures, measured_figures, measured_tables, sections, style
 from lpa_jax.interrupts import InterruptedRunError
 from tests.helpers import browser, tiny_models
 from tests.helpers.module_call import call
@@ -78,7 +78,7 @@ def test_a_report_of_the_job_shows_what_was_measured(report_of_job):
     for name, (caption, *_) in sections.MEASURED_FIGURES.items():
         assert html.escape(caption) in page or caption in page, name
     for name in sections.MEASURED_FIGURES:
-        (figure,) = report_of_job.glob(f"figures/*_{name}.png")
+        (figure,) = report_of_job.glob(f"figures/*_{name}.svg")
         assert figure.stat().st_size > 10_000
 
 
@@ -181,7 +181,7 @@ def test_a_sign_that_changed_between_batches_belongs_to_the_group_that_more_imag
 
 
 def test_losses_of_both_signs_stay_on_the_axis():
-    _, axes = measured_figures.panels(1, 1, 2.0)
+    _, axes = style.panels(1, 1, 2.0)
     axes[0, 0].plot([0, 1, 2], [0.2, -0.1, 0.3])
     class_figures._log_of_losses(axes[0, 0])
     low, high = axes[0, 0].get_ylim()
@@ -216,8 +216,8 @@ def test_geometry_has_every_form_from_input_to_logits_by_sign_and_by_class(job):
     assert float(row["loss_change"]) == pytest.approx(expected, rel=1e-4)
     assert row["seeds"] == "2" and float(row["loss_change_se"]) >= 0
     assert "### free at logits\n" in (job / "geometry.md").read_text()
-    for form in ("signed", "free"):
-        assert (job / f"geometry_{form}.png").stat().st_size > 10_000
+    for name in ("geometry", "geometry_signed", "geometry_signed_classes", "geometry_free_classes"):
+        assert (job / f"{name}.png").stat().st_size > 10_000
 
 
 def test_only_what_a_changed_flag_decides_is_measured_again(job, monkeypatch):

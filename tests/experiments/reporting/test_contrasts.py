@@ -70,7 +70,7 @@ def test_every_form_of_the_report_has_the_contrasts(made):
         ("report.html", "<td>lpa - lpl</td><td>8</td>"),
     ):
         assert expected in (output / name).read_text(encoding="utf-8")
-    figures = (output / "figures").glob("*_contrasts.png")
+    figures = (output / "figures").glob("*_contrasts.svg")
     assert len(list(figures)) == 1, "the setting without lpl has no such figure"
     text = (output / "report.md").read_text(encoding="utf-8")
     assert "- lpa - lpl: no run of lpl in this setting." in text

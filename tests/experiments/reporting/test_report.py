@@ -1,6 +1,8 @@
 """Reports of made-up result folders."""
 
+import base64
 import csv
+import hashlib
 import html.parser
 import json
 import pathlib
@@ -12,7 +14,7 @@ import pytest
 from absl import flags
 
 from experiments import report
-from experiments.reporting import figures, frame, runs, sections, tables
+from experiments.reporting import frame, runs, sections, tables
 from experiments.runtime import files
 from tests.helpers import made_up_runs
 from tests.helpers.paths import ROOT
@@ -111,7 +113,7 @@ def test_every_figure_named_in_the_report_is_there(made):
     # Accuracy, differences, classes, curves of the first setting; no baseline's own differences.
     assert len(paths) == 4 + 3
     for path in paths:
-        assert path.read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in path.read_bytes()[:1000]
         assert f"({path.relative_to(output)})" in text
 
 
@@ -234,17 +236,24 @@ def test_nothing_to_report_is_one_line_exit_1_and_no_file(tmp_path, command, fol
     assert not (tmp_path / "out").exists()
 
 
-def test_many_methods_get_a_map_of_classes_instead_of_bars_too_thin_to_see(tmp_path):
-    run = {"train_counts": [30, 10, 3], "per_class_accuracy": [0.9, 0.5, 0.1]}
-    for count in (3, 31):
-        results = {f"m{i:02}": [run] for i in range(count)}
-        assert figures.per_class_accuracy(results, tmp_path / f"{count}.png")
-    (_, low), (width, high) = (
-        np.frombuffer((tmp_path / f"{count}.png").read_bytes()[16:24], dtype=">u4")
-        for count in (3, 31)
-    )
-    assert high > 0.3 * 150 * 31 > low, "one line a method in the map only"
-    assert width < 1500
+def test_the_answer_names_the_best_method_and_what_is_known_of_it(made):
+    found, _ = made
+    lpa, erm = (np.array(ACCURACIES[name]) for name in ("lpa", "erm"))
+    text = sections.answer(found[0])
+    assert text.startswith("Of 3 methods with 4 to 8 seeds, lpa has the best accuracy, ")
+    assert f"{100 * (lpa - erm).mean():+.2f} points to erm (95% interval +" in text
+    assert text.endswith("p 0.0078 by Holm).")
+
+
+def test_injected_names_stay_text(tmp_path, command):
+    name = "<script>alert(1)</script>$\\frac{$"
+    made_up_runs.write_many(tmp_path / "runs", {"erm": [0.5], name: [0.6]})
+    message, *_ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}", "--html")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert message is None and page.count("<script") == 1 and "&lt;script&gt;alert" in page
+    for figure in (tmp_path / "out" / "figures").glob("*.svg"):
+        text = figure.read_text()
+        assert "<script" not in text and ("&lt;script&gt;" in text or "curves" in figure.name)
 
 
 def test_a_comparison_explains_its_columns_and_quiet_prints_the_table_alone(tmp_path, capsys):
@@ -322,7 +331,7 @@ def test_a_report_of_its_own_rows_has_the_same_tables_and_rows(tmp_path, command
     for name in ("table.csv", "table.tex", "contrasts.csv", "runs.csv"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text(), name
     drawn = {path.name.rpartition("_")[2] for path in (tmp_path / "b" / "figures").iterdir()}
-    assert drawn == {"accuracy.png", "differences.png", "contrasts.png"}
+    assert drawn == {"accuracy.svg", "differences.svg", "contrasts.svg"}
     for path in (tmp_path / "b" / "figures").iterdir():
         assert path.read_bytes() == (tmp_path / "a" / "figures" / path.name).read_bytes()
 
@@ -401,11 +410,11 @@ def test_a_folder_with_runs_is_not_counted_again_from_its_rows(tmp_path, command
     assert message is None and re.search(r"^erm +2 +55\.00±5\.00 ", out, re.M) and not err
 
 
-def test_figures_are_svg_where_a_script_asks_for_it_and_the_same_every_time(tmp_path):
+def test_figures_are_svg_with_text_and_the_same_every_time(tmp_path):
     made_up_runs.write_many(tmp_path / "runs", {"erm": [0.5, 0.6], "lpa": [0.6, 0.7]})
     first, second = (
         {path.name: path.read_bytes() for section in report.make(
-            [tmp_path / "runs"], tmp_path / name, suffix=".svg") for _, path in section.figures}
+            [tmp_path / "runs"], tmp_path / name) for _, path in section.figures}
         for name in ("a", "b")
     )  # fmt: skip
     assert len(first) == 4 and first == second
@@ -444,14 +453,19 @@ def test_the_page_needs_no_other_file_and_holds_tables_figures_and_environment(t
     reader = PageReader()
     reader.feed(text)
     assert message is None and reader.open == []
-    assert all(url.startswith(("data:image/png;base64,", "#")) for url in reader.loaded)
-    assert "url(" not in text and "@import" not in text and "script" not in reader.names
+    assert all(url.startswith(("data:image/svg+xml;base64,", "#")) for url in reader.loaded)
+    assert "url(" not in text and "@import" not in text and reader.names["script"] == [{}]
+    script = re.search(r"<script>(.*)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policies = [tag["content"] for tag in reader.names["meta"] if "http-equiv" in tag]
+    assert len(policies) == 1 and policies[0].endswith(f"script-src 'sha256-{digest}'")
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in reader.names[
         "meta"
     ]
-    drawn = list((tmp_path / "out" / "figures").glob("*.png"))
+    drawn = list((tmp_path / "out" / "figures").glob("*.svg"))
     assert len(reader.names["img"]) == len(drawn) == 4
-    assert any(figure.name.endswith("effects.png") for figure in drawn)
+    assert any(figure.name.endswith("effects.svg") for figure in drawn)
+    assert "Of 1 methods" not in text and '<p class="answer">' in text
     assert "&lt;lpa.radius&gt;: 0.25, 1.25" in text and "prefers-color-scheme: dark" in text
     assert "9.9.9" in text and files.git_revision() in text
     assert "<td>imbalance</td><td>10.0</td>" in text

@@ -61,6 +61,17 @@ def test_scalars_alone_hold_no_vector_but_the_lines_do(tmp_path):
     assert json.loads(line)["classes/hidden1/delta_norm"] == [1.0, 3.0, None]
 
 
+def test_the_options_and_the_final_accuracy_are_compared_in_the_hparams_tab(tmp_path):
+    with recording.RunLog(tmp_path) as log:
+        log.write(7, ROW)
+        log.finish({"method": "lpa", "lpa.radius": 0.25}, 0.75)
+    found = {value.tag: value for _, value in events(tmp_path)}
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(found)
+    assert b"lpa.radius" in found["_hparams_/session_start_info"].SerializeToString()
+    assert b"final/accuracy" in found["_hparams_/experiment"].SerializeToString()
+    assert found["final/accuracy"].simple_value == 0.75
+
+
 def test_a_resumed_log_shows_the_classes_of_its_earlier_records_again(tmp_path):
     earlier = [{"epoch": 1, "step": 3, "classes/hidden1/delta_norm": [2.0, None]}]
     logged(tmp_path, "full", earlier)
