@@ -55,7 +55,7 @@ def test_a_job_prints_one_table_and_writes_everything_it_promises(job):
             assert result["accuracy"] == pytest.approx(lines[-1]["evaluation/accuracy"])
             assert len(list(folder.glob("events.out.tfevents.*"))) == 1
             assert min(result["per_class_accuracy"]) >= 0 and len(result["curve"]) == 2
-    assert "[6/6]" in err and "+-" in out
+    assert "[6/6]" in err and "±" in out
     with (workdir / "table.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     accuracies = [
