@@ -15,6 +15,7 @@ from experiments.training.task import (
     Task,
     digests,
     evaluation_batches,
+    intact,
     read_ahead,
     rounded_up,
 )
@@ -59,7 +60,7 @@ class DomainSource:
         )
         self.names = domains.domain_names
         self.num_classes = domains.num_classes
-        datasets = [self._reduced(dataset) for dataset in domains.datasets]
+        datasets = [self._reduced(intact(dataset, settings)) for dataset in domains.datasets]
         crop = settings.file_crop
         self._datasets = (
             _in_memory(datasets) if crop is None else [files.cropped(crop) for files in datasets]

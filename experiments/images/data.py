@@ -13,6 +13,7 @@ from experiments.training.task import (
     Task,
     digests,
     evaluation_batches,
+    intact,
     read_ahead,
     rounded_up,
 )
@@ -143,9 +144,13 @@ def open_splits(settings: Settings) -> tuple[Images, Images | None]:
         raise ValueError(f"{error}; or give --prepare once") from None
     if settings.evaluate_on != "test":
         return train, None
-    # ImageNet's published accuracies are those of its validation split: the other has no labels.
-    known = data.split_names(name, settings.data_dir)
-    split = "validation" if "test" not in known and "validation" in known else "test"
+    # As with ImageNet, whose published accuracies are those of its validation split, a test split
+    # may be missing or have no labels.
+    known, split = data.split_names(name, settings.data_dir), "test"
+    if "validation" in known and not (
+        "test" in known and data.has_labels(name, "test", settings.data_dir)
+    ):
+        split = "validation"
     return train, data.load(name, split, settings.data_dir, size)
 
 
@@ -173,7 +178,7 @@ def _listed(settings: Settings) -> tuple[Images, Images | None]:
         name=settings.dataset,
         image_size=settings.image_size,
     )
-    return _to_train_on(train, settings), _kept(evaluation)
+    return _to_train_on(train, settings), _kept(evaluation, settings)
 
 
 def _published(settings: Settings) -> tuple[Images, Images | None]:
@@ -188,14 +193,15 @@ def _published(settings: Settings) -> tuple[Images, Images | None]:
 
     has_split = settings.evaluate_on in data.PUBLISHED[settings.dataset].lists
     train = _to_train_on(opened("train"), settings)
-    return train, _kept(opened(settings.evaluate_on)) if has_split else None
+    return train, _kept(opened(settings.evaluate_on), settings) if has_split else None
 
 
 def _to_train_on(files: data.ImageFiles, settings: Settings) -> Images:
     """Files that are cropped at their own size are decoded in every epoch."""
     crop = settings.file_crop
-    return _kept(files) if crop is None else files.cropped(crop)
+    return _kept(files, settings) if crop is None else intact(files, settings).cropped(crop)
 
 
-def _kept(files: data.ImageFiles) -> Images:
+def _kept(files: data.ImageFiles, settings: Settings) -> Images:
+    files = intact(files, settings)
     return data.in_memory(files) if files.nbytes <= _READ_INTO_MEMORY else files

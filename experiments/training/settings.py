@@ -58,6 +58,13 @@ class RunSettings:
         later=True,
         group="model",
     )
+    damaged_images: str = setting(
+        "refuse",
+        "Image files that cannot be decoded: refuse ends the run with their number and the first "
+        "ten; skip decodes every file once, and leaves out and lists those.",
+        allowed=("refuse", "skip"),
+        later=True,
+    )
     pretrained: Weights | None = setting(  # noqa: RUF009 (immutable)
         None,
         "safetensors file with weights for resnet18, resnet34 or resnet50, under torchvision's "

@@ -4,6 +4,7 @@ import abc
 import concurrent.futures
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,18 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluation_batches(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """This host's evaluation batches, by the name of the evaluation set."""
+
+
+def intact(files: Images, settings: Any) -> Images:
+    """The files without those that cannot be decoded, if --damaged_images=skip; says which."""
+    if settings.damaged_images != "skip" or not isinstance(files, data.ImageFiles):
+        return files
+    damaged = files.damaged()
+    if not damaged:
+        return files
+    if multihost.is_first_host():  # with --quiet, too: the run is on fewer images
+        print(f"skipped: {data.damage(files, damaged)}", file=sys.stderr)
+    return files.subset([index for index in range(len(files)) if index not in damaged])
 
 
 def read_ahead(batches: Any, *, files: bool) -> Any:

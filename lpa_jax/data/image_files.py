@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,6 +30,9 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
 _DEEP_MODES = ("I", "F")
 # Below the size at which Pillow itself warns; ImageNet's largest image has 2^24.
 _MAX_PIXELS = 2**26
+# A JPEG file may be larger, as it can be decoded at 1/2, 1/4 or 1/8 of its size. Photographs have
+# up to 200 million pixels; a progressive file takes 6 bytes for each while it is decoded.
+_MAX_JPEG_PIXELS = 2**28
 
 FITS = ("crop", "stretch")
 Placing = Callable[[int, int], tuple[float, float, float, float]]
@@ -128,6 +131,20 @@ class ImageFiles(Sequence):
             raise ValueError(f"{self.list_file}, line {self.lines[index]}: {error}") from None
         return {"image": image, "label": self.labels[index]}
 
+    def damaged(self) -> dict[int, str]:
+        """Decodes every file once: index -> why it cannot be decoded."""
+
+        def reason(index: int) -> str | None:
+            try:
+                self[index]
+            except ValueError as error:
+                return str(error)
+            return None
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            reasons = enumerate(pool.map(reason, range(len(self))))
+            return {index: found for index, found in reasons if found is not None}
+
     def subset(self, indices: ArrayLike) -> "ImageFiles":
         """The examples at `indices`, in that order.
 
@@ -154,7 +171,8 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
     a function: of width and height, the box (left, top, right, bottom), in pixels.
 
     Interpolation is bilinear with antialiasing. Grey, palette and CMYK images are converted,
-    transparency and the EXIF orientation ignored, as torchvision's ImageFolder does.
+    transparency and the EXIF orientation ignored, as torchvision's ImageFolder does. A JPEG file
+    of more than 2^26 pixels is decoded at 1/2, 1/4 or 1/8 of its size.
 
     Args:
       path: Path of the file; its content, not its name, decides on the format.
@@ -165,8 +183,8 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
       uint8 [S, S, 3].
 
     Raises:
-      ValueError: Naming the file: it is missing, broken or cut short, has more than 2^26 pixels, or
-        more than 8 bits a channel.
+      ValueError: Naming the file: it is missing, broken or cut short, has more than 2^26 pixels
+        (JPEG: 2^28), or more than 8 bits a channel.
 
     Example:
       >>> import tempfile, PIL.Image
@@ -175,9 +193,8 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
       ...     decode(file.name, image_size=2).tolist()
       [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
     """
-    pillow = optional.package("PIL.Image")
     try:
-        with pillow.open(path, formats=_FORMATS) as image:
+        with open(path, "rb") as file, _opened(file) as image:
             return np.asarray(_fitted(_rgb(image), image_size, fit))
     except MemoryError:
         raise
@@ -187,6 +204,20 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
         raise ValueError(
             f"image {path!r}: cannot be decoded ({reason or type(error).__name__})"
         ) from None
+
+
+def _opened(file: BinaryIO) -> "PIL.Image.Image":
+    start = file.read(3)
+    file.seek(0)
+    if start != b"\xff\xd8\xff":
+        return optional.package("PIL.Image").open(file, formats=_FORMATS)
+    # Not PIL.Image.open, which refuses large files before their size can be reduced.
+    image = optional.package("PIL.JpegImagePlugin").JpegImageFile(file)
+    width, height = image.size
+    if _MAX_PIXELS < width * height <= _MAX_JPEG_PIXELS:
+        sizes = [(-(-width // factor), -(-height // factor)) for factor in (2, 4, 8)]
+        image.draft(None, next(size for size in sizes if math.prod(size) <= _MAX_PIXELS))
+    return image
 
 
 def fitted(pixels: np.ndarray, image_size: int) -> np.ndarray:
@@ -199,10 +230,17 @@ def fitted(pixels: np.ndarray, image_size: int) -> np.ndarray:
     Returns:
       uint8 [S, S, 3].
 
+    Raises:
+      ValueError: Other pixels.
+
     Example:
       >>> fitted(np.full((10, 20, 1), 7, np.uint8), image_size=2).tolist()
       [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
     """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images must be uint8 [H, W, 1 or 3], got {pixels.dtype} {list(pixels.shape)}"
+        )
     image = optional.package("PIL.Image").fromarray(
         pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     )

@@ -147,10 +147,18 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
         )
     images, labels = None, np.empty(size, np.int32)
     for start in range(0, size, _READ_AT_A_TIME):
-        with _quiet_log():
-            examples = source.__getitems__(range(start, min(size, start + _READ_AT_A_TIME)))
+        try:
+            with _quiet_log():
+                examples = source.__getitems__(range(start, min(size, start + _READ_AT_A_TIME)))
+        except ValueError:
+            if isinstance(source, ImageSource):
+                raise
+            raise ValueError(damage(source, source.damaged())) from None
         for i, example in enumerate(examples, start):
-            image = fitted(example["image"], image_size) if fit else example["image"]
+            try:
+                image = fitted(example["image"], image_size) if fit else example["image"]
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
             if image.shape != shape:
                 raise ValueError(
                     f"{where}: has images of shapes {shape} and {image.shape}, "
@@ -164,6 +172,12 @@ def in_memory(source: ImageSource | ImageFiles, image_size: int | None = None) -
         return Dataset(source.name, images, labels, source.num_classes, source.class_names)
     except ValueError as error:  # a test split without labels, say, or images of 16 bits
         raise ValueError(f"{where}: {error}") from None
+
+
+def damage(source: ImageFiles, damaged: Mapping[int, str]) -> str:
+    """One line about images that cannot be decoded: how many, and the first ten."""
+    listed = "; ".join(list(damaged.values())[:10])
+    return f"{source.name}: {len(damaged)} of {len(source)} images are damaged: {listed}"
 
 
 def open_source(name: str, split: str, data_dir: PathLike | None = None) -> ImageSource:
@@ -220,6 +234,24 @@ def split_names(name: str, data_dir: PathLike | None = None) -> tuple[str, ...]:
       ValueError: An unknown name.
     """
     return tuple(sorted(_builder(name, data_dir).info.splits))
+
+
+def has_labels(name: str, split: str, data_dir: PathLike | None = None) -> bool:
+    """Whether any of 32 examples of a split has a label of a class; hidden ones are -1.
+
+    Args:
+      name: As in `load`.
+      split: As in `load`.
+      data_dir: As in `load`.
+
+    Raises:
+      ValueError: As `load`.
+    """
+    source = open_source(name, split, data_dir)
+    places = np.unique(np.linspace(0, len(source) - 1, 32).astype(int)).tolist()
+    return any(
+        0 <= example["label"] < source.num_classes for example in source.__getitems__(places)
+    )
 
 
 def prepare(name: str, data_dir: PathLike | None = None) -> str:

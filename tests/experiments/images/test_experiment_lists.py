@@ -126,6 +126,19 @@ def test_a_test_label_that_training_lacks_is_refused(settings, folder):
         TaskSource(settings)
 
 
+def test_damaged_images_are_skipped_if_the_flag_says_so_and_that_is_part_of_the_run(
+    settings, folder, capsys
+):
+    (folder / "Places_LT_train" / "1.png").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"mine: 1 of 10 images are damaged: .*1\.png"):
+        TaskSource(settings)
+    skipping = dataclasses.replace(settings, damaged_images="skip")
+    source = TaskSource(skipping)
+    assert source.pool.counts.tolist() == [4, 3, 2]
+    assert "skipped: mine: 1 of 10 images" in capsys.readouterr().err
+    assert skipping.as_dict() != settings.as_dict()
+
+
 def test_tables_of_a_training_list_bear_its_name_unless_the_flag_gives_one(folder):
     parse = flags.FLAGS
     lists = [f"--{flag}={folder}/Places_LT_{part}.txt" for flag, part in _LIST_FLAGS]

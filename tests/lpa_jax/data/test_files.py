@@ -474,3 +474,29 @@ def test_a_bad_image_stops_reading_ahead_with_its_own_message(tree):
     ahead = data.read_ahead(data.batches(files, 0, 5))
     with pytest.raises(ValueError, match=r"train\.txt, line 5: image .*5\.png': cannot be deco"):
         ahead[0]
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+    PIL.Image.fromarray(np.add.outer(ramp // 2, ramp // 2)).save(tmp_path / "a.jpg", quality=95)
+    whole = image_files.decode(str(tmp_path / "a.jpg"), 8).astype(int)
+    monkeypatch.setattr(image_files, "_MAX_PIXELS", 300)  # 1/4 of a side
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 300)
+    reduced = image_files.decode(str(tmp_path / "a.jpg"), 8).astype(int)
+    assert np.abs(reduced - whole).max() <= 4
+    monkeypatch.setattr(image_files, "_MAX_JPEG_PIXELS", 4000)
+    with pytest.raises(ValueError, match="64x64 pixels, must be at most"):
+        image_files.decode(str(tmp_path / "a.jpg"), 8)
+
+
+def test_damaged_images_are_counted_and_the_first_ten_named(tmp_path):
+    for number in range(14):
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{number:02d}.png")
+        if number > 1:
+            (tmp_path / f"{number:02d}.png").write_bytes(b"cut")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    files = image_files.open_image_files("set", tmp_path, names, [0] * 14, 1, image_size=8)
+    with pytest.raises(ValueError, match=r"set: 12 of 14 images are damaged: .*02\.png") as error:
+        data.in_memory(files)
+    assert "11.png" in str(error.value) and "12.png" not in str(error.value)
+    assert list(files.damaged()) == list(range(2, 14))
