@@ -15,8 +15,10 @@ WRONG = [None, True, -1, 1.5, 10**400, "x", "\ud800", [], ["x"], {}, {"x": "y"},
 def fields(value, place=()):
     """Places of all values within a value, itself included."""
     yield place
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in items if isinstance(value, dict | list) else ():
+    for key, item in (
+        *(value.items() if isinstance(value, dict) else ()),
+        *(enumerate(value) if isinstance(value, list) else ()),
+    ):
         yield from fields(item, (*place, key))
 
 
