@@ -26,6 +26,7 @@ from absl import flags
 
 from experiments import report
 from experiments.jobs import jobs, run_job, slurm
+from experiments.methods import names as methods
 from experiments.runtime import console, fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
@@ -138,6 +139,8 @@ def described(argv: Sequence[str]) -> Sweep:
             if FLAGS[name].present:
                 raise ValueError(f"--{name} and --description say the same: give one")
         sweep = from_file(FLAGS.description, argv)
+    if FLAGS.baseline != methods.ERM:
+        fields.named("baseline", lambda: methods.parse(FLAGS.baseline))
     for name in ("methods", "seeds"):
         values = getattr(sweep, name)
         if not values or len(set(values)) < len(values):

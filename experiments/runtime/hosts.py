@@ -105,11 +105,13 @@ def from_flags() -> Hosts | None:
     """The hosts of the run, from the parsed flags; None for a run of one process.
 
     Raises:
-      ValueError: naming the flag that is missing.
+      ValueError: naming the flag that is missing or out of bounds.
     """
     if "multihost" not in FLAGS:
         return None
     names = ("coordinator_address", "num_processes", "process_id")
+    hosts = fields.read(Hosts)
+    fields.check(hosts)
     missing = [name for name in names if FLAGS[name].value is None]
     if len(missing) == len(names) and not FLAGS.multihost:
         return None
@@ -118,8 +120,6 @@ def from_flags() -> Hosts | None:
             f"--{missing[0]} is missing: a run of several processes needs "
             f"{', '.join(f'--{name}' for name in names)}, or --multihost on a TPU pod or cluster"
         )
-    hosts = fields.read(Hosts)
-    fields.check(hosts)
     return hosts
 
 

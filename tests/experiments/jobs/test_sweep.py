@@ -148,6 +148,7 @@ def test_a_description_in_a_file_says_the_same_as_flags(tmp_path, monkeypatch, u
         (["--seeds=x"], "--seeds must be whole numbers"),
         (["--num_workers=0"], "--num_workers must be a whole number in 1..10000, got 0"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--baseline=emr"], "--baseline: --methods: unknown method 'emr'"),
         (
             ["--description=/nowhere.json"],
             "--description must name a file with a JSON object, got '/nowhere.json'",
