@@ -158,14 +158,15 @@ def tie_note(selected: Sequence[Mapping[str, Any]]) -> list[str]:
     Args:
       selected: of each result, what every selection chose, as plain values.
     """
-    tied = [
-        sum(found.get(name, {}).get("tied", 1) > 1 for found in selected)
+    tied = {
+        name: sum(found.get(name, {}).get("tied", 1) > 1 for found in selected)
         for name in (TRAINING_DOMAIN_VALIDATION, LEAVE_ONE_DOMAIN_OUT, ORACLE)
-    ]
-    if not any(tied):
+    }
+    of_rules = [f"{n} by {name.replace('_', ' ')}" for name, n in tied.items() if n]
+    if not of_rules:
         return []
     return [
-        f"Ties: several draws or checkpoints had the highest validation accuracy in "
-        f"{' / '.join(map(str, tied))} of {len(selected)} runs (training-domain validation / "
-        "leave-one-domain-out / oracle). The first of them is reported; DomainBed takes the last."
+        f"Ties: of {len(selected)} selections, {' and '.join(of_rules)} had several draws or "
+        "checkpoints with the highest validation accuracy. The first is reported; DomainBed takes "
+        "the last."
     ]

@@ -118,7 +118,7 @@ def test_of_equal_validation_accuracies_the_first_draw_and_checkpoint_win():
             {domain_selection.TRAINING_DOMAIN_VALIDATION: found._asdict()},
         ]
     )
-    assert "in 1 / 0 / 0 of 2 runs" in line
+    assert "of 2 selections, 1 by training domain validation had" in line
 
 
 def test_only_the_oracle_depends_on_accuracies_of_the_test_domain():
