@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -113,12 +115,22 @@ def _orbax() -> Iterator[Any]:
     # It logs how it was set up, and its threads what is raised here as well, each with its stack.
     logger = logging.getLogger("absl")
     disabled, logger.disabled = logger.disabled, True
+    usual = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_report, usual)
     try:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer
+        # After a failure the hook stays: writes that it cut off end later, in other threads.
+        sys.unraisablehook = usual
     finally:
         logger.disabled = disabled
+
+
+def _report(usual: Callable[[Any], None], unraisable: Any) -> None:
+    """Reports an exception as usual, but not of a write that ends after Orbax has given up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        usual(unraisable)
 
 
 def reason(error: Exception) -> str:
