@@ -12,8 +12,8 @@ promises:
   * encode is not recomputed: below the layer, every convolution and product is one of ERM;
   * decode runs for K gradient passes more than in ERM, and no more;
   * beyond ERM, the devices exchange nothing but the class table ([slots, *S] float32, once per
-    gradient pass and once for the class means, with slots = min(C, batch)), the class counts, the
-    mean norm and, if slots < C, the labels.
+    gradient pass and once for the class means, with slots = min(C, batch)), the class counts and
+    the mean norm.
 
 Flags that are lists are multiplied out. --grid fills those that are not given: `full` with every
 combination (320 cases), `star` with a base case and the cases that differ from it in one value (22

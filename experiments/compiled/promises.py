@@ -159,9 +159,7 @@ def class_exchange(setting: tpu.Setting, method: Method, row: tuple[int, ...]) -
     # Mode free exchanges one table, of the gradient of the training pass.
     arrays = [table] * max(method.passes, 1)
     arrays += [table] if method.geometry != "free" else []
-    arrays += [hlo.Array("f32", (slots,)), hlo.Array("f32", ())]
-    if slots < setting.num_classes:
-        arrays += [classes, hlo.Array("s32", (setting.batch_size,))]
+    arrays += [classes, hlo.Array("f32", ())]
     if method.assignment == "confidence":
         arrays += [classes]
     return arrays

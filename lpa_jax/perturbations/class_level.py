@@ -100,10 +100,7 @@ def _rows(site: Site, classes: BatchClasses | SeveralClasses, may_be_by_example:
     index, renumbered = None, classes
     if num_rows < site.num_classes:
         labels = tables.beyond_if_ignored(labels, site.num_classes)
-        everywhere = labels
-        if axis_name is not None:
-            everywhere = jax.lax.all_gather(labels, axis_name, tiled=True)
-        index = jnp.unique(everywhere, size=num_rows, fill_value=site.num_classes)
+        index = jnp.flatnonzero(classes.counts > 0, size=num_rows, fill_value=site.num_classes)
         counts = classes.counts.at[index].get(mode="fill", fill_value=0)
         number = jnp.where(site.labels < 0, -1, jnp.searchsorted(index, labels))
         renumbered = BatchClasses(number, counts, axis_name)

@@ -87,6 +87,41 @@ def perturbation():
     return kernel, step
 
 
+def relabelled(convert, loss=lpa_jax.cross_entropy):
+    """`lpa_step` on batches whose labels are not one an example."""
+    kernels = np.random.default_rng(8).normal(size=(2, 4, 4)).astype(np.float32)
+    perturbations = {
+        "hidden": lpa_jax.lpa(0.3, mode="carry", assignment=FREQUENCY),
+        "logits": lpa_jax.lpl(0.3, assignment=CONFIDENCE),
+    }
+    network = lpa_jax.CutFunctions(
+        lambda kernels, x: jnp.tanh(x @ kernels[0]),
+        lambda kernels, h: h @ kernels[1],
+        init_params=lambda rng, x: jnp.asarray(kernels),
+    )
+    state = lpa_jax.TrainState.create(
+        network, optax.sgd(0.1), jax.random.key(0), convert(batch(0)), perturbations
+    )
+
+    def step(state, batch, axis_name):
+        options = {"perturbations": perturbations, "loss": loss, "axis_name": axis_name}
+        return lpa_jax.lpa_step(state, convert(batch), **options)
+
+    return state, step
+
+
+def by_position(batch):
+    images, labels = batch["image"], batch["label"]
+    pairs = {"image": jnp.stack([images, images[:, ::-1]], 1), "label": [labels, (labels + 1) % 4]}
+    return {**pairs, "label": jnp.stack(pairs["label"], 1)}
+
+
+def of_two_classes(batch):
+    labels = batch["label"]
+    members = jax.nn.one_hot(labels, 4) + jax.nn.one_hot((labels + 1) % 4, 4)
+    return {"image": batch["image"], "label": members.astype(jnp.int32)}
+
+
 MODES = {
     "erm": lambda: training({}),
     "more classes than examples": lambda: training(
@@ -107,6 +142,8 @@ MODES = {
         {"hidden1": lpa_jax.lpa(0.3, steps=1)}, optimizer=lpa_jax.optimizers.sam(optax.sgd(0.1))
     ),
     "penalty": lambda: training({}, {"irm": penalties.create("irm", num_domains=3)}),
+    "labels of positions": lambda: relabelled(by_position),
+    "several classes": lambda: relabelled(of_two_classes, lpa_jax.losses.sigmoid_cross_entropy()),
     "class_perturbation": perturbation,
     "eval_step": evaluation,
 }
@@ -155,10 +192,14 @@ MAPPINGS = {
 }
 TABLE = tuple(itertools.product(MAPPINGS, MODES, COUNTS))
 # Every mapping on 8 devices and on fewer, and every kind of step; FSDP of a table of 8142 classes.
-PART = tuple(
-    (mapping, list(MODES)[(2 * place + turn) % len(MODES)], count)
-    for place, mapping in enumerate(MAPPINGS)
-    for turn, count in enumerate((8, 2 + 2 * (place % 2)))
+PART = (
+    *(
+        (mapping, list(MODES)[(2 * place + turn) % len(MODES)], count)
+        for place, mapping in enumerate(MAPPINGS)
+        for turn, count in enumerate((8, 2 + 2 * (place % 2)))
+    ),
+    ("shard_map", "more classes than examples", 2),
+    ("mesh_step, FSDP", "more classes than examples", 8),
 )
 
 
