@@ -102,9 +102,13 @@ def check_folders() -> None:
 def check_writable(flag: str, path: str) -> None:
     """Raises ValueError naming `flag` unless a file can be written at `path`; writes nothing."""
     target = pathlib.Path(path).absolute()
-    folder = next((parent for parent in target.parents if parent.exists()), target)
-    if not path or target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--{flag} must name a file that can be written, got {path!r}")
+    try:
+        folder = next((parent for parent in target.parents if parent.exists()), target)
+        fits = bool(path) and not target.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+    except OSError:  # a name that is too long
+        fits = False
+    if not fits:
+        raise ValueError(f"--{flag} must name a file that can be written, got {path[:200]!r}")
 
 
 def read_json(path: str | os.PathLike) -> Any | None:

@@ -131,12 +131,22 @@ def stub():
     app.run = lambda main, flags_parser: main(flags_parser(sys.argv))
     loaded = {}
 
-    def load(*arguments, real=data.load):
-        if arguments not in loaded:
-            loaded[arguments] = real(*arguments)
-        return loaded[arguments]
+    def once(real, key, data_dir):
+        if data_dir is not None and not os.path.exists(data_dir):
+            begin()  # an embedded set would be prepared there
+        if key not in loaded:
+            loaded[key] = real()
+        return loaded[key]
 
-    data.load = load
+    def load(name, split, data_dir=None, size=None, real=data.load):
+        key = (name, split, data_dir, size)
+        return once(lambda: real(*key), key, data_dir)
+
+    def load_domains(name, data_dir=None, real=data.load_domains, **settings):
+        key = (name, data_dir, *settings.values())
+        return once(lambda: real(name, data_dir, **settings), key, data_dir)
+
+    data.load, data.load_domains = load, load_domains
     run.run = sections.sections = step_cost.make_state = jobs.prepare = slurm.executor = begin
     suggested_radii.suggest_radius = jax.distributed.initialize = begin
     for name, start in (("prefetch_benchmark", "sources"), ("compile_check", "compile_case")):
