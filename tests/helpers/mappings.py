@@ -45,7 +45,7 @@ def batch(step):
 def training(perturbations, penalties_=None, num_classes=4, optimizer=None):
     """A state and a step of `lpa_step`."""
     optimizer = optimizer or optax.sgd(0.1, momentum=0.9)
-    model = MLP(num_classes, hidden=(8, 8))
+    model = MLP(num_classes, hidden=(8,))
     state = lpa_jax.TrainState.create(
         model, optimizer, jax.random.key(0), batch(0), perturbations, penalties_
     )
@@ -80,6 +80,7 @@ def perturbation():
             labels,
             sign=jnp.array([1.0, -1.0, 1.0, -1.0]),
             radius=jnp.array([0.5, 0.4, 0.3, 0.2]),
+            steps=2,
             axis_name=axis_name,
         )
         return kernel, delta
@@ -92,7 +93,7 @@ def relabelled(convert, loss=lpa_jax.cross_entropy):
     kernels = np.random.default_rng(8).normal(size=(2, 4, 4)).astype(np.float32)
     perturbations = {
         "hidden": lpa_jax.lpa(0.3, mode="carry", assignment=FREQUENCY),
-        "logits": lpa_jax.lpl(0.3, assignment=CONFIDENCE),
+        "logits": lpa_jax.lpl(0.3, 1, assignment=CONFIDENCE),
     }
     network = lpa_jax.CutFunctions(
         lambda kernels, x: jnp.tanh(x @ kernels[0]),
@@ -126,17 +127,17 @@ MODES = {
     "erm": lambda: training({}),
     "more classes than examples": lambda: training(
         {
+            "input": lpa_jax.lpa(0.3, steps=1, assignment=CONFIDENCE),
             "hidden1": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
-            "hidden2": lpa_jax.lpa(0.3, steps=2, shape="channel", assignment=CONFIDENCE),
         },
         num_classes=MANY,
     ),
-    "cold": lambda: training({"hidden1": lpa_jax.lpa(0.3, assignment=CONFIDENCE)}),
+    "cold": lambda: training({"hidden1": lpa_jax.lpa(0.3, 2, assignment=CONFIDENCE)}),
     "carry": lambda: training({"hidden1": lpa_jax.lpa(0.3, mode="carry", assignment=FREQUENCY)}),
     "free": lambda: training({"hidden1": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE)}),
-    "lpl": lambda: training({"logits": lpa_jax.lpl(0.3, assignment=FREQUENCY)}),
+    "lpl": lambda: training({"logits": lpa_jax.lpl(0.3, 2, assignment=FREQUENCY)}),
     "radius_target": lambda: training(
-        {"hidden2": lpa_jax.lpa(0.3, radius_target=0.1, assignment=CONFIDENCE)}
+        {"hidden1": lpa_jax.lpa(0.3, 1, radius_target=0.1, assignment=CONFIDENCE)}
     ),
     "sam": lambda: training(
         {"hidden1": lpa_jax.lpa(0.3, steps=1)}, optimizer=lpa_jax.optimizers.sam(optax.sgd(0.1))
@@ -182,8 +183,8 @@ def over_fsdp(step, count):
 
 
 MAPPINGS = {
-    "pmap": lambda step, count: parallel.pmap_step(step, devices=jax.devices()[:count]),
     "shard_map": functools.partial(over_shard_map, check_vma=True),
+    "pmap": lambda step, count: parallel.pmap_step(step, devices=jax.devices()[:count]),
     "shard_map unchecked": functools.partial(over_shard_map, check_vma=False),
     "jit, Auto mesh": functools.partial(over_jit, kind=AxisType.Auto),
     "jit, Explicit mesh": functools.partial(over_jit, kind=AxisType.Explicit),
@@ -198,7 +199,6 @@ PART = (
         for place, mapping in enumerate(MAPPINGS)
         for turn, count in enumerate((8, 2 + 2 * (place % 2)))
     ),
-    ("shard_map", "more classes than examples", 2),
     ("mesh_step, FSDP", "more classes than examples", 8),
 )
 
