@@ -17,6 +17,10 @@ own. `flops` is that of the compiled step relative to ERM: above the floor, work
 can be below the floor, since weight gradients, which PGD does not need, cost more time per FLOP
 than the rest.
 
+With `--against=torch` each method is timed against the same step in PyTorch, which the user
+installs (`pip install torch`): the same weights, batch, layer, K and optimizer. Both first steps
+are compared (rtol 1e-4). PyTorch's faster memory layout counts.
+
 The defaults (ResNet-20, batch 128, all layers, 36 rows of 11 rounds) take about 15 minutes on two
 idle CPU cores, a quarter of it for compilation.
 """
@@ -32,7 +36,7 @@ import pandas as pd
 from absl import flags
 
 import lpa_jax
-from experiments.compiled import step_cost, timing
+from experiments.compiled import against_torch, step_cost, timing
 from experiments.compiled.cases import Case, make_cases
 from experiments.methods import build, names
 from experiments.reporting import screen
@@ -74,6 +78,13 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "rounds", 11, "Rounds of one ERM and one method step.", lower_bound=1, upper_bound=10**6
     )
+    flags.DEFINE_enum(
+        "against",
+        None,
+        ("torch",),
+        "Time erm and lpa against the same steps in PyTorch (mlp, ResNets of the CIFAR form).",
+    )
+    flags.DEFINE_bool("jit", False, "With --against=torch: torch.compile compiles its networks.")
     files.define_path("csv", None, "CSV file to write the table to.")
 
 
@@ -148,6 +159,22 @@ def measure(
         )  # fmt: skip
 
 
+def measured(
+    state: lpa_jax.TrainState, batch: step_cost.Batch, cases: Sequence[Case]
+) -> Iterator[Row | against_torch.Row]:
+    """Yields one row per case, measured against what --against names."""
+    if not FLAGS.against:
+        yield from measure(state, batch, cases, FLAGS.rounds)
+    for case in cases if FLAGS.against else ():
+        yield against_torch.measure(state, batch, case, assignment(), FLAGS.rounds, FLAGS.jit)
+
+
+def assignment() -> lpa_jax.Assignment:
+    """The rule of --assignment for equal class counts: the cost does not depend on them."""
+    counts = [FLAGS.batch_size] * FLAGS.num_classes
+    return build.assignment(assignment=FLAGS.assignment, counts=counts)
+
+
 def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
     """State, batch and cases from the flags.
 
@@ -159,14 +186,17 @@ def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
         raise ValueError("--methods must name at least one method, got none")
     if FLAGS.csv is not None:
         files.check_writable("csv", FLAGS.csv)
-    model = models.create(FLAGS.model, FLAGS.num_classes, dtype=FLAGS.dtype)
+    if FLAGS.against and FLAGS.dtype != "float32":
+        raise ValueError(f"--dtype must be float32 with --against, got {FLAGS.dtype!r}")
+    # Without a type the network computes in that of its input, as a check in float64 needs.
+    dtype = None if FLAGS.against else FLAGS.dtype
+    model = models.create(FLAGS.model, FLAGS.num_classes, dtype=dtype)
     layers = FLAGS.layers or model.layers
     for layer in layers:
         injection.check_layer(model.layers, layer)
-    # Equal class counts: the cost does not depend on them.
-    counts = [FLAGS.batch_size] * FLAGS.num_classes
-    rule = build.assignment(assignment=FLAGS.assignment, counts=counts)
-    cases = make_cases(FLAGS.methods, layers, steps, rule)
+    if FLAGS.against:
+        against_torch.load()
+    cases = make_cases(FLAGS.methods, layers, steps, assignment())
     return *step_cost.make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels), cases
 
 
@@ -187,16 +217,18 @@ def main(argv: list[str]) -> None:
         print("note: a compilation cache is on; compile_s may be the time of reading from it")
     rows, failure = [], None
     try:
-        for row in measure(state, batch, cases, FLAGS.rounds):
+        for row in measured(state, batch, cases):
             rows.append(row)
-            found = f"{row.method} {row.layer} {row.steps}: ratio {row.ratio:.3f}, "
-            timing.progress(f"[{len(rows)}/{len(cases)}] {found}floor {row.floor:.3f}")
+            found = f"{row.method} {row.layer} {row.steps}: ratio {row.ratio:.3f}"
+            floor = "" if FLAGS.against else f", floor {row.floor:.3f}"
+            timing.progress(f"[{len(rows)}/{len(cases)}] {found}{floor}")
     except ValueError as error:
         failure = f"error: {cases[len(rows)].method} at {cases[len(rows)].layer}: {error}"
     except KeyboardInterrupt:
         failure = "interrupted: the table holds what was measured"
-    cells = [[text.format(**row._asdict()) for _, text in COLUMNS] for row in rows]
-    screen.show_table([[header for header, _ in COLUMNS], *cells], SECONDARY, keys=3)
+    columns = against_torch.COLUMNS if FLAGS.against else COLUMNS
+    cells = [[text.format(**row._asdict()) for _, text in columns] for row in rows]
+    screen.show_table([[header for header, _ in columns], *cells], SECONDARY, keys=3)
     if failure:
         sys.exit(failure)
     if FLAGS.csv:

@@ -15,6 +15,8 @@ from lpa_jax.perturbations import Perturbation
 
 # The time does not depend on it; small, so that activations stay in their range.
 RADIUS = 0.05
+# So small that training on random labels does not diverge.
+LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 
 Batch = Mapping[str, jax.Array]
 Compiled = Any
@@ -36,8 +38,7 @@ def make_state(
         "image": jax.random.normal(image_rng, (batch_size, image_size, image_size, channels)),
         "label": jax.random.randint(label_rng, (batch_size,), 0, model.num_classes),
     }
-    # So small that training on random labels does not diverge.
-    optimizer = optax.sgd(1e-3, momentum=0.9)
+    optimizer = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
     return lpa_jax.TrainState.create(model, optimizer, run_rng, batch), batch
 
 

@@ -65,10 +65,11 @@ def time_steps(
 
     Each step starts from the state that its last one returned and is waited for.
     """
-    return in_turn(_timed(*first, batch), _timed(*second, batch), rounds, WARM_UP_ROUNDS)
+    return in_turn(timed(*first, batch), timed(*second, batch), rounds, WARM_UP_ROUNDS)
 
 
-def _timed(step: Compiled, state: lpa_jax.TrainState, batch: Batch) -> Callable[[], float]:
+def timed(step: Compiled, state: lpa_jax.TrainState, batch: Batch) -> Callable[[], float]:
+    """A function that runs the next step from `state` and returns its milliseconds."""
     state = jax.tree.map(jnp.copy, state)  # steps donate their state; the caller keeps the original
 
     def milliseconds():

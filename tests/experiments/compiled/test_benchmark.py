@@ -12,7 +12,7 @@ from absl import flags
 
 import lpa_jax
 from experiments import benchmark
-from experiments.compiled import step_cost, timing
+from experiments.compiled import against_torch, step_cost, timing
 from tests.helpers.module_call import run_main
 
 FLAGS = flags.FLAGS
@@ -187,3 +187,16 @@ def test_every_flag_has_a_help_text_and_is_read():
         assert len(FLAGS[name].help) > 8 and f"FLAGS.{name}" in source, name
         delattr(FLAGS, name)
     FLAGS.unparse_flags()
+
+
+def test_without_pytorch_the_command_that_installs_it_is_named(run, monkeypatch):
+    monkeypatch.setattr(against_torch, "torch", None)
+    message, out, _ = run(*TINY, "--against=torch")
+    expected = "error: --against=torch needs PyTorch, which is not installed: pip install torch"
+    assert message == expected and not out
+
+
+def test_pytorch_takes_the_same_steps(run):
+    pytest.importorskip("torch")
+    message, out, _ = run(*TINY, "--against=torch", "--methods=erm,lpa")
+    assert message is None and len(out.splitlines()) == 5
