@@ -62,6 +62,7 @@ def test_pixels_are_perturbed_at_two_resolutions(run):
     assert "perturbations at middle1: (10, 16)\nperturbations at up: (10, 16)" in printed
 
 
+@pytest.mark.slow
 def test_eight_devices_and_a_mesh_train_the_same_network_as_one():
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])}
     done = subprocess.run(

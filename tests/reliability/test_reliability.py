@@ -119,17 +119,9 @@ MIDDLE_OF_AN_EPOCH = "begin step 9"
 END_OF_AN_EPOCH = f"begin step {2 * worker.STEPS_PER_EPOCH}"
 
 
-@pytest.mark.parametrize(
-    "stops",
-    [
-        [MIDDLE_OF_AN_EPOCH],
-        pytest.param(
-            [MIDDLE_OF_AN_EPOCH, END_OF_AN_EPOCH, "begin evaluation"], marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_two_devices_resume_bit_for_bit_too(zygote, reference_of_two_devices, tmp_path, stops):
-    for phase in stops:
+@pytest.mark.slow
+def test_two_devices_resume_bit_for_bit_too(zygote, reference_of_two_devices, tmp_path):
+    for phase in (MIDDLE_OF_AN_EPOCH, END_OF_AN_EPOCH, "begin evaluation"):
         run = zygote.start(tmp_path / "run", "--every=never", devices=2)
         assert run.wait_for(phase), run.lines()
         run.send(SIGTERM)
@@ -168,6 +160,7 @@ def test_saved_on_one_device_a_final_evaluation_is_made_once_on_two(zygote, refe
     assert_moves(zygote, tmp_path, reference, (1, 2))
 
 
+@pytest.mark.slow
 def test_saved_on_two_devices_a_final_evaluation_is_made_once_on_one(
     zygote, reference_of_two_devices, tmp_path
 ):
@@ -240,7 +233,15 @@ def copy(stopped, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("wrong", ["nothing", "position", "key", "totals"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "nothing",
+        "totals",
+        pytest.param("position", marks=pytest.mark.slow),
+        pytest.param("key", marks=pytest.mark.slow),
+    ],
+)
 def test_the_comparison_notices_a_wrong_data_position_key_or_sum(
     copy, reference, monkeypatch, wrong
 ):

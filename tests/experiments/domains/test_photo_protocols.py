@@ -54,6 +54,7 @@ def read(path):
     return json.loads(pathlib.Path(path).read_text())
 
 
+@pytest.mark.slow
 def test_domain_generalization_trains_from_a_file_of_weights_with_frozen_norms(photos, tmp_path):
     flags = (*TINY, f"--data_dir={photos}", f"--workdir={tmp_path / 'job'}")
     file = photos / "resnet18.safetensors"

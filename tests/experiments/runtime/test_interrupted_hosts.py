@@ -48,6 +48,7 @@ def stopped(zygote, flags, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_loses_nothing(zygote, flags, stopped, tmp_path):
     flags = (*flags, *ERM)
     finish_hosts(zygote, tmp_path / "whole", *flags)
