@@ -160,7 +160,10 @@ def run(interrupts: Interrupts) -> None:
     """Trains or loads the models, measures them and reports."""
     settings = image_flags.settings()
     how = measuring(settings.model)
-    options = compare.resolve_options(trained.tuned_hparams(settings))
+    options = compare.resolve_options(
+        trained.tuned_hparams(settings),
+        own=("--assignment",),  # of the probes
+    )
     image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     models = trained.train_or_load(settings, options, workdir, interrupts)

@@ -5,7 +5,7 @@ figures, logs and the configuration.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -57,10 +57,17 @@ def define_flags(experiment: str, profile: str) -> None:
     run_flags.define_runtime_flags()
 
 
-def resolve_options(pooled: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Options of every chosen method: defaults, then tuned or else the recipe's, then flags."""
+def resolve_options(
+    pooled: Mapping[str, Mapping[str, Any]], own: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Options of every chosen method: defaults, then tuned or else the recipe's, then flags.
+
+    Args:
+      pooled: tuned options by method.
+      own: flags that the experiment itself uses, whether or not a method does.
+    """
     methods.check_different(FLAGS.methods)
-    method_flags.check_reach(FLAGS.methods)
+    method_flags.check_reach(FLAGS.methods, own)
     return {
         method: method_flags.options_for(
             method, pooled.get(method) or image_flags.recipe_options(method)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from absl import flags
@@ -115,15 +115,19 @@ def options_for(method: str, found: Mapping[str, Any], **others: Any) -> dict[st
     return names.options_for(method, found, given, _loss()) | explicit_run_options()
 
 
-def check_reach(methods: Sequence[str]) -> None:
+def check_reach(methods: Sequence[str], own: Collection[str] = ()) -> None:
     """Refuses options and ranges from flags that no method takes.
+
+    Args:
+      methods: their names.
+      own: flags that the experiment itself uses, too.
 
     Raises:
       ValueError: naming the flag; or an option that does not exist, or a value that it does not
         take.
     """
     for flag, is_missed in reach(methods):
-        if is_missed:
+        if is_missed and flag not in own:
             loss = f" --loss={_loss()}" if _loss() else ""
             raise ValueError(
                 f"{flag} must be an option of a method in --methods={','.join(methods)}{loss}"

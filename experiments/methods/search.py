@@ -196,8 +196,8 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
         "vrex": {"weight": LogUniform(0.1, 1e3), "anneal_steps": Choice((0, 50, 100, 200))},
         "spectral_decoupling": {"weight": LogUniform(1e-3, 1.0)},
     }
-    # For a perturbation that a user registered, only the layer is searched.
-    return spaces.get(name, layer)
+    # Of a perturbation that a user registered, the layer is searched; of another part, nothing.
+    return spaces.get(name, layer if "layer" in names.part_options(name) else {})
 
 
 def radius_space(name: str, layer: str | None, hidden: HiddenLayers) -> LogUniform:

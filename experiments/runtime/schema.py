@@ -11,11 +11,14 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from lpa_jax.files import read_bytes
 
 # The largest file of ours, the compiled programs of `compile_check`, has some megabytes.
 MOST_BYTES = 2**28
 _MOST_DEPTH, _MOST_LETTERS = 64, 10**5
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,10 @@ class Kind:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 2.0**63  # false for NaN
+    # What float32 holds; whole numbers fit into 64 bits. Both are false for NaN.
+    return (type(value) is int and abs(value) < 2**63) or (
+        type(value) is float and abs(value) <= _LARGEST
+    )
 
 
 def _is_text(value: Any) -> bool:

@@ -193,6 +193,7 @@ def decode(path: str, image_size: int, fit: str | Placing = "crop") -> np.ndarra
       ...     decode(file.name, image_size=2).tolist()
       [[[7, 7, 7], [7, 7, 7]], [[7, 7, 7], [7, 7, 7]]]
     """
+    optional.package("PIL.Image")  # A missing package is no broken file.
     try:
         with open(path, "rb") as file, _opened(file) as image:
             return np.asarray(_fitted(_rgb(image), image_size, fit))

@@ -92,6 +92,7 @@ def make_program():
         stages=((0, step_with(lpa_jax.cross_entropy)), (2, step_with(losses.focal(2.0)))),
         place=evaluate.place,
         evaluate=evaluate,
+        learning_rate=lambda step: float(rate(step)),
         has_effects=False,
         length=Length(EPOCHS, STEPS_PER_EPOCH),
     )

@@ -273,7 +273,7 @@ def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
         ("--measure_layers=stage9", "error: --measure_layers: "),
         ("--eigenvalues=0", "error: --eigenvalues must be a whole number in 1..1000, got 0"),
         ("--lanczos_steps=2", "error: --lanczos_steps must be >= 3 (--eigenvalues), got 2"),
-        ("--probes=1", "error: --probes must be a whole number >= 2, got 1"),
+        ("--probes=1", "error: --probes must be a whole number in 2..100000, got 1"),
         ("--sharpness_radius=nan", "error: --sharpness_radius must be finite and > 0, got nan"),
         ("--probe_radius=0", "error: --probe_radius must be finite and > 0, got 0.0"),
         ("--probe_geometries=round", "error: --probe_geometries must be one of signed, free, "),

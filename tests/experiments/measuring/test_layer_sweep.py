@@ -154,7 +154,10 @@ def test_identical_networks_agree_fully_and_a_dead_layer_has_no_cka():
         (["--hidden_layers=stage9"], "error: --hidden_layers must be among hidden1, hidden2, got"),
         (["--layer_radii=hidden2:0.1"], "error: --layer_radii must be LAYER=RADIUS, got 'hidden2:"),
         (["--layer_radii=top=0.1"], "error: --layer_radii: "),
-        (["--layer_radii=input=-1"], "error: --layer_radii must be finite and >= 0, got 'input=-1"),
+        (
+            ["--layer_radii=input=-1"],
+            "error: --layer_radii: input must be finite and >= 0, got -1",
+        ),
         (["--cka_images=3"], "error: --cka_images must be a whole number in 4..20000, got 3"),
         (["--nokeep_finished_checkpoints"], "error: --keep_finished_checkpoints must be true"),
     ],

@@ -82,7 +82,10 @@ def test_a_resumed_log_shows_the_classes_of_its_earlier_records_again(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"class_batches": -1}, "--class_geometry_batches must be a whole number >= 0, got -1"),
+        (
+            {"class_batches": -1},
+            "--class_geometry_batches must be a whole number in 0..10+, got -1",
+        ),
         ({"tensorboard": "all"}, "--tensorboard must be one of scalars, full, got 'all'"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from matplotlib.figure import Figure
 
-from experiments.reporting import figures as plots
+from experiments.reporting import style
 from experiments.runtime import files
 from experiments.training import folder as run_folder
 from lpa_jax import data
@@ -237,7 +237,7 @@ def test_a_link_in_place_of_a_file_is_replaced_not_followed(tmp_path):
         "result.json": lambda path: files.write_json(path, {}),
         "table.md": lambda path: files.write_text(path, "table"),
         "bytes": lambda path: write_bytes(path, b"bytes"),
-        "figure.png": lambda path: plots.write_figure(Figure(), path, dpi=30),
+        "figure.png": lambda path: style.write_figure(Figure(), path),
         "split.json": lambda path: data.save_indices(path, [0], [0, 1]),
     }
     for name, write in writers.items():
