@@ -48,7 +48,7 @@ from experiments.training import flags as run_flags
 from experiments.training.folder import failures_error
 from lpa_jax import checks, multihost
 from lpa_jax.files import refuse_if_held
-from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 

@@ -32,7 +32,7 @@ from experiments.training import flags as run_flags
 from experiments.training import search_loop
 from experiments.training.search_loop import Trial
 from lpa_jax import multihost
-from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 

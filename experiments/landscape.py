@@ -48,7 +48,7 @@ from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from lpa_jax.files import hold
-from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 # Longer tables are not printed, such as the geometry of every layer.

@@ -42,7 +42,7 @@ from experiments.training import flags as run_flags
 from lpa_jax import checks, models, perturbations
 from lpa_jax.files import hold
 from lpa_jax.injection import INPUT, LOGITS, check_layer
-from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 ERM = methods.ERM

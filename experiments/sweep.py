@@ -30,7 +30,8 @@ from experiments.methods import names as methods
 from experiments.runtime import console, fields, files
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
-from lpa_jax import checks, interrupts
+from lpa_jax import checks
+from lpa_jax.training import interrupts
 
 FLAGS = flags.FLAGS
 HINT = "; flags of the jobs go after --, as in: sweep --num_seeds=8 -- --dataset=cifar10"

@@ -34,7 +34,7 @@ from experiments.training import run, search_loop, suggested_radii
 from experiments.training.folder import DATA
 from experiments.training.program import Programs
 from experiments.training.suggested_radii import Suggestions
-from lpa_jax.interrupts import InterruptedRunError, Interrupts
+from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 from lpa_jax.training.loop import NonFiniteLossError
 
 FLAGS = flags.FLAGS

@@ -32,7 +32,7 @@ from lpa_jax.checks import (
     require,
 )
 from lpa_jax.labels import Labels, rows_of_positions
-from lpa_jax.sharding import in_auto_axes, in_own_axes
+from lpa_jax.parallel.explicit_axes import in_auto_axes, in_own_axes
 from lpa_jax.tables import (
     BatchClasses,
     SeveralClasses,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.sharding import in_auto_axes
+from lpa_jax.parallel.explicit_axes import in_auto_axes
 
 Array = jax.Array
 

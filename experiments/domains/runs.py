@@ -12,7 +12,7 @@ from experiments.runtime import files, hosts
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import folder
-from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.interrupts import Interrupts
 from lpa_jax.training.loop import NonFiniteLossError
 
 

@@ -27,7 +27,7 @@ from experiments.training.log import Logging
 from experiments.training.program import Programs
 from lpa_jax import data, multihost
 from lpa_jax.files import refuse_if_held
-from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.interrupts import Interrupts
 from lpa_jax.training.loop import NonFiniteLossError
 
 FLAGS = flags.FLAGS

@@ -28,7 +28,7 @@ from experiments.runtime import console, files
 from experiments.training import flags as run_flags
 from lpa_jax import checks
 from lpa_jax.files import LockedError, hold
-from lpa_jax.interrupts import SIGNALS
+from lpa_jax.training.interrupts import SIGNALS
 
 FLAGS = flags.FLAGS
 

@@ -28,7 +28,7 @@ from experiments.training.program import Program
 from experiments.training.task import LARGEST_EVALUATION_BATCH, Images, evaluation_batches
 from lpa_jax.checkpoints.checkpoints import Checkpoints
 from lpa_jax.injection import LOGITS, Network, Pass
-from lpa_jax.interrupts import InterruptedRunError, Interrupts
+from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 Array = jax.Array

@@ -15,8 +15,8 @@ from absl import app, flags
 from experiments.runtime import console, fields, files, hosts
 from lpa_jax.checkpoints import checkpoints
 from lpa_jax.files import LockedError
-from lpa_jax.interrupts import InterruptedRunError, Interrupts
 from lpa_jax.training import loop
+from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "--h", "-h", "--helpshort", "--helpfull"}

@@ -15,8 +15,8 @@ from experiments.training.saving import Saving
 from experiments.training.task import Task
 from lpa_jax import metrics, multihost, parallel
 from lpa_jax.data.prefetch import Prefetched
-from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.training import loop
+from lpa_jax.training.interrupts import InterruptedRunError
 from lpa_jax.training.step import TrainState
 
 DEFAULT_SAVING = Saving()

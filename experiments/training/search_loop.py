@@ -13,7 +13,7 @@ from experiments.runtime import fields, files, schema
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from experiments.training import folder as run_folder
-from lpa_jax.interrupts import Interrupts
+from lpa_jax.training.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 SETTING = "setting.json"

@@ -17,9 +17,9 @@ from lpa_jax.checks import check_labels
 from lpa_jax.labels import Labels, counted_labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
+from lpa_jax.parallel.explicit_axes import in_auto_axes
 from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass, initial_state
-from lpa_jax.sharding import in_auto_axes
 
 Array = jax.Array
 Loss = Callable[[Array, Array], Array]

@@ -10,9 +10,9 @@ from lpa_jax import injection
 from lpa_jax.labels import Labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
+from lpa_jax.parallel.explicit_axes import check_auto_axes
 from lpa_jax.perturbations import Feedback, Site
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass
-from lpa_jax.sharding import check_auto_axes
 from lpa_jax.tables import weight_of_counted
 from lpa_jax.training.state import Batch, Perturbations, PlannedSite, plan_sites
 

@@ -16,9 +16,9 @@ from lpa_jax import injection, metrics
 from lpa_jax.labels import Labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
+from lpa_jax.parallel.explicit_axes import in_auto_axes
 from lpa_jax.penalties import Observed
 from lpa_jax.perturbations.perturbed_pass import by_row
-from lpa_jax.sharding import in_auto_axes
 from lpa_jax.training.forward import (
     Forward,
     Loss,

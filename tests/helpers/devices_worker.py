@@ -21,8 +21,8 @@ from lpa_jax.checkpoints.checkpoints import Checkpoints
 from lpa_jax.data.prefetch import Prefetched
 from lpa_jax.diagnostics import geometry
 from lpa_jax.models import MLP, convolution
+from lpa_jax.parallel.explicit_axes import in_auto_axes
 from lpa_jax.perturbations import stateless
-from lpa_jax.sharding import in_auto_axes
 from tests.helpers import mappings, toy
 
 STEPS = 9

@@ -36,8 +36,8 @@ from lpa_jax import data, losses, parallel
 from lpa_jax.checkpoints import arrays as array_files
 from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.files import LockedError, hold
-from lpa_jax.interrupts import InterruptedRunError, Interrupts
 from lpa_jax.training import loop as trainer
+from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 from tests.helpers import toy
 
 EPOCHS, BATCH, EXAMPLES = 4, 8, 42

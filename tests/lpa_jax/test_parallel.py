@@ -97,7 +97,7 @@ def test_a_function_on_explicit_axes_gives_the_result_of_one_device(worker, name
 def test_a_pass_of_ones_own_on_explicit_axes_is_refused_in_one_line(worker):
     assert worker["explicit axes"]["refusal"] == (
         "variables and batch must be on a mesh whose axes are AxisType.Auto, or your step must be "
-        "decorated with lpa_jax.sharding.in_auto_axes, got AxisType.Explicit"
+        "decorated with lpa_jax.parallel.in_auto_axes, got AxisType.Explicit"
     )
 
 

@@ -21,8 +21,8 @@ from experiments.training.saving import Saving
 from lpa_jax import data
 from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.files import LockedError, hold, refuse_if_held
-from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.training import loop as trainer
+from lpa_jax.training.interrupts import InterruptedRunError
 from tests.helpers import reliability_worker as worker
 from tests.helpers.reliability_runs import EXIT_STATUS, Zygote, first_and_last_step
 

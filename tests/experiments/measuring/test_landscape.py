@@ -11,7 +11,7 @@ from experiments import landscape, report
 from experiments.measuring import measurements
 from experiments.measuring import models as trained
 from experiments.reporting import class_figures, measured_figures, measured_tables, sections, style
-from lpa_jax.interrupts import InterruptedRunError
+from lpa_jax.training.interrupts import InterruptedRunError
 from tests.helpers import browser, tiny_models
 from tests.helpers.module_call import call
 

@@ -56,7 +56,7 @@ def test_everything_is_written_in_order_and_letters_that_the_encoding_lacks_are_
 PROGRAM = """
 import sys
 from experiments.runtime import main as entry_point
-from lpa_jax.interrupts import InterruptedRunError
+from lpa_jax.training.interrupts import InterruptedRunError
 def work(interrupts):
     with interrupts:
         open("ready", "w").close()

@@ -12,8 +12,8 @@ from experiments.runtime import console, hosts
 from experiments.runtime import main as entry_point
 from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.files import LockedError
-from lpa_jax.interrupts import SIGNALS, InterruptedRunError, Interrupts
 from lpa_jax.training import loop as trainer
+from lpa_jax.training.interrupts import SIGNALS, InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 

@@ -29,8 +29,8 @@ from experiments.training.saving import Saving
 from experiments.training.settings import RunSettings
 from experiments.training.task import digests
 from lpa_jax import data, parallel
-from lpa_jax.interrupts import InterruptedRunError
 from lpa_jax.training import loop
+from lpa_jax.training.interrupts import InterruptedRunError
 from tests.helpers.commands import parsed
 from tests.helpers.module_call import call_by_name, forget_flags, own_flags
 from tests.helpers.protocols import PROTOCOLS, DomainRuns, ImageRuns

@@ -13,7 +13,7 @@ from experiments.methods import search
 from experiments.runtime import fields, hosts
 from experiments.training import run as runner
 from lpa_jax.files import LockedError, hold, refuse_if_held
-from lpa_jax.interrupts import InterruptedRunError
+from lpa_jax.training.interrupts import InterruptedRunError
 from tests.helpers.module_call import forget_flags
 from tests.helpers.protocols import DOMAIN, DOMAINS, IMAGES
 

@@ -87,7 +87,7 @@ def check_auto_axes(name: str, tree: Any) -> None:
     if _explicit_leaves(tree):
         raise ValueError(
             f"{name} must be on a mesh whose axes are AxisType.Auto, or your step must be "
-            "decorated with lpa_jax.sharding.in_auto_axes, got AxisType.Explicit"
+            "decorated with lpa_jax.parallel.in_auto_axes, got AxisType.Explicit"
         )
 
 

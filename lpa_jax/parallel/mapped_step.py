@@ -1,4 +1,4 @@
-"""Many devices: the only file that names a mapper or devices.
+"""A step on many devices: the only file that names a mapper or devices.
 
 `pmap_step` maps a step that reduces over an `axis_name` over the devices of all hosts: the batch is
 split along its first axis, the state and all further arguments are replicated, and so are the
