@@ -90,6 +90,14 @@ def project(delta, radius, toward, norm, min_cosine=0.0):
     return delta * (radius / length) if length > radius else delta
 
 
+def direction(gradient, positions, norm):
+    """The step that a class takes for its gradient: summed over positions, of length 1."""
+    ascent = np.sum(gradient, axis=positions, keepdims=True)
+    if norm == "linf":
+        return np.sign(ascent)
+    return ascent / size(ascent, "l2") if np.any(ascent) else ascent
+
+
 def class_perturbation(
     gradient,
     activations,
@@ -121,11 +129,7 @@ def class_perturbation(
         delta = project(delta, eps, toward, norm, min_cosine)
         for _ in range(steps):
             mean_gradient = sum(gradient(i, activations[i] + delta) for i in members) / members.size
-            ascent = np.sum(mean_gradient, axis=positions, keepdims=True)
-            if norm == "linf":
-                ascent = np.sign(ascent)
-            elif np.any(ascent):
-                ascent = ascent / size(ascent, "l2")
+            ascent = direction(mean_gradient, positions, norm)
             delta = delta + s * (step_size * eps / steps) * ascent
             delta = project(delta, eps, toward, norm, min_cosine)
         deltas[c] = delta
@@ -228,11 +232,7 @@ def joint_perturbation(
             ascent = np.zeros(feature_shape)
             for i in own:
                 ascent = ascent + by_row[i] / (len(members[i]) * len(own))
-            ascent = ascent.sum(axis=axes, keepdims=True)
-            if norm == "linf":
-                ascent = np.sign(ascent)
-            elif np.any(ascent):
-                ascent = ascent / size(ascent, "l2")
+            ascent = direction(ascent, axes, norm)
             new[c] = into_set(c, deltas[c] + sign[c] * step_size * radius[c] / steps * ascent)
         deltas = new
     return deltas, added(deltas)
