@@ -25,7 +25,6 @@ _OTHERS = (
     "spectral_decoupling", "spatial_dropout", "coral+lpa", "logit_adjusted+lpa",
 )  # fmt: skip
 _MARKERS = "^vPX<>hp*8"
-DASHES = ("-", "--", ":", "-.")
 MOST_HIGHLIGHTED = 7
 _STEPS = [1, 2, 5, 10]
 SMALL = 8
