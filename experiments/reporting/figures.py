@@ -17,6 +17,7 @@ MOST_NAMED_CLASSES = 20
 _EFFECTS = {
     "loss_change": ("loss change", ", nats", 0.0, 1e-6),
     "norm_ratio": ("norm ratio", "", 1.0, 1e-6),
+    "accuracy_change": ("change of training accuracy", ", as a share", 0.0, 1e-6),
 }
 
 

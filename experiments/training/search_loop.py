@@ -1,7 +1,9 @@
 """The random search of both protocols: flags, workers that share the trials, and the choice."""
 
 import contextlib
+import csv
 import dataclasses
+import io
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ from lpa_jax.training.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 SETTING = "setting.json"
+TABLE = "trials.csv"
 
 
 class Trial(NamedTuple):
@@ -145,6 +148,8 @@ def _held(workdir: pathlib.Path, folder: pathlib.Path) -> contextlib.AbstractCon
 def finish(trials: Sequence[Trial], setting: Mapping[str, Any]) -> None:
     """Prints the choice of every method and writes it to --output, if no trial is missing.
 
+    Writes the options and the score of every trial to `trials.csv` in --workdir.
+
     Args:
       trials: all trials, of all workers.
       setting: how was searched, for the record.
@@ -156,6 +161,7 @@ def finish(trials: Sequence[Trial], setting: Mapping[str, Any]) -> None:
     if None in outcomes:
         print("Trials of other workers are missing; run any worker again when they are done.")
         return
+    files.write_text(pathlib.Path(FLAGS.workdir) / TABLE, table(trials, outcomes))
     chosen = {}
     for method in dict.fromkeys(trial.method for trial in trials):
         of_method = [number for number, trial in enumerate(trials) if trial.method == method]
@@ -172,6 +178,28 @@ def finish(trials: Sequence[Trial], setting: Mapping[str, Any]) -> None:
         search = {**setting, "trials": FLAGS.trials}
         files.write_json(FLAGS.output, {"search": search, "methods": chosen})
         print(f"Written to {FLAGS.output}")
+
+
+def table(trials: Sequence[Trial], outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """CSV text with a line for each trial; options that a method does not have are empty.
+
+    Args:
+      trials: all trials.
+      outcomes: of each, what its `find` returns.
+    """
+    rows = [
+        {"method": trial.method, "trial": trial.number}
+        | ({} if trial.test is None else {"test_domain": trial.test})
+        | {"validation_accuracy": found["score"]}
+        | dict(found["options"])
+        for trial, found in zip(trials, outcomes, strict=True)
+    ]
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def choose(

@@ -19,6 +19,7 @@ from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
 from lpa_jax.parallel.explicit_axes import in_auto_axes
 from lpa_jax.perturbations import Perturbation
+from lpa_jax.perturbations.base import Site
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass, initial_state
 
 Array = jax.Array
@@ -34,6 +35,9 @@ class Observation(NamedTuple):
       loss_before: loss(decode(h_i), t_i), [B], with the targets that this layer received.
       loss_after: loss(decode(h~_i), t~_i), [B].
       sign, radius: s_c and eps_c, [C], or None if the method has none.
+      correct_before: Whether decode(h_i) ranks the label first, [B]; None if an example has several
+        classes, or if it was not recorded.
+      correct_after: Whether decode(h~_i) does, [B], or None.
     """
 
     before: Array
@@ -42,6 +46,8 @@ class Observation(NamedTuple):
     loss_after: Array
     sign: Array | None
     radius: Array | None
+    correct_before: Array | None = None
+    correct_after: Array | None = None
 
     @property
     def delta(self) -> Array:
@@ -120,13 +126,17 @@ def observe(
 
     def recording(layer):
         def record(site, applied, activation):
+            loss_before, logits_before = site.losses_and_logits(site.activation)
+            logits_after = site.decode(applied.activation)
             seen[layer] = Observation(
                 before=tables.at_least_float32(site.activation),
                 after=tables.at_least_float32(applied.activation),
-                loss_before=site.losses_and_logits(site.activation)[0],
-                loss_after=loss(site.decode(applied.activation), applied.targets),
+                loss_before=loss_before,
+                loss_after=loss(logits_after, applied.targets),
                 sign=_stated(applied.aux, "sign"),
                 radius=_stated(applied.aux, "radius"),
+                correct_before=_correct(site, logits_before),
+                correct_after=_correct(site, logits_after),
             )
             return activation
 
@@ -153,10 +163,14 @@ def perturbation_effect(
     rng: Array,
     axis_name: str | None = None,
 ) -> dict[str, metrics.Pair]:
-    r"""Loss change and norm ratio that each perturbation causes, by sign of the class.
+    r"""Changes of loss, accuracy and norm that each perturbation causes, by sign of the class.
 
-        loss_change = loss(decode(h~_i), t~_i) - loss(decode(h_i), t_i)
-        norm_ratio  = ||h~_i|| / ||h_i||
+        loss_change     = loss(decode(h~_i), t~_i) - loss(decode(h_i), t_i)
+        accuracy_change = 1[argmax decode(h~_i) = y_i] - 1[argmax decode(h_i) = y_i]
+        norm_ratio      = ||h~_i|| / ||h_i||
+
+    A perturbation depends on the label, so that a network can learn to read the label from it. Then
+    `accuracy_change` is large, and accuracy without the perturbation low.
 
     The same radius has different effects at different layers, models and augmentations; the loss
     change that it causes is comparable between them. Costs two forward passes above each perturbed
@@ -176,8 +190,8 @@ def perturbation_effect(
 
     Returns:
       (sum, count) pairs over the global batch, named `layer/loss_change/group`,
-      `layer/norm_ratio/group` and, of methods that have one, `layer/radius/group` (in units of the
-      activation).
+      `layer/norm_ratio/group`, `layer/accuracy_change/group` unless examples have several classes,
+      and, of methods that have one, `layer/radius/group` (in units of the activation).
     """
     batch = injection.read_batch(network, batch)
     seen = observe(
@@ -205,6 +219,9 @@ def perturbation_effect(
             "loss_change": (observation.loss_after - observation.loss_before, everywhere),
             "norm_ratio": _norm_ratio(observation),
         }
+        if observation.correct_before is not None:
+            gained = observation.correct_after.astype(jnp.float32) - observation.correct_before
+            values["accuracy_change"] = (gained, everywhere)
         if observation.radius is not None:
             values["radius"] = (observation.radius[labels], everywhere)
         sign = jnp.zeros(labels.shape)
@@ -346,6 +363,14 @@ def agreement(geometry: Mapping[str, np.ndarray]) -> Agreement:
         sign_and_norm=share(sign, growth, signed),
         correlation=float(np.corrcoef(loss_change, growth)[0, 1]) if varies else float("nan"),
     )
+
+
+def _correct(site: Site, logits: Array) -> Array | None:
+    """Whether the logits rank the label first, in the shape of the labels."""
+    if site.several:
+        return None
+    labels = site.labels if site.output_labels is None else site.output_labels
+    return jnp.argmax(logits, axis=-1) == labels
 
 
 def _stated(aux: Mapping[str, Array], name: str) -> Array | None:

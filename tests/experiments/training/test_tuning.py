@@ -75,6 +75,9 @@ def test_a_learning_rate_that_is_given_holds_in_every_trial(run, tmp_path, monke
     assert run("tune", *arguments, "--learning_rate=0.02")[0] is None
     trial = json.loads((tmp_path / "trials/erm/0000.json").read_text())
     assert trial["options"]["learning_rate"] == 0.02
+    header, row = (tmp_path / "trials.csv").read_text().splitlines()
+    assert header == "method,trial,validation_accuracy,learning_rate,weight_decay"
+    assert row.startswith("erm,0,0.5,0.02,")
     assert "holds trials with other settings" in run("tune", *arguments, "--learning_rate=0.03")[0]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lpa_jax
-from lpa_jax import metrics, perturbations
+from lpa_jax import diagnostics, metrics, perturbations
 from lpa_jax.diagnostics import Observation, agreement, class_geometry, observe
 from lpa_jax.injection import StagedNetwork
 from tests.helpers import toy
@@ -120,6 +120,21 @@ def test_a_layer_sees_the_one_below_perturbed(network, variables):
     h = lpa_jax.encode(network, variables, batch["image"] + 1.0, "hidden2")
     np.testing.assert_allclose(seen["hidden2"].before, h, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(seen["input"].loss_after, seen["hidden2"].loss_before, rtol=1e-5)
+
+
+def test_a_perturbation_that_tells_the_label_changes_the_accuracy(network, variables):
+    """At the logits, 100 for the label makes all correct; padding with label -1 does not count."""
+    told = perturbations.stateless("told", lambda site: (100 * site.targets, site.targets))
+    labels = np.where(np.arange(6) == 5, -1, LABELS)
+    batch, rng = toy.batch(labels), jax.random.key(1)
+    pairs = diagnostics.perturbation_effect(
+        network, variables, {"logits": ()}, batch, perturbations={"logits": told},
+        loss=lpa_jax.cross_entropy, rng=rng,
+    )  # fmt: skip
+    seen = observe(network, variables, batch, {"logits": told}, rng=rng, train=True)["logits"]
+    right = np.argmax(seen.before, axis=1)[:5] == labels[:5]
+    total, count = pairs["logits/accuracy_change/neutral"]
+    assert (total, count) == (5 - right.sum(), 5) and not right.all()
 
 
 def test_a_chain_tells_the_sign_of_its_member(network, variables):
