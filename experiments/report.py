@@ -5,8 +5,9 @@ r"""Tables, figures and statistics from any result folders.
 Finds every run below the folders and groups them by setting: runs that differ in nothing but
 method, seed, options and test domain are compared in one table, by paired seeds, with standard
 errors, bootstrap intervals and Holm-corrected Wilcoxon tests. Writes report.md, table.csv (numbers
-of the tables), runs.csv (one line a run), table.tex and figures; `--html` adds report.html, one
-page that needs no other file. `--compare=lpa:lpl,lpa+lpl:lpa` adds those differences to every table
+of the tables), runs.csv (one line a run), last_epoch.csv (what the runs logged last about training
+and perturbations), table.tex and figures; `--html` adds report.html, one page that needs no other
+file. `--compare=lpa:lpl,lpa+lpl:lpa` adds those differences to every table
 that has both methods, Holm-corrected among themselves alone (contrasts.csv): name the comparisons
 beforehand, and the correction is not for a table of twenty methods. If `landscape` measured the
 runs (geometry, amplification, spectrum, loss along lines), the report draws that too. Runs that are

@@ -221,6 +221,38 @@ def rows_frame(settings: Sequence[Setting]) -> pd.DataFrame:
     )
 
 
+def last_epoch_frame(settings: Sequence[Setting]) -> pd.DataFrame:
+    """The last logged value of everything about training and about what perturbations do.
+
+    One line for each run and measure, such as `train/accuracy` or
+    `effect/hidden1/loss_change/positive`; measures that have no number are left out.
+    """
+    rows = [
+        {
+            "setting": setting.title,
+            "method": method,
+            "seed": run.config["seed"],
+            "test_domain": run.domain,
+            "measure": measure,
+            "value": value,
+        }
+        for setting in settings
+        for method, runs in setting.runs.items()
+        for run in runs
+        for measure, value in _last_values(run.result.get("curve") or ()).items()
+    ]
+    return pd.DataFrame.from_records(rows)
+
+
+def _last_values(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        name: value
+        for record in curve
+        for name, value in record.items()
+        if name.startswith(("train/", "effect/")) and isinstance(value, (int, float))
+    }
+
+
 def slug(title: str) -> str:
     """A title as a file name.
 

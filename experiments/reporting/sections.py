@@ -299,7 +299,7 @@ def write(
     problems: Sequence[Problem],
     output: pathlib.Path,
 ) -> None:
-    """Writes report.md, table.csv, runs.csv, table.tex and, if any, contrasts.csv."""
+    """Writes report.md, table.csv, runs.csv, table.tex; contrasts.csv, last_epoch.csv if any."""
     files.write_text(output / "report.md", markdown(made, problems, output))
     numbers = [(section.title, tables.accuracy_frame(section.compared)) for section in made]
     files.write_text(output / "table.csv", tables.csv_text(_by_setting(numbers)))
@@ -310,6 +310,9 @@ def write(
     # All digits: with six, the tables would not be the same when they are made from the rows.
     rows = frame.rows_frame(settings).to_csv(index=False, lineterminator="\n")
     files.write_text(output / runs.ROWS, rows)
+    last = frame.last_epoch_frame(settings)
+    if not last.empty:
+        files.write_text(output / "last_epoch.csv", last.to_csv(index=False, lineterminator="\n"))
     latex = [tables.latex_table(section.table, section.title) for section in made]
     for section in asked:
         table = tables.contrast_table(section.contrasts)

@@ -308,6 +308,17 @@ def test_runs_csv_has_one_line_a_run(made):
     assert sections.ranges([3]) == "3"
 
 
+def test_last_epoch_csv_has_the_last_value_of_every_measure(made):
+    _, output = made
+    with (output / "runs.csv").open() as file:
+        folder = pathlib.Path(next(csv.DictReader(file))["folder"])
+    curve = json.loads((folder / "result.json").read_text())["curve"]
+    with (output / "last_epoch.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["seed"] == folder.name[5:]]
+    own = {row["measure"]: float(row["value"]) for row in rows if row["method"] == "erm"}
+    assert own["train/loss"] == curve[-1]["train/loss"]
+
+
 def test_a_report_of_its_own_rows_has_the_same_tables_and_rows(tmp_path, command):
     """All digits count: thirds, three selections, methods told apart by options, a missing seed."""
     runs_of = tmp_path / "runs"
