@@ -7,6 +7,7 @@ import runpy
 import matplotlib as mpl
 import pytest
 
+from experiments.reporting import runs
 from tests.helpers import commands
 from tests.helpers.paths import DOCS, ROOT
 
@@ -33,6 +34,11 @@ def test_the_index_is_short_and_names_every_folder_that_has_a_page():
     linked = set(re.findall(r"\]\(([\w/]+?)/?\)", index))
     pages = {path.parent.relative_to(RESULTS).as_posix() for path in PAGES}
     assert linked == pages - {"."}
+
+
+def test_report_reads_every_row_of_the_committed_runs():
+    rows = [row for path in RESULTS.rglob("runs*.csv") for row in runs.read_rows(path)]
+    assert rows and not [row for row in rows if isinstance(row, runs.Problem)]
 
 
 def test_every_figure_is_shown_on_a_page():
