@@ -1,5 +1,7 @@
 """What holds for every test: strict shapes, the CPU, a compilation cache that outlives the run."""
 
+import functools
+import gc
 import os
 import pathlib
 import signal
@@ -25,6 +27,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector everything that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +64,15 @@ def planned(tmp_path):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """Where embedded sets are prepared, once for all test files of a process."""
-    return tmp_path_factory.getbasetemp() / "tfds"
+    """Where embedded sets are prepared, once for all test files of a process.
+
+    The domains of MNIST are made of images that are read once.
+    """
+    from lpa_jax.data import sources  # for those tests alone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "load", functools.cache(sources.load))
+        yield tmp_path_factory.getbasetemp() / "tfds"
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Cutting models that are written as a chain of stages (`lpa_jax.models`)."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -37,12 +38,11 @@ class StagedNetwork:
 
     def init(self, rng: Array, inputs: Array) -> Variables:
         """Initial variables; see `Network.init`."""
-        params_rng, dropout_rng = jax.random.split(rng)
-        # Under jit there is one compilation, not one for every initialiser.
-        init = jax.jit(self.model.init, static_argnames=("train", "mutable"))
-        with nn.intercept_methods(without_sow):
-            rngs = {"params": params_rng, "dropout": dropout_rng}
-            return init(rngs, inputs, train=False, mutable=RECORDS)
+        try:
+            hash(self.model)
+        except TypeError:  # a field is a list, for example
+            return jax.jit(functools.partial(_init, self.model))(rng, inputs)
+        return _compiled_init(self.model, rng, inputs)
 
     def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
         """Runs the stages between the deepest pinned layer and `stop`; see `Network.run`."""
@@ -63,3 +63,14 @@ class StagedNetwork:
         return output, {**state, **updated}
 
     run_with_taps = run_by_segments
+
+
+def _init(model: nn.Module, rng: Array, inputs: Array) -> Variables:
+    params_rng, dropout_rng = jax.random.split(rng)
+    rngs = {"params": params_rng, "dropout": dropout_rng}
+    with nn.intercept_methods(without_sow):
+        return model.init(rngs, inputs, train=False, mutable=RECORDS)
+
+
+# One compilation, not one for every initialiser, and equal models share it.
+_compiled_init = jax.jit(_init, static_argnums=0)

@@ -13,7 +13,8 @@ from flax import nnx
 
 import lpa_jax
 from lpa_jax import injection
-from lpa_jax.injection import Pass
+from lpa_jax.injection import Pass, staged
+from lpa_jax.models import MLP
 from tests.helpers import toy
 from tests.helpers.cut_networks import IMAGES, INPUTS, CompactNet, cut, nnx_module
 from tests.helpers.toy import CLASSES, LABELS, assert_trees_close
@@ -287,3 +288,14 @@ def test_what_can_be_cut_is_listed_in_the_order_of_the_pass_with_its_shape():
     assert list(found)[-2:] == ["blocks/1", "head"]
     assert found["blocks/1"].shape == (LABELS.size, 6)
     assert set(found) == set(injection.nnx_submodule_paths(nnx_module()))
+
+
+def test_equal_models_share_the_compilation_that_draws_their_variables():
+    inputs, before = jnp.zeros((2, 5)), staged._compiled_init._cache_size()
+    made = [injection.as_network(MLP(3, hidden=(7,))).init(jax.random.key(0), inputs)]
+    made += [injection.as_network(MLP(3, hidden=(7,))).init(jax.random.key(0), inputs)]
+    assert staged._compiled_init._cache_size() == before + 1
+    # A list has no hash.
+    made += [injection.as_network(MLP(3, hidden=[7])).init(jax.random.key(0), inputs)]
+    for variables in made[1:]:
+        toy.assert_trees_equal(variables, made[0])
