@@ -44,6 +44,11 @@ def make_state(optimizer, perturbations=None, penalties=None):
     )
 
 
+def stepped(state, **options):
+    """State and metrics after a compiled step."""
+    return jax.jit(functools.partial(lpa_jax.lpa_step, **options))(state, BATCH)
+
+
 def features_and_logits(params):
     network = lpa_jax.injection.as_network(MODEL)
     features = lpa_jax.encode(network, {"params": params}, BATCH["image"], "hidden1")
@@ -60,8 +65,8 @@ def objective(params):
 def test_a_step_descends_mean_loss_plus_penalty():
     penalties = {"gap": domain_gap()}
     state = make_state(optax.sgd(LEARNING_RATE), penalties=penalties)
-    after, pairs = lpa_jax.lpa_step(state, BATCH, penalties=penalties)
-    gradient, gap = jax.grad(objective, has_aux=True)(state.params)
+    after, pairs = stepped(state, penalties=penalties)
+    gradient, gap = jax.jit(jax.grad(objective, has_aux=True))(state.params)
     expected = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, state.params, gradient)
     toy.assert_trees_close(after.params, expected)
     np.testing.assert_allclose(pairs["penalty/gap"][0], gap, rtol=1e-5)
@@ -72,11 +77,11 @@ def test_the_gradient_of_a_penalty_over_shards_is_that_of_the_whole_batch():
     """vmap with an axis name stands for two devices; each has its own mix of domains."""
     penalties = {"gap": domain_gap()}
     state = make_state(optax.sgd(LEARNING_RATE), penalties=penalties)
-    whole, _ = lpa_jax.lpa_step(state, BATCH, penalties=penalties)
+    whole, _ = stepped(state, penalties=penalties)
     order = np.array([0, 3, 1, 2, 4, 5])
     shards = {k: v[order].reshape(2, 3, *v.shape[1:]) for k, v in BATCH.items()}
     step = functools.partial(lpa_jax.lpa_step, penalties=penalties, axis_name="batch")
-    sharded, _ = jax.vmap(step, in_axes=(None, 0), out_axes=0, axis_name="batch")(state, shards)
+    sharded, _ = jax.jit(jax.vmap(step, (None, 0), axis_name="batch"))(state, shards)
     toy.assert_trees_close(jax.tree.map(lambda p: p[0], sharded.params), whole.params)
     toy.assert_trees_close(jax.tree.map(lambda p: p[1], sharded.params), whole.params)
 
@@ -93,7 +98,7 @@ def test_a_penalty_sees_the_perturbed_features_and_the_live_head():
     shift = lpa_jax.perturbations.stateless("shift", lambda s: (s.activation + 1.0, s.targets))
     kwargs = {"perturbations": {"hidden1": shift}, "penalties": {"sum": penalty}}
     state = make_state(optax.sgd(1.0), **kwargs)
-    after, _ = lpa_jax.lpa_step(state, BATCH, **kwargs, loss=lambda z, t: jnp.zeros(z.shape[:1]))
+    after, _ = stepped(state, **kwargs, loss=lambda z, t: jnp.zeros(z.shape[:1]))
     seen = after.penalty_state["sum"]
     np.testing.assert_allclose(seen, features_and_logits(state.params)[0] + 1.0, rtol=1e-6)
     moved = jax.tree.map(jnp.subtract, state.params["logits"], after.params["logits"])
@@ -104,17 +109,19 @@ def test_a_penalty_sees_the_perturbed_features_and_the_live_head():
 def test_sam_takes_the_gradient_at_the_displaced_parameters():
     rho = 0.3
     state = make_state(optimizers.sam(optax.sgd(LEARNING_RATE), rho))
-    after, _ = lpa_jax.lpa_step(state, BATCH)
+    after, _ = stepped(state)
 
-    def loss(params):
+    @jax.jit
+    @jax.grad
+    def gradient_at(params):
         logits = features_and_logits(params)[1]
         return jnp.mean(cross_entropy(logits, jax.nn.one_hot(BATCH["label"], toy.CLASSES)))
 
-    gradient = jax.grad(loss)(state.params)
+    gradient = gradient_at(state.params)
     scale = rho / optax.tree.norm(gradient)
     displaced = jax.tree.map(lambda p, g: p + scale * g, state.params, gradient)
     expected = jax.tree.map(
-        lambda p, g: p - LEARNING_RATE * g, state.params, jax.grad(loss)(displaced)
+        lambda p, g: p - LEARNING_RATE * g, state.params, gradient_at(displaced)
     )
     toy.assert_trees_close(after.params, expected)
 
@@ -122,10 +129,10 @@ def test_sam_takes_the_gradient_at_the_displaced_parameters():
 def test_sam_on_two_shards_is_sam_on_the_whole_batch():
     perturbations = {"hidden1": lpa_jax.lpa(radius=0.3, assignment=lpa_jax.all_positive())}
     state = make_state(optimizers.sam(optax.sgd(LEARNING_RATE), 0.3), perturbations)
-    whole, _ = lpa_jax.lpa_step(state, BATCH, perturbations=perturbations)
+    whole, _ = stepped(state, perturbations=perturbations)
     shards = {k: np.reshape(v, (2, 3, *np.shape(v)[1:])) for k, v in BATCH.items()}
     step = functools.partial(lpa_jax.lpa_step, perturbations=perturbations, axis_name="batch")
-    sharded, _ = jax.vmap(step, in_axes=(None, 0), axis_name="batch")(state, shards)
+    sharded, _ = jax.jit(jax.vmap(step, (None, 0), axis_name="batch"))(state, shards)
     toy.assert_trees_close(jax.tree.map(lambda p: p[1], sharded.params), whole.params)
 
 
