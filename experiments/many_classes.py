@@ -23,7 +23,7 @@ from absl import flags
 
 import lpa_jax
 from experiments.compiled import step_cost, timing
-from experiments.reporting import tables
+from experiments.reporting import screen
 from experiments.runtime import main as entry_point
 from lpa_jax import injection, models, pgd
 from lpa_jax.perturbations.lpa import MODES
@@ -149,12 +149,14 @@ def main(argv: list[str]) -> None:
         rows, reasons = measure_all()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(
+    screen.show(
         f"{FLAGS.model} at {FLAGS.layer}, batch {FLAGS.batch_size}, {FLAGS.steps} cold steps, "
         f"{timing.devices()}, {FLAGS.rounds} rounds\n"
     )
-    print(tables.markdown_table([Row._fields, *rows]))
-    print("\n".join(reasons))
+    headers = [name.replace("_mb", " MB").replace("_ms", " ms").replace("_", " ")
+               for name in Row._fields]  # fmt: skip
+    screen.show_table([headers, *rows], keys=3)
+    screen.show("\n".join(reasons))
 
 
 if __name__ == "__main__":

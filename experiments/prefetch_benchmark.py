@@ -29,7 +29,7 @@ from absl import flags
 
 import lpa_jax
 from experiments.compiled import timing
-from experiments.reporting import tables
+from experiments.reporting import screen
 from experiments.runtime import main as entry_point
 from lpa_jax import data, models, parallel
 from lpa_jax.data.prefetch import Prefetched
@@ -152,12 +152,12 @@ def main(argv: list[str]) -> None:
                 timing.progress(source)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(
+    screen.show(
         f"{FLAGS.model}, batch {FLAGS.batch_size}, files of {FLAGS.file_size} pixels a side to "
         f"{FLAGS.image_size}, {FLAGS.steps} steps a timing, {FLAGS.rounds} rounds, "
         f"{timing.devices()}\n"
     )
-    print(tables.markdown_table([HEADER, *rows]), end="")
+    screen.show_table([HEADER, *rows])
 
 
 if __name__ == "__main__":

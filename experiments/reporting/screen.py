@@ -5,16 +5,22 @@ the output is a file: columns that are empty or secondary are left out, and what
 is folded.
 """
 
+import io
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
 
+from rich import box
+from rich import table as rich_table
 from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
 # Text cells, header first.
 Lines = Sequence[Sequence[str]]
-_GAP = 2
+# Of a column: two spaces and a line.
+_GAP = 3
 # Names that are longer are broken where a table would be too wide.
 _LONGEST_NAME = 24
 
@@ -39,14 +45,14 @@ def show_table(lines: Lines, secondary: Sequence[str] = (), keys: int = 1) -> Li
       keys: number of first columns, which every part of a folded table has.
     """
     shown = fitting(lines, width(), secondary)
-    print(table(shown, width(), keys, _encodable("±─") == "±─"), end="", flush=True)
+    print(table(shown, width(), keys, _encodable("±╭┼") == "±╭┼"), end="", flush=True)
     return shown
 
 
 def fitting(lines: Lines, columns: int, secondary: Sequence[str] = ()) -> Lines:
     """The table without empty columns and, if it is wider than `columns`, without secondary ones.
 
-    >>> fitting([["method", "empty", "seconds"], ["lpa", "", "1.2"]], 9, ["seconds"])
+    >>> fitting([["method", "empty", "seconds"], ["lpa", "", "1.2"]], 19, ["seconds"])
     [['method'], ['lpa']]
     """
     plain = [[_plain(cell, True) for cell in line] for line in lines]
@@ -60,27 +66,31 @@ def fitting(lines: Lines, columns: int, secondary: Sequence[str] = ()) -> Lines:
 def table(lines: Lines, columns: int, keys: int = 1, symbols: bool = True) -> str:
     """Text cells, header first, as a table, folded where it is wider than `columns`.
 
+    Headers are broken at spaces, and long names at their signs, where that saves a part.
+
     Args:
       lines: of equal length.
       columns: characters of the terminal.
       keys: number of first columns, which are aligned left and repeated in every part of a folded
         table; the others are aligned right.
-      symbols: whether the console has other characters than ASCII: 75.60±0.50, not 75.60+-0.50.
+      symbols: whether the console has other characters than ASCII: 75.6±0.5, not 75.6+-0.5.
 
     Example:
-      >>> print(table([["method", "accuracy %"], ["lpa+lpl", "75.60 +- 0.50"]], 20), end="")
-      method   accuracy %
-      ───────  ──────────
-      lpa+lpl  75.60±0.50
+      >>> print(table([["method", "accuracy %"], ["lpa+lpl", "75.6 +- 0.5"]], 30), end="")
+      ╭─────────┬────────────╮
+      │ method  │ accuracy % │
+      ├─────────┼────────────┤
+      │ lpa+lpl │   75.6±0.5 │
+      ╰─────────┴────────────╯
     """
     cells = [[_plain(cell, symbols) for cell in line] for line in lines]
     every = [list(column) for column in zip(*cells, strict=True)]
-    key, rest = every[:keys], every[keys:]
-    if _width(key + rest) > columns:
-        key = [[column[0], *(_broken(cell) for cell in column[1:])] for column in key]
-    return "\n".join(
-        _text(key + part, keys, "─" if symbols else "-") for part in _parts(key, rest, columns)
-    )
+    if _width(every) > columns:
+        every = [_narrow(column) for column in every]
+    if _width(every) > columns:
+        every[:keys] = [[c[0], *map(_broken, c[1:])] for c in every[:keys]]
+    parts = _parts(every[:keys], every[keys:], columns)
+    return "\n".join(_drawn(every[:keys] + part, keys, symbols) for part in parts)
 
 
 def _plain(cell: str, symbols: bool) -> str:
@@ -99,6 +109,13 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _narrow(column: Sequence[str]) -> list[str]:
+    """The column with its header broken at spaces to the width of its cells."""
+    least = max(_column_width(column[1:]), *map(cell_len, column[0].split()), 1)
+    header = textwrap.wrap(column[0], least, break_on_hyphens=False)
+    return ["\n".join(header) or column[0], *column[1:]]
+
+
 def _broken(name: str) -> str:
     if cell_len(name) <= _LONGEST_NAME:
         return name
@@ -108,13 +125,11 @@ def _broken(name: str) -> str:
 
 
 def _column_width(column: Sequence[str]) -> int:
-    """Of the widest cell, or of the header's longest word: headers are broken at spaces."""
-    parts = [*column[0].split(), *(line for cell in column[1:] for line in cell.split("\n"))]
-    return max(map(cell_len, parts), default=0)
+    return max((cell_len(line) for cell in column for line in cell.split("\n")), default=0)
 
 
 def _width(table: Sequence[Sequence[str]]) -> int:
-    return sum(map(_column_width, table)) + _GAP * (len(table) - 1)
+    return sum(map(_column_width, table)) + _GAP * len(table) + 1
 
 
 def _parts(key: list, rest: list, columns: int) -> list[list]:
@@ -127,27 +142,14 @@ def _parts(key: list, rest: list, columns: int) -> list[list]:
     return parts
 
 
-def _text(table: Sequence[Sequence[str]], keys: int, rule: str) -> str:
-    widths = [_column_width(column) for column in table]
-    headers = ["\n".join(textwrap.wrap(c[0], w, break_on_hyphens=False)) or c[0]
-               for c, w in zip(table, widths, strict=True)]  # fmt: skip
-    rows = list(zip(*(column[1:] for column in table), strict=True))
-    text = _row(headers, widths, keys, bottom=True)
-    text += _row([rule * w for w in widths], widths, keys)
-    return text + "".join(_row(row, widths, keys) for row in rows)
-
-
-def _row(cells: Sequence[str], widths: Sequence[int], keys: int, bottom: bool = False) -> str:
-    """One row, of several lines if a cell has several; headers end on the same line."""
-    split = [cell.split("\n") for cell in cells]
-    height = max(map(len, split))
-    text = ""
-    for i in range(height):
-        line = []
-        for number, (parts, w) in enumerate(zip(split, widths, strict=True)):
-            at = i - (height - len(parts)) if bottom else i
-            cell = parts[at] if 0 <= at < len(parts) else ""
-            fill = " " * (w - cell_len(cell))
-            line.append(cell + fill if number < keys else fill + cell)
-        text += (" " * _GAP).join(line).rstrip() + "\n"
-    return text
+def _drawn(columns: Sequence[Sequence[str]], keys: int, symbols: bool) -> str:
+    drawn = rich_table.Table(box=box.ROUNDED if symbols else box.ASCII)
+    for number, (header, *_) in enumerate(columns):
+        justify = "left" if number < keys else "right"
+        drawn.add_column(Text(header), justify=justify, vertical="bottom", no_wrap=True)
+    for row in zip(*(column[1:] for column in columns), strict=True):
+        drawn.add_row(*map(Text, row))  # no markup: names are text
+    file = io.StringIO()
+    width = _width(columns)
+    Console(file=file, width=width, color_system=None, legacy_windows=False).print(drawn)
+    return file.getvalue()

@@ -344,7 +344,7 @@ def answer(section: Section) -> str:
     text = f"Of {len(rows)} methods with {runs_of} seed{plural}, {best.method} has the best "
     text += f"accuracy, {tables.percent(best['mean'], best['se'])} %"
     if best.pairs >= paired.FEWEST_PAIRS:
-        low, high = (f"{100 * best[end]:+.2f}" for end in ("difference_low", "difference_high"))
+        low, high = (f"{100 * best[end]:+.1f}" for end in ("difference_low", "difference_high"))
         text += f": {tables.percent(best.difference, np.nan, signed=True)} points to "
         text += f"{best.baseline} (95% interval {low} to {high}, p {best.p_holm:.2g} by Holm)"
     elif best.pairs:

@@ -101,10 +101,10 @@ def percent(mean: float, error: float, signed: bool = False) -> str:
     """A fraction and its standard error in per cent; empty if unknown.
 
     >>> percent(0.787, 0.0032), percent(0.01, float("nan"), signed=True)
-    ('78.70 +- 0.32', '+1.00')
+    ('78.7 +- 0.3', '+1.0')
     """
-    text = number(100 * mean, "{:+.2f}" if signed else "{:.2f}")
-    return text if np.isnan(error) else f"{text} +- {100 * error:.2f}"
+    text = number(100 * mean, "{:+.1f}" if signed else "{:.1f}")
+    return text if np.isnan(error) else f"{text} +- {100 * error:.1f}"
 
 
 def number(value: float, pattern: str) -> str:
@@ -138,7 +138,7 @@ def difference(row) -> str:
     """The mean paired difference in percentage points, with its error, or that of each seed."""
     if 1 < row.pairs < paired.FEWEST_PAIRS:
         each = " ".join(f"{100 * value:+.1f}" for value in row.each)
-        return f"{100 * row.difference:+.2f} ({each})"
+        return f"{100 * row.difference:+.1f} ({each})"
     return percent(row.difference, row.difference_se, signed=True)
 
 
@@ -148,7 +148,7 @@ def difference_columns(rows: pd.DataFrame) -> dict[str, list[str]]:
     if (rows["pairs"] >= paired.FEWEST_PAIRS).any():
         columns["95% interval"] = [
             "" if np.isnan(row.difference_low)
-            else f"[{100 * row.difference_low:+.2f}, {100 * row.difference_high:+.2f}]"
+            else f"[{100 * row.difference_low:+.1f}, {100 * row.difference_high:+.1f}]"
             for row in rows.itertuples()
         ]  # fmt: skip
         columns["p"] = [number(value, "{:.3g}") for value in rows["p_value"]]

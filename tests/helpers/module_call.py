@@ -42,6 +42,12 @@ def call(module, *arguments):
     return message, out.getvalue()
 
 
+def printed_rows(text):
+    """The cells of the tables that a module printed, headers first, line by line."""
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
 def call_by_name(data_dir, name, *arguments):
     """Runs a module as its command line would; the exit message, None if it ends well."""
     module = importlib.import_module(f"experiments.{name}")

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 
 from experiments import prefetch_benchmark
-from tests.helpers.module_call import call
+from tests.helpers.module_call import call, printed_rows
 
 FLAGS = flags.FLAGS
 TINY = ("--model=mlp", "--image_size=4", "--file_size=8", "--images=9", "--batch_size=4",
@@ -16,9 +16,8 @@ TINY = ("--model=mlp", "--image_size=4", "--file_size=8", "--images=9", "--batch
 def test_every_source_has_a_row_with_and_without_prefetching():
     message, out = call(prefetch_benchmark, *TINY)
     assert message is None
-    header, _, *rows = out.rstrip().splitlines()[-5:]
-    assert header.startswith("| source | steps/s without | with | ratio")
-    cells = [row.strip("| ").split(" | ") for row in rows]
+    header, *cells = printed_rows(out)
+    assert header[:4] == ["source", "steps/s without", "with", "ratio"]
     assert [row[0] for row in cells] == ["memory", "files", "files, read ahead"]
     for _, plain, prefetched, ratio, span in cells:
         lowest, highest = map(float, span.split(" to "))
