@@ -16,7 +16,7 @@ trains every method with every seed, or finds them in --workdir, and measures, b
   logged it (--class_geometry_batches), also over the epochs of training;
 - calibration: ECE and likelihood on the evaluation images, accuracy on corrupted ones.
 
-Every part writes PART.csv and PART.md (mean +- standard error over seeds, paired differences to
+Every part writes PART.csv and PART.md (mean ± standard error over seeds, paired differences to
 ERM) and figures. estimator_error in the CSV is the mean standard error of the estimator within a
 model, for an eigenvalue its Lanczos residual. Measurements are kept beside each run and repeated
 only if a flag that decides them changes.

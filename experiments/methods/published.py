@@ -94,13 +94,13 @@ def accuracies(settings: Mapping[str, Any]) -> dict[str, str]:
 
     >>> of = {"dataset": "PACS", "model": "resnet50", "train_steps": 5000, "draws": 20}
     >>> accuracies(of)["erm"], accuracies(of | {"draws": 1})
-    ('85.50 +- 0.20', {})
+    ('85.50±0.20', {})
     """
     if any(settings.get(name, value) != value for name, value in _OF_ALL.items()):
         return {}
     settings = {**settings, "dataset": set_name(str(settings.get("dataset")))}
     return {
-        method: " +- ".join(f"{value:.2f}" for value in figure)
+        method: "±".join(f"{value:.2f}" for value in figure)
         for recipe in recipes()
         for setting in recipe.settings
         if all(settings.get(name) == value for name, value in setting.match.items())

@@ -143,7 +143,7 @@ def _section(section: Section, anchor: str) -> list[str]:
 
 
 def _table(lines: Sequence[Sequence[str]], kind: str) -> str:
-    header, *body = [[html.escape(cell).replace(" +- ", " ± ") for cell in x] for x in lines]
+    header, *body = [map(html.escape, x) for x in lines]
     if kind == "numbers":
         header = [f'<button type="button">{cell}</button>' for cell in header]
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)

@@ -12,7 +12,7 @@ from experiments.reporting import paired, screen, tables
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 LEGEND = (
-    "Mean +- standard error over seeds; vs: mean +- standard error of the paired difference to the "
+    "Mean ± standard error over seeds; vs: mean ± standard error of the paired difference to the "
     "baseline (same seed, same data). From 5 seeds on, the CSV has 95% bootstrap intervals and "
     "Wilcoxon p-values, Holm-corrected over the methods of a measure.\n"
 )
@@ -130,7 +130,7 @@ def text(mean: float, error: float, signed: bool = False) -> str:
     """A number and its standard error; empty if unknown.
 
     >>> text(0.01234, 0.00345), text(2.0, float("nan"), signed=True)
-    ('0.01234 +- 0.0034', '+2')
+    ('0.01234±0.0034', '+2')
     """
     mean_text = tables.number(mean, "{:+.4g}" if signed else "{:.4g}")
-    return mean_text if np.isnan(error) else f"{mean_text} +- {error:.2g}"
+    return mean_text if np.isnan(error) else f"{mean_text}±{error:.2g}"

@@ -32,7 +32,7 @@ def width() -> int:
 
 def show(text: str = "") -> None:
     """Prints lines, folded at words to the width of the terminal, in characters that it has."""
-    for line in text.replace("+-", "±").split("\n"):
+    for line in text.split("\n"):
         print(_encodable("\n".join(textwrap.wrap(line, width(), break_on_hyphens=False)) or ""))
 
 
@@ -76,7 +76,7 @@ def table(lines: Lines, columns: int, keys: int = 1, symbols: bool = True) -> st
       symbols: whether the console has other characters than ASCII: 75.6±0.5, not 75.6+-0.5.
 
     Example:
-      >>> print(table([["method", "accuracy %"], ["lpa+lpl", "75.6 +- 0.5"]], 30), end="")
+      >>> print(table([["method", "accuracy %"], ["lpa+lpl", "75.6±0.5"]], 30), end="")
       ╭─────────┬────────────╮
       │ method  │ accuracy % │
       ├─────────┼────────────┤
@@ -96,7 +96,7 @@ def table(lines: Lines, columns: int, keys: int = 1, symbols: bool = True) -> st
 def _plain(cell: str, symbols: bool) -> str:
     # Names come from files: no control characters reach the terminal.
     text = "".join(c if c.isprintable() else "?" for c in cell)
-    return text.replace(" +- ", "±" if symbols else "+-")
+    return text if symbols else text.replace("±", "+-")
 
 
 def _encodable(text: str) -> str:

@@ -340,7 +340,7 @@ def answer(section: Section) -> str:
     runs_of = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
     plural = "" if seeds == {1} else "s"
     if len(rows) == 1:
-        return f"{best.method}: {tables.percent(best['mean'], best['se'])} %".replace("+-", "±")
+        return f"{best.method}: {tables.percent(best['mean'], best['se'])} %"
     text = f"Of {len(rows)} methods with {runs_of} seed{plural}, {best.method} has the best "
     text += f"accuracy, {tables.percent(best['mean'], best['se'])} %"
     if best.pairs >= paired.FEWEST_PAIRS:
@@ -349,7 +349,7 @@ def answer(section: Section) -> str:
         text += f"{best.baseline} (95% interval {low} to {high}, p {best.p_holm:.2g} by Holm)"
     elif best.pairs:
         text += f": {tables.difference(best)} points to {best.baseline}; too few seeds for a test"
-    return text.replace("+-", "±") + "."
+    return f"{text}."
 
 
 def how_to_read(made: Sequence[Section]) -> list[str]:

@@ -23,10 +23,10 @@ from lpa_jax import metrics
 def markdown_table(lines: Lines) -> str:
     r"""Text cells, header first, as a Markdown table; the first column left, the others right.
 
-    >>> print(markdown_table([["method", "accuracy %"], ["a|b", "1.00 +- 0.10"]]), end="")
+    >>> print(markdown_table([["method", "accuracy %"], ["a|b", "1.0±0.1"]]), end="")
     | method | accuracy % |
     |---|---:|
-    | a\|b | 1.00 +- 0.10 |
+    | a\|b | 1.0±0.1 |
     """
     # A bar in a method's name (manifold_mixup@input|hidden1) would open a new cell.
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -49,19 +49,19 @@ _LATEX = str.maketrans(
 def latex_table(lines: Lines, caption: str) -> str:
     r"""Text cells, header first, as a LaTeX table for the package booktabs.
 
-    >>> print(latex_table([["method", "accuracy %"], ["a_b", "1.00 +- 0.10"]], "A"), end="")
+    >>> print(latex_table([["method", "accuracy %"], ["a_b", "1.0±0.1"]], "A"), end="")
     \begin{table}
       \caption{A}
       \begin{tabular}{lr}
         \toprule
         method & accuracy \% \\
         \midrule
-        a\_b & 1.00 $\pm$ 0.10 \\
+        a\_b & 1.0$\pm$0.1 \\
         \bottomrule
       \end{tabular}
     \end{table}
     """
-    escaped = [[cell.translate(_LATEX).replace("+-", r"$\pm$") for cell in line] for line in lines]
+    escaped = [[cell.translate(_LATEX).replace("±", r"$\pm$") for cell in line] for line in lines]
     header, *body = [f"    {' & '.join(line)} \\\\" for line in escaped]
     return "\n".join(
         [
@@ -101,10 +101,10 @@ def percent(mean: float, error: float, signed: bool = False) -> str:
     """A fraction and its standard error in per cent; empty if unknown.
 
     >>> percent(0.787, 0.0032), percent(0.01, float("nan"), signed=True)
-    ('78.7 +- 0.3', '+1.0')
+    ('78.7±0.3', '+1.0')
     """
     text = number(100 * mean, "{:+.1f}" if signed else "{:.1f}")
-    return text if np.isnan(error) else f"{text} +- {100 * error:.1f}"
+    return text if np.isnan(error) else f"{text}±{100 * error:.1f}"
 
 
 def number(value: float, pattern: str) -> str:
@@ -198,7 +198,7 @@ def legend(table: Lines, by_thirds: bool | None = None) -> list[str]:
     """
     header, *body = table
     text = " ".join(cell for line in body for cell in line)
-    error = " +- standard error" if "+-" in text else ""
+    error = " ± standard error" if "±" in text else ""
     lines = [f"Accuracies: mean{error} over seeds, in per cent."] if "accuracy %" in header else []
     few = any("(" in cell for line in body for cell in line[1:])
     for name in header:

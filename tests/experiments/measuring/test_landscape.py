@@ -262,7 +262,7 @@ def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
     assert (row["seeds"], row["pairs"], row["mean"], row["difference"]) == (2, 2, 4.0, 2.5)
     assert row["difference_se"] == pytest.approx(0.5)
     text = measured_tables.markdown(compared, "title")
-    assert "| lpa | 4 +- 1 |" in text and "| lpa | +2.5 +- 0.5 |" in text
+    assert "| lpa | 4±1 |" in text and "| lpa | +2.5±0.5 |" in text
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_every_recipe_says_what_it_costs_where_its_figures_come_from_and_that_it
 
 def test_errors_are_turned_into_accuracies_and_matched_by_settings():
     wide = {"dataset": "cifar10", "profile": "none", "model": "wrn_28_10", "epochs": 240}
-    assert published.accuracies(wide)["lpl"] == "96.63 +- 0.04"
+    assert published.accuracies(wide)["lpl"] == "96.63±0.04"
     long_tail = {"dataset": "cifar100", "profile": "exponential", "model": "resnet32",
                  "epochs": 200}  # fmt: skip
     assert published.accuracies(long_tail | {"imbalance": 100.0})["logit_adjusted+lpl"] == "46.11"

@@ -9,9 +9,9 @@ from experiments.reporting import screen
 
 LINES = [
     ["method", "seeds", "accuracy %", "vs erm", "nothing", "many %", "few %", "seconds"],
-    ["erm", "3", "75.8 +- 0.5", "", "", "97.9 +- 0.6", "50.8 +- 1.4", "15.2"],
-    ["manifold_mixup@input|hidden1|hidden2+lpl", "3", "80.9 +- 0.1", "+5.1 (+4.4 +5.0 +5.9)",
-     "", "96.6 +- 0.7", "63.8 +- 0.4", "27.1"],
+    ["erm", "3", "75.8±0.5", "", "", "97.9±0.6", "50.8±1.4", "15.2"],
+    ["manifold_mixup@input|hidden1|hidden2+lpl", "3", "80.9±0.1", "+5.1 (+4.4 +5.0 +5.9)",
+     "", "96.6±0.7", "63.8±0.4", "27.1"],
 ]  # fmt: skip
 SECONDARY = ("seconds", "seeds")
 
@@ -53,7 +53,7 @@ def test_a_console_without_symbols_gets_ascii_and_no_escape_reaches_a_terminal(m
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     monkeypatch.setenv("COLUMNS", "40")
-    screen.show_table([["method", "accuracy %"], ["\x1b[31mlpa", "[b]1.0 +- 0.1"]])
-    screen.show("mean +- error, é")
+    screen.show_table([["method", "accuracy %"], ["\x1b[31mlpa", "[b]1.0±0.1"]])
+    screen.show("mean ± error, é")
     text = raw.getvalue().decode("ascii")
     assert "[b]1.0+-0.1" in text and "mean +- error, ?" in text and "\x1b" not in text
