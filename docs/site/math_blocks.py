@@ -1,6 +1,5 @@
 """Set fenced blocks of the language math as MathML, which browsers draw without a script."""
 
-import html
 import re
 
 from latex2mathml.converter import convert
@@ -16,4 +15,8 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
 
 
 def _mathml(latex: str, display: str) -> str:
-    return html.unescape(convert(latex.strip(), display=display)).replace("\n", " ")
+    # The converter knows align*, and sets no space behind a logarithm. The span keeps Markdown from
+    # reading a line that begins with mathematics as a block.
+    latex = latex.strip().replace("{aligned}", "{align*}").replace(r"\log ", r"\log\, ")
+    mathml = convert(latex, display=display).replace("\n", " ")
+    return mathml if display == "block" else f"<span>{mathml}</span>"

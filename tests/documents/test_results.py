@@ -82,7 +82,7 @@ def test_the_first_table_of_a_page_is_that_of_its_csv(folder):
     ]
     page = (RESULTS / folder / "README.md").read_text(encoding="utf-8")
     table = re.search(r"(?:^\|.*\n)+", page, flags=re.MULTILINE).group()
-    shown = re.findall(r"\| (\d\d\.\d\d) \+- (\d\.\d\d)", table)
+    shown = re.findall(r"\| (\d\d\.\d\d)±(\d\.\d\d)", table)
     assert len(shown) >= 8
     for mean, error in shown:
         both = (float(mean), float(error))
