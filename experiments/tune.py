@@ -104,7 +104,7 @@ class Search:
         Raises:
           InterruptedRunError: a signal came; nothing is kept of the draw.
         """
-        if found(path) is not None:
+        if self.find(method, number, path) is not None:
             return
         options = self.options(method, number)
         accuracies = []
@@ -127,15 +127,28 @@ class Search:
             accuracies = []
         except InterruptedRunError:
             raise InterruptedRunError("stopped, and finished trials are kept") from None
-        score = float(np.mean(accuracies)) if accuracies else None
-        outcome = {"method": method, "trial": number, "options": options, "score": score,
-                   "accuracies": accuracies}  # fmt: skip
-        files.write_json(path, outcome)
+        files.write_json(path, _outcome(method, number, options, accuracies))
+
+    def find(self, method: str, number: int, path: pathlib.Path) -> dict[str, Any] | None:
+        """The outcome of a draw; None if it is missing, damaged or of another draw."""
+        found = schema.read_or_say(path, OUTCOME, run_flags.say)
+        if found is None:
+            return None
+        # Suggested radii would have to be measured again.
+        options = self.options(method, number) if self.suggestions is None else found["options"]
+        expected = files.plain(_outcome(method, number, options, found["accuracies"]))
+        if len(found["accuracies"]) not in (0, len(self.tasks)) or found != expected:
+            run_flags.say(f"{path} is of another trial: it will be written again")
+            return None
+        return found
 
 
-def found(path: pathlib.Path) -> dict[str, Any] | None:
-    """The outcome of a draw; None if it is missing or damaged."""
-    return schema.read_or_say(path, OUTCOME, run_flags.say)
+def _outcome(
+    method: str, number: int, options: Mapping[str, Any], accuracies: list[float]
+) -> dict[str, Any]:
+    score = float(np.mean(accuracies)) if accuracies else None
+    return {"method": method, "trial": number, "options": options, "score": score,
+            "accuracies": accuracies}  # fmt: skip
 
 
 def describe(settings: Settings, seeds: list[int], digests: Mapping[str, str]) -> dict[str, Any]:
@@ -190,7 +203,7 @@ def tune(interrupts: Interrupts) -> None:
         for method in FLAGS.methods:
             path = workdir / "trials" / method / f"{number:04d}.json"
             lock = workdir / "locks" / method / path.stem
-            find = functools.partial(found, path)
+            find = functools.partial(shared.find, method, number, path)
             train = functools.partial(shared.train, method, number, path)
             trials.append(search_loop.Trial(method, number, None, lock, find, train))
     todo = search_loop.missing(trials)

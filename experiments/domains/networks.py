@@ -19,7 +19,7 @@ from experiments.domains.settings import DomainSettings
 from experiments.methods.names import MIXUP, parse
 from experiments.runtime import files
 from experiments.runtime.progress import RunProgress
-from experiments.runtime.schema import ANY, NUMBER, SHARE, TEXT, WHOLE, YES_OR_NO
+from experiments.runtime.schema import ANY, NUMBER, SHARE, TEXT, WHOLE, YES_OR_NO, Kind
 from experiments.training import run
 from experiments.training.folder import DATA, Names, check_inside, finished_result
 from experiments.training.program import Program, Programs
@@ -29,18 +29,7 @@ from lpa_jax.training.loop import EpochRecord, NonFiniteLossError
 from lpa_jax.training.step import TrainState
 
 # Not the names of results: a result is selected from several networks.
-_RECORD = {"step": WHOLE, IN: {...: SHARE}, OUT: {...: SHARE}}
-NAMES = Names(
-    config="training_config.json",
-    result="training.json",
-    schema={
-        "complete": YES_OR_NO,
-        "records": [_RECORD],
-        "diverged": (TEXT, None),
-        "seconds": NUMBER,
-        ...: ANY,
-    },
-)
+NAMES = Names(config="training_config.json", result="training.json")
 
 
 class Training(NamedTuple):
@@ -71,13 +60,14 @@ class DomainJob(run.Job):
       program: the compiled method.
       task: the data.
       config: everything that decides the result, as plain values.
+      names: of its files.
     """
 
     training: Training
     program: Program
     task: DomainTask
     config: Mapping[str, Any]
-    names = NAMES
+    names: Names
 
     @property
     def seed(self) -> int:
@@ -163,7 +153,8 @@ class Trainings:
         Raises:
           ValueError: its folder holds one with other settings.
         """
-        return finished_result(self.place(training), self._configuration(training), NAMES)
+        config = self._configuration(training)
+        return finished_result(self.place(training), config, self._names(training))
 
     def run(self, training: Training, progress: RunProgress) -> dict[str, Any]:
         """Trains a network, unless it is finished, and writes its records.
@@ -202,7 +193,24 @@ class Trainings:
             self.program(training),
             self._task(training),
             self._configuration(training),
+            self._names(training),
         )
+
+    def _names(self, training: Training) -> Names:
+        """The names of its files, and what `training.json` holds: records, unless it diverged."""
+        domains = self.source.names
+        unseen = [name for name in domains if name not in training.held_out]
+        inside, outside = (domains, domains) if self._look_at_held_out else ((), unseen)
+        record = {
+            "step": WHOLE,
+            IN: dict.fromkeys(inside, SHARE),
+            OUT: dict.fromkeys(outside, SHARE),
+        }
+        common = {"complete": YES_OR_NO, "seconds": NUMBER, ...: ANY}
+        finished = common | {"records": [record, ...], "diverged": None}
+        none = Kind("empty", lambda value: value == [])
+        diverged = common | {"records": none, "diverged": TEXT}
+        return NAMES._replace(schema=(finished, diverged))
 
     def _task(self, training: Training) -> DomainTask:
         return self.source.task(training.seed, training.held_out, self._look_at_held_out)

@@ -10,10 +10,23 @@ from experiments.domains.selection import Selected, Trained
 from experiments.domains.settings import DomainSettings
 from experiments.runtime import files, hosts
 from experiments.runtime.progress import RunProgress
+from experiments.runtime.schema import ANY, SHARE, TEXT, WHOLE
 from experiments.training import flags as run_flags
 from experiments.training import folder
 from lpa_jax.training.interrupts import Interrupts
 from lpa_jax.training.loop import NonFiniteLossError
+
+NAMES = folder.Names(
+    schema=folder.RESULT_SCHEMA
+    | {
+        "method": TEXT,
+        "seed": WHOLE,
+        "test_domain": TEXT,
+        "accuracy": SHARE,
+        "selections": folder.SHARES,
+        "selected": {...: {"tied?": WHOLE, ...: ANY}},
+    }
+)
 
 
 class Run(NamedTuple):
@@ -197,7 +210,7 @@ def _earlier_result(
     Raises:
       ValueError: the folder holds another run.
     """
-    result = folder.finished_result(place, config, say=run_flags.say)
+    result = folder.finished_result(place, config, NAMES, run_flags.say)
     if result is not None and leave_two_out:
         has_pairs = result["selections"].get(selection.LEAVE_ONE_DOMAIN_OUT) is not None
         return result if has_pairs else None

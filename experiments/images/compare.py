@@ -133,7 +133,7 @@ def train_all(
         for job in planned:
             place = folder_of(workdir, job.program.method, job.seed)
             folder.check_inside(workdir, place)
-            folder.finished_result(place, job.configuration())
+            folder.finished_result(place, job.configuration(), job.names)
         folder.check_inside(workdir, workdir / "splits")
         run_flags.apply_runtime_flags()
         files.write_json(workdir / "flags.json", run_flags.resolved())

@@ -8,12 +8,22 @@ import numpy as np
 
 from experiments.images.data import ImageTask
 from experiments.runtime import files
-from experiments.training.folder import DATA
+from experiments.runtime.schema import SHARE, WHOLE
+from experiments.training.folder import CURVE, DATA, RESULT_SCHEMA, SHARES, Names
 from experiments.training.program import Program
 from experiments.training.run import Job, adapted_radii
 from lpa_jax import data, metrics
 from lpa_jax.training.loop import EpochRecord
 from lpa_jax.training.step import TrainState
+
+_RESULT = RESULT_SCHEMA | {
+    "seed": WHOLE,
+    "accuracy": SHARE,
+    "per_class_accuracy": [(SHARE, None)],
+    "group_accuracy": SHARES,
+    "train_counts": [WHOLE],
+    "curve": CURVE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +44,7 @@ class ImageJob(Job):
     seed: int
     class_batches: int = 0
     measure_effects: bool = True
+    names = Names(schema=_RESULT)
 
     def configuration(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""

@@ -20,6 +20,7 @@ from experiments.training.folder import (
     OUTCOME,
     RESULT,
     RESULT_SCHEMA,
+    disagreement,
     log_digests,
 )
 
@@ -126,19 +127,15 @@ def read_run(folder: pathlib.Path) -> Run | Problem:
             return Problem(folder, f"{reason} ({name} is missing)")
     if not result.get("complete"):
         return Problem(folder, f"{RESULT} does not say that it is complete")
-    for key in ("method", "seed"):
-        if result.get(key, config[key]) != config[key]:
-            return Problem(folder, f"{key} is {config[key]!r} in {CONFIG}, {result[key]!r} in "
-                                   f"{RESULT}")  # fmt: skip
+    disagreeing = disagreement(config, result)
+    if disagreeing is not None:
+        return Problem(folder, disagreeing)
     # A selection that was not made is null.
     made = {k: v for k, v in (result.get("selections") or {}).items() if v is not None}
     result = {k: v for k, v in result.items() if v is not None}
     result = {"accuracy": made.get(SELECTIONS[0])} | result | {"selections": made}
     if result["accuracy"] is None:
         return Problem(folder, f"{RESULT} has no accuracy")
-    sizes = {len(result[k]) for k in ("per_class_accuracy", "train_counts") if k in result}
-    if len(sizes) > 1:
-        return Problem(folder, f"{RESULT}: per_class_accuracy and train_counts differ in length")
     places = (result, config, config.get("settings") or {})
     domain = next((p["test_domain"] for p in places if p.get("test_domain") is not None), None)
     return Run(folder, config, {**result, "seed": config["seed"], "test_domain": domain}, domain)

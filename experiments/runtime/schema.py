@@ -1,8 +1,9 @@
 """What JSON files of ours hold: types, finite numbers and sizes, checked where a file is read.
 
-A schema is a `Kind`; a list with the schema of its members; a dictionary of fields, in which the
-key `...` stands for all other fields and `?` at the end of a name says that the field may be
-missing; or a tuple of alternatives, of which None is null.
+A schema is a `Kind`; a list with the schema of its members, and `...` after it if there must be
+one; a tuple of alternatives, of which None is null; or a dictionary of fields. `?` at the end of a
+name says that the field may be missing, `*` stands for any end of a name, and the key `...` for all
+other fields.
 """
 
 import dataclasses
@@ -101,6 +102,8 @@ def problem(value: Any, schema: Any, name: str = "", depth: int = 0) -> str | No
         return f"{name or 'it'} must be {kind.words}, got {_short(value)}"
     if isinstance(schema, Kind):
         return None
+    if not value and isinstance(schema, list) and ... in schema:
+        return f"{name or 'it'} must not be empty"
     parts = (
         _items(value, schema, name) if isinstance(schema, list) else _fields(value, schema, name)
     )
@@ -137,10 +140,11 @@ def _fields(value: dict, schema: dict, name: str) -> Iterator[tuple[Any, Any, st
     above = f"{name}." if name else ""
     named = {key.removesuffix("?"): (key, kind) for key, kind in schema.items() if key is not ...}
     for field, (key, kind) in named.items():
-        if field in value or key == field:
+        if field in value or (key == field and not key.endswith("*")):
             yield value.get(field, _MISSING), kind, above + field
-    for field in value.keys() - named.keys():
-        yield value[field], schema.get(..., _UNKNOWN), above + field
+    for field in sorted(value.keys() - named.keys()):
+        begun = (key for key in named if key.endswith("*") and field.startswith(key[:-1]))
+        yield value[field], schema.get(next(begun, ...), _UNKNOWN), above + field
 
 
 _UNKNOWN = Kind("a known field", lambda value: False)

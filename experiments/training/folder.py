@@ -26,8 +26,9 @@ MEASURED = "measured"  # a folder with what `landscape` and `layer_sweep` measur
 
 
 LOGS = "logs.json"  # SHA-256 of the logs of a finished run
-_SHARES = {...: (schema.SHARE, None)}
-_ROW = {"epoch": NUMBER, ...: (NUMBER, None, [(NUMBER, None)])}
+SHARES = {...: (schema.SHARE, None)}
+_ROW = {"epoch": WHOLE, "classes/*": [(NUMBER, None)], ...: (NUMBER, None)}
+CURVE = [_ROW, ...]
 CONFIG_SCHEMA = {
     "method": TEXT,
     "seed": WHOLE,
@@ -52,11 +53,11 @@ RESULT_SCHEMA = {
     "seed?": WHOLE,
     "accuracy?": (schema.SHARE, None),
     "seconds?": (NUMBER, None),
-    "group_accuracy?": (_SHARES, None),
+    "group_accuracy?": (SHARES, None),
     "per_class_accuracy?": ([(schema.SHARE, None)], None),
     "train_counts?": ([WHOLE], None),
-    "curve?": ([_ROW], None),
-    "selections?": (_SHARES, None),
+    "curve?": (CURVE, None),
+    "selections?": (SHARES, None),
     "evaluated_on?": TEXT,
     "test_domain?": (TEXT, None),
     "options?": (OBJECT, None),
@@ -64,7 +65,9 @@ RESULT_SCHEMA = {
     "checkpoints_kept?": YES_OR_NO,
     ...: ANY,
 }
-_MEASURED = {"settings": OBJECT, "measured": {"values?": OBJECT, ...: ANY}, "digest?": TEXT}
+# What a checkpoint notes of its run.
+_NOTES = {"rows?": [_ROW | {"step": WHOLE, "epoch?": WHOLE}], "seconds?": NUMBER, ...: ANY}
+_MEASURED = {"settings": OBJECT, "measured": OBJECT, "digest?": TEXT}
 
 
 class Names(NamedTuple):
@@ -100,7 +103,25 @@ def finished_result(
         return None
     check_same_run(folder, earlier, as_recorded(folder, config, names))
     result = schema.read_or_say(folder / names.result, names.schema, say)
-    return result if result is not None and result.get("complete") else None
+    if result is None or not result.get("complete"):
+        return None
+    found = disagreement(config, result)
+    if found is not None:
+        say(f"{folder / names.result}: {found}: it will be written again")
+    return result if found is None else None
+
+
+def disagreement(config: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
+    """What in a result does not fit its configuration or the rest of it; None if all does."""
+    for name in ("method", "seed", "train_counts"):
+        if None not in (config.get(name), result.get(name)) and config[name] != result[name]:
+            return f"{name} is {config[name]!r} in {CONFIG}, {result[name]!r} in {RESULT}"
+    by_class = {name: result.get(name) for name in ("train_counts", "per_class_accuracy")}
+    by_class |= {name: row[name] for row in result.get("curve") or () for name in row}
+    sizes = {name: len(value) for name, value in by_class.items() if isinstance(value, list)}
+    first = next(iter(sizes), None)
+    wrong = next((name for name, size in sizes.items() if size != sizes[first]), None)
+    return None if wrong is None else f"{first} and {wrong} of {RESULT} differ in length"
 
 
 def as_recorded(
@@ -175,9 +196,8 @@ def read_measured(path: pathlib.Path) -> dict[str, Any] | None:
       ValueError: naming the file, if it has changed since.
     """
     content = schema.read(path, _MEASURED)
-    # Files of the first release have no digest.
-    if content is not None and content.pop("digest", None) not in (None, _digest(content)):
-        raise ValueError(f"{path} has changed since it was written")
+    if content is not None and content.pop("digest", None) != _digest(content):
+        raise ValueError(f"{path} has changed since it was written, or has no digest")
     return content
 
 
@@ -266,6 +286,10 @@ class RunFolder:
         if self._path is None:
             return fresh
         restored = self._checkpoints.restore(state) or fresh
+        found = schema.problem(restored.notes, _NOTES)
+        if found is not None:
+            step = f"step {restored.step} in {self._path / CHECKPOINTS}"
+            raise ValueError(f"--workdir: {step} is of another program: {found}")
         hosts.check(self._path, self._config, restored.step, restored.digest, restored.rejected)
         for line in restored.rejected:
             say(line)

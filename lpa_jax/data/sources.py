@@ -71,7 +71,7 @@ class ImageSource(Sequence):
         image_key, label_key = self._keys
         try:
             records = self._records.__getitems__(list(indices))
-        except RuntimeError as error:
+        except Exception as error:  # whatever damaged files make the readers raise
             raise ValueError(
                 f"dataset={self.name!r}, split={self.split!r}: cannot be read "
                 f"({_first_line(error)})"
@@ -211,6 +211,10 @@ def open_source(name: str, split: str, data_dir: PathLike | None = None) -> Imag
             f"dataset={name!r}: prepared in {builder.data_dir} as {info.file_format.value}, which "
             "cannot be read without TensorFlow; give another data_dir to lpa_jax.data.prepare"
         ) from None
+    except Exception as error:  # as in _builder
+        raise ValueError(
+            f"dataset={name!r}, split={split!r}: cannot be read ({_first_line(error)})"
+        ) from None
     label = info.features[label_key]
     return ImageSource(
         name=name,
@@ -304,10 +308,10 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
         raise ValueError(
             f"dataset={name!r}: needs a package that is missing or may not be read ({missing})"
         ) from None
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"dataset={name!r}: refused by TFDS ({_first_line(error)})") from None
     except OSError as error:
         raise ValueError(f"data_dir={data_dir!r}: cannot be read ({error})") from None
+    except Exception as error:  # damaged files of a prepared set raise errors of any type
+        raise ValueError(f"dataset={name!r}: refused by TFDS ({_first_line(error)})") from None
 
 
 def _keys(name: str, info: "tfds.core.DatasetInfo") -> tuple[str, str]:
@@ -315,7 +319,11 @@ def _keys(name: str, info: "tfds.core.DatasetInfo") -> tuple[str, str]:
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys
-    if keys is not None and len(keys) == 2 and all(isinstance(key, str) for key in keys):
+    if (
+        keys is not None
+        and len(keys) == 2
+        and all(isinstance(key, str) and key in info.features for key in keys)
+    ):
         # a few sets name the label first
         for image_key, label_key in (keys, keys[::-1]):
             image, label = info.features[image_key], info.features[label_key]

@@ -16,6 +16,7 @@ from absl import flags
 from experiments import report
 from experiments.reporting import frame, runs, sections, tables
 from experiments.runtime import files
+from experiments.training.folder import write_measured
 from tests.helpers import made_up_runs
 from tests.helpers.module_call import printed_rows
 from tests.helpers.paths import ROOT
@@ -152,7 +153,7 @@ def test_what_does_not_count_is_named_with_its_reason_and_changes_no_number(tmp_
     assert printed_rows(out)[2][:2] == ["lpa", "75.0±5.0"]
     reasons = {name: reason for name, (reason, _) in broken.items()}
     reasons |= {"partial": "does not say that it is complete", "nan": "has no accuracy"}
-    reasons |= {"curve": "curve[0].epoch must be a finite number"}
+    reasons |= {"curve": "curve[0].epoch must be a whole number"}
     reasons |= {"groups": 'group_accuracy.many must be a number between 0 and 1, got "high"'}
     reasons |= {"selections": "selections must be an object, got [0.1]"}
     for name, reason in reasons.items():
@@ -495,12 +496,13 @@ def test_the_page_shows_what_landscape_left_beside_the_runs_and_nothing_of_other
     for seed, settings in ((0, {"probes": 2}), (1, {"probes": 2}), (2, {"probes": 9})):
         folder = made_up_runs.write(tmp_path / f"runs/{seed}", "lpa", seed, 0.5)
         (folder / "measured").mkdir()
-        content = {"settings": settings, "measured": spectrum}
-        (folder / "measured" / "spectrum.json").write_text(json.dumps(content))
-        # Of an earlier form, cut short, and no object: none of them counts.
-        old = {"settings": {}, "measured": {"values": {}, "classes": {}}}
-        (folder / "measured" / "geometry.json").write_text(json.dumps(old))
-        (folder / "measured" / "line.json").write_text('{"settings": {')
+        write_measured(folder / "measured" / "spectrum.json", settings, spectrum)
+        # Of an earlier form, changed, cut short, and no object: none of them counts.
+        old = {"values": {}, "classes": {}}
+        write_measured(folder / "measured" / "geometry.json", {}, old)
+        changed = {"settings": {}, "measured": {"values": {}, "steps": "x", "losses": "x"}}
+        (folder / "measured" / "line.json").write_text(json.dumps(changed))
+        (folder / "measured" / "activation.json").write_text("{")
         (folder / "measured" / "amplification.json").write_text("[1]")
     message, *_ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}", "--html")
     text = (tmp_path / "out" / "report.html").read_text()
