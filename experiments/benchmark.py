@@ -207,7 +207,7 @@ def main(argv: list[str]) -> None:
     try:
         state, batch, cases = set_up()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(entry_point.refusal(error))
     print(
         f"{FLAGS.model}, synthetic batch {batch['image'].shape}, {FLAGS.num_classes} classes, "
         f"{FLAGS.dtype}, {timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds",
@@ -235,7 +235,7 @@ def main(argv: list[str]) -> None:
         try:
             files.write_text(FLAGS.csv, pd.DataFrame(rows).to_csv(index=False))
         except OSError as error:
-            sys.exit(f"error: --csv: {error}")
+            sys.exit(entry_point.refusal(f"--csv: {error}"))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
     try:
         cases, programs = set_up()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(entry_point.refusal(error))
     rows, failed = [], 0
     for number, (setting, method) in enumerate(cases, start=1):
         timing.progress(

@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
     try:
         rows, reasons = measure_all()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(entry_point.refusal(error))
     screen.show(
         f"{FLAGS.model} at {FLAGS.layer}, batch {FLAGS.batch_size}, {FLAGS.steps} cold steps, "
         f"{timing.devices()}, {FLAGS.rounds} rounds\n"

@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
                 rows.append(_cells(source, measure(make_batches, step, state)))
                 timing.progress(source)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(entry_point.refusal(error))
     screen.show(
         f"{FLAGS.model}, batch {FLAGS.batch_size}, files of {FLAGS.file_size} pixels a side to "
         f"{FLAGS.image_size}, {FLAGS.steps} steps a timing, {FLAGS.rounds} rounds, "

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         pairs = paired.parse_pairs(FLAGS.compare)
         made = make(folders, output, FLAGS.baseline, FLAGS.html, pairs)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(entry_point.refusal(error))
     for section in made:
         screen.show(f"\n{section.title}\n")
         screen.show_table(section.table, tables.SECONDARY)

@@ -213,7 +213,7 @@ def main(argv: list[str]) -> None:
         except ValueError as error:
             print(f"no report: {error}", file=sys.stderr)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(entry_point.refusal(error))
     except KeyboardInterrupt as stop:
         print("interrupted: finished jobs are kept, the same command resumes it", file=sys.stderr)
         sys.exit(128 + (stop.args or (signal.SIGINT,))[0])

@@ -19,6 +19,7 @@ from lpa_jax.training import loop
 from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
+MOST_LETTERS = 2000  # of an error
 HELP = {"--help", "-help", "--h", "-h", "--helpshort", "--helpfull"}
 
 
@@ -39,12 +40,12 @@ def start(
             files.check_folders()
             return rest
         except flags.UnrecognizedFlagError as error:
-            text, meant = _one_line(error), fields.meant(error.flagname)
+            text, meant = str(error), fields.meant(error.flagname)
             # Before the nearest spelling, which is another flag's.
             text = text.partition(". Did you mean")[0] + meant if meant else text
-            sys.exit(f"error: {text}{hint}")
+            sys.exit(refusal(text + hint))
         except (flags.Error, ValueError) as error:
-            sys.exit(f"error: {_one_line(error)}")
+            sys.exit(refusal(error))
 
     console.install()
     # Its notes are about accelerators that this machine has not.
@@ -56,10 +57,10 @@ def start(
     app.run(main, flags_parser=parse)
 
 
-def _one_line(error: Exception) -> str:
-    """The message of an error about a flag, which quotes whatever was typed."""
+def refusal(error: Exception | str) -> str:
+    """The line that a command ends with; messages quote whatever was typed."""
     text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]}..."
+    return f"error: {text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + '...'}"
 
 
 def help_text(about: str) -> str:
@@ -125,7 +126,7 @@ def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
     try:
         of_run = hosts.from_flags()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(refusal(error))
     try:
         with hosts.session(of_run):
             _work(work)
@@ -148,10 +149,10 @@ def _work(work: Callable[[Interrupts], None]) -> None:
         checkpoints.CheckpointError,
         LockedError,
     ) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(refusal(error))
     except hosts.DifferingHostsError as error:
         # All processes raise it: a status without a message ends them together.
-        print(f"error: {error}", file=sys.stderr)
+        print(refusal(error), file=sys.stderr)
         sys.exit(1)
     except InterruptedRunError as stop:
         print(f"{stop}; the same command resumes it", file=sys.stderr)

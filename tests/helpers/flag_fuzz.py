@@ -1,9 +1,10 @@
 """Bad values for every flag of an experiment, tried in one process up to where training begins.
 
-    python -m tests.helpers.flag_fuzz long_tail FOLDER 0 2
+    python -m tests.helpers.flag_fuzz long_tail FOLDER 0 some
 
-tries every second case from case 0 on, and prints a JSON line for each: its flag, its end and what
-it wrote. The process ends with `HUNG` at a case that takes longer than `PATIENCE` seconds.
+tries cases from case 0 on, and prints a JSON line for each: its flag, its end and what it wrote.
+`every` in place of `some` tries every value on every flag. The process ends with `HUNG` at a case
+that takes longer than `PATIENCE` seconds.
 """
 
 import contextlib
@@ -62,7 +63,8 @@ BASE = {
 SAME_AS = {"balanced": "long_tail", "landscape": "long_tail", "layer_sweep": "long_tail",
            "tune": "long_tail", "domain_tune": "domain_generalization"}  # fmt: skip
 EXPERIMENTS = (*BASE, *SAME_AS, "benchmark", "many_classes", "prefetch_benchmark", "compile_check")
-# Values that experiments with the flags of another one try of each flag.
+# So many are tried of the values that a parser refuses for all flags of a kind, and of all values
+# where an experiment shares a flag with another one.
 SAMPLE = 4
 
 
@@ -75,28 +77,38 @@ def begin(*_, **__):
     raise Started
 
 
-def cases(experiment):
-    """(flag, command line) of every case."""
-    names = _names_of(experiment)
-    shared = set(_names_of(SAME_AS[experiment])) if experiment in SAME_AS else set()
+def cases(experiment, every=False):
+    """(flag, command line) of the cases, `every` or those that differ in kind."""
+    chosen = random.Random(experiment)
+    shared = set(_kinds_of(SAME_AS[experiment])) if experiment in SAME_AS else set()
     base = [*BASE.get(SAME_AS.get(experiment, experiment), ())]
     if experiment == "layer_sweep":
         base.remove("--methods=erm,lpa,lpl")
-    chosen = random.Random(experiment)
     found = []
-    for name in names:
+    for name, own in _kinds_of(experiment).items():
         values = (*NUMBERS, *WORDS, *LISTS, *OPTIONS)
         if name in shared or experiment in ("sweep", "layer_sweep"):
             values = chosen.sample(values, SAMPLE)
+        elif not every:
+            others = [value for value in values if value not in own]
+            values = (*own, *chosen.sample(others, min(SAMPLE, len(others))))
         found += [(name, [*base, f"--{name}={value}"]) for value in values]
     return found
 
 
-def _names_of(experiment):
+def _kinds_of(experiment):
+    """Values that are tried of a flag whatever the sample is: those that its own code decides."""
     importlib.import_module(f"experiments.{experiment}").define_flags()
-    names = [flag.name for flag in entry_point.own_flags()]
+    kinds = {}
+    for flag in entry_point.own_flags():
+        if isinstance(flag.parser, flags.EnumParser | flags.BooleanParser):
+            kinds[flag.name] = ()
+        elif isinstance(flag.parser, flags.IntegerParser | flags.FloatParser):
+            kinds[flag.name] = NUMBERS
+        else:
+            kinds[flag.name] = (*NUMBERS, *WORDS, *LISTS, *OPTIONS)
     _forget()
-    return names
+    return kinds
 
 
 def _forget():
@@ -155,13 +167,11 @@ def stub():
     run_job.check_in_new_process = lambda *_: None
 
 
-def main(experiment, folder, first, step):
+def main(experiment, folder, first, every):
     """Tries the cases of an experiment and prints how each ends."""
     stub()
     module = importlib.import_module(f"experiments.{experiment}")
-    for number, (flag, arguments) in enumerate(cases(experiment)):
-        if number < first or (number - first) % step:
-            continue
+    for number, (flag, arguments) in enumerate(cases(experiment, every)[first:], first):
         place = pathlib.Path(folder, experiment, str(number))
         place.mkdir(parents=True)
         os.chdir(place)
@@ -177,4 +187,4 @@ def main(experiment, folder, first, step):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "every")
