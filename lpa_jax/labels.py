@@ -59,9 +59,9 @@ class Labels:
             fits = not known or bool(np.isin(np.asarray(values), (-1, 0, 1)).all())
             checks.require(fits, "labels", "0, 1 or -1 for several classes an example", values)
         else:
-            whole = values.ndim == 1 or jnp.issubdtype(values.dtype, jnp.integer)
-            checks.require(bool(whole), "labels", "integers", values.dtype)
             checks.check_labels(values, labels.num_classes, may_ignore=True)
+            whole = jnp.issubdtype(values.dtype, jnp.integer)
+            checks.require(bool(whole), "labels", "integers", values.dtype)
         return labels
 
     @classmethod
@@ -72,6 +72,8 @@ class Labels:
           ValueError: The shapes do not fit.
         """
         shape = tuple(logits.shape)
+        kind = np.dtype(getattr(values, "dtype", np.int32)).kind
+        checks.require(kind in "biuf", "labels", "integers", values)
         if values is None:
             values = jax.ShapeDtypeStruct(shape[:-1], jnp.int32)
         several = len(shape) > 1 and np.shape(values) == shape
@@ -118,7 +120,8 @@ class Labels:
         losses = jnp.reshape(losses, (-1,))
         if self.several:
             losses = jnp.where(counted_rows(rows), losses, 0.0)
-            return jnp.where(jnp.all((rows >= -1) & (rows <= 1), axis=1), losses, jnp.nan)
+            known = (rows == -1) | (rows == 0) | (rows == 1)
+            return jnp.where(jnp.all(known, axis=1), losses, jnp.nan)
         losses = jnp.where(rows == -1, 0.0, losses)
         return jnp.where((rows >= -1) & (rows < self.num_classes), losses, jnp.nan)
 
@@ -164,8 +167,12 @@ def counted_labels(batch: Mapping[str, Array]) -> Array:
             f"batch['mask'] must have the first axes of batch['label'], {labels.shape}, "
             f"got shape {mask.shape}"
         )
+    if checks.is_known(mask):
+        for odd in np.extract(~np.isin(mask, (0, 1)), mask)[:1]:
+            checks.require(False, "batch['mask']", "0 or 1", odd)
     mask = jnp.reshape(mask, mask.shape + (1,) * (labels.ndim - mask.ndim))
-    return jnp.where(mask != 0, labels, -1)
+    # Under jit, a mask of anything else gives a label that is refused by a loss of NaN.
+    return jnp.where(mask == 1, labels, jnp.where(mask == 0, -1, -2))
 
 
 def majority(labels: Array, activation: jax.ShapeDtypeStruct, num_classes: int) -> Array:

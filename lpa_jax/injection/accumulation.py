@@ -49,6 +49,10 @@ class Accumulated:
         """
         if not given.train or stop in pinned:
             return self.network.run(given, pinned, stop)
+        if given.sown:
+            raise ValueError(
+                f"micro_batches must be 1 where sown values are read, got {self.micro_batches}"
+            )
 
         def run_part(_, part):
             number, inputs, pinned = part

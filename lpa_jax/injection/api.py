@@ -30,7 +30,7 @@ def inject(
 
     The output of each named submodule becomes an injection point. The module's running statistics
     and random streams keep working; statistics are updated once per training pass. What modules
-    `sow` is dropped.
+    `sow` is dropped, unless a penalty or `perturbed_forward` asks for it.
 
     The output of a submodule under `remat`, `jit`, `vmap` or `scan` is cut like any other, but not
     what runs inside such a transformation. So cut a scanned stack of layers at its output, write it
@@ -137,7 +137,10 @@ def _cut(module: Any, paths: Sequence[str], **options: Any) -> InjectedModule:
 
         return inject_nnx(module, *paths, **options)
     if not isinstance(module, nn.Module):
-        raise ValueError(f"module must be a Linen or NNX module, got {type(module).__name__}")
+        has_one = isinstance(getattr(module, "module", None), nn.Module)
+        remedy = "cut its `module`" if has_one else "lpa_jax.CutFunctions cuts two functions"
+        got = type(module).__name__
+        raise ValueError(f"module must be a Linen or NNX module, got {got}; {remedy}")
     return inject_linen(module, *paths, **options)
 
 

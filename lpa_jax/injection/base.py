@@ -29,12 +29,15 @@ class Pass(NamedTuple):
       train: Training mode (batch statistics, dropout) or evaluation mode.
       rng: Key for dropout in training mode. The same key gives the same masks, whatever is pinned
         and wherever the pass stops.
+      sown: Names of collections of sown values (of NNX modules: of the classes of their variables)
+        that the model state returned by the pass has as well. All others are dropped.
     """
 
     variables: Variables
     inputs: Array
     train: bool = False
     rng: Array | None = None
+    sown: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -125,7 +128,7 @@ def run_perturbed(
     """
     for layer in taps:
         check_layer(network.layers, layer)
-    frozen = given._replace(variables=jax.lax.stop_gradient(dict(given.variables)))
+    frozen = given._replace(variables=jax.lax.stop_gradient(dict(given.variables)), sown=())
     pinned: dict[str, Array] = {}
 
     def tap_at(layer):

@@ -68,6 +68,14 @@ def module_call(
     """
     if call is None:
         switch = find_switch(module, train_argument, arguments)
+        switched = {} if switch.is_field else switch.keywords(True)
+        try:
+            inspect.signature(type(module).__call__).bind(module, None, **{**arguments, **switched})
+        except TypeError as error:
+            raise ValueError(
+                f"call must be a function that calls {type(module).__name__}, which does not take "
+                f"inputs alone ({error}), got none"
+            ) from None
         return ModuleCall(switch, tuple(sorted(arguments.items())))
     further = [*arguments, *(["train_argument"] if train_argument != FIND else [])]
     if further:

@@ -13,7 +13,7 @@ from lpa_jax.injection.base import Array, Pass, Variables, model_state
 from lpa_jax.injection.calls import ModuleCall, module_call, stream_key
 from lpa_jax.injection.outputs import Keys, Outputs
 from lpa_jax.injection.submodules import InjectedModule, record_output
-from lpa_jax.injection.train_switch import unknown_switch
+from lpa_jax.injection.train_switch import Switch, check_mode_property, unknown_switch
 
 # What a module records of one batch (`Module.sow`, `Module.perturb`) is no state of the model.
 RECORDS = DenyList(("intermediates", "perturbations"))
@@ -57,7 +57,7 @@ class InjectedLinen(InjectedModule):
             def run(module):
                 return self.call(module, given._replace(inputs=inputs))
 
-            with nn.intercept_methods(without_sow):
+            with nn.intercept_methods(sowing(())):
                 return self._in_mode(False).init(rngs, method=run, mutable=RECORDS)
 
         return init(rngs, inputs)
@@ -68,6 +68,7 @@ class InjectedLinen(InjectedModule):
         state, switch = model_state(given.variables), self.call.switch
         module = self._in_mode(given.train)
         lifted: set[str] = set()
+        sow = sowing(given.sown)
 
         def record_lifted(path, child):
             lifted.add(path)
@@ -77,14 +78,14 @@ class InjectedLinen(InjectedModule):
             if outputs.tapping:  # a pass of its own, with an interceptor of its own
                 return next_function(*args, **kwargs)
             _for_lifted_children(context.module, record_lifted)
-            if given.train and not switch.known and _depends_on_mode(context.module):
-                raise unknown_switch(module, f"{type(context.module).__name__} depends on it")
-            output = without_sow(next_function, args, kwargs, context)
+            if given.train and switch.name is None and _depends_on_mode(context.module):
+                _check_mode(module, switch, context.module)
+            output = sow(next_function, args, kwargs, context)
             path = "/".join(context.module.path)
             is_call = context.method_name == "__call__" and path and path not in lifted
             return outputs.exchange(path, output) if is_call else output
 
-        mutable = list(state) if given.train and state else False
+        mutable = mutable_collections(given)
         rngs = self.call.rngs(given)
         if given.rng is not None:  # Linen uses "params" for streams without a key of their own
             rngs["params"] = stream_key(given.rng, "params")
@@ -99,13 +100,28 @@ class InjectedLinen(InjectedModule):
         return output, {**state, **updated}
 
 
-def without_sow(next_function, args, kwargs, context):
-    """Runs a method (as an interceptor of Linen) in which `Module.sow` does nothing.
+def sowing(kept: Sequence[str]) -> Callable[..., Any]:
+    """An interceptor of Linen's methods, in which `Module.sow` fills no collections but those kept.
 
     A state with sown values would grow, and be compiled anew, at every step.
     """
-    object.__setattr__(context.module, "sow", lambda *args, **kwargs: False)
-    return next_function(*args, **kwargs)
+
+    def intercept(next_function, args, kwargs, context):
+        module = context.module
+
+        def sow(collection, *args, **kwargs):
+            return collection in kept and type(module).sow(module, collection, *args, **kwargs)
+
+        object.__setattr__(module, "sow", sow)
+        return next_function(*args, **kwargs)
+
+    return intercept
+
+
+def mutable_collections(given: Pass) -> list[str] | bool:
+    """The collections that a pass changes."""
+    state = model_state(given.variables) if given.train else ()
+    return [*state, *(name for name in given.sown if name not in state)] or False
 
 
 class _Children(dict):
@@ -139,9 +155,20 @@ def _for_lifted_children(parent: nn.Module, do: Callable[[str, nn.Module], None]
 
 def _depends_on_mode(module: nn.Module) -> bool:
     """Whether a module of flax acts differently in training, such as Dropout and BatchNorm."""
-    if getattr(module, "rate", getattr(module, "dropout_rate", None)) == 0:
+    fields = module.__dataclass_fields__  # other attributes may be computed by intercepted methods
+    rates = (getattr(module, name) for name in ("rate", "dropout_rate") if name in fields)
+    if any(isinstance(rate, int | float) and rate == 0 for rate in rates):
         return False
-    return hasattr(module, "deterministic") or hasattr(module, "use_running_average")
+    return "deterministic" in fields or "use_running_average" in fields
+
+
+def _check_mode(module: nn.Module, switch: Switch, part: nn.Module) -> None:
+    """Refuses a part that depends on the mode, where a module may have a switch that is unknown."""
+    if not switch.known:
+        raise unknown_switch(module, f"{type(part).__name__} depends on it")
+    while switch.by_default and isinstance(part, nn.Module):
+        check_mode_property(part)
+        part = part.parent
 
 
 def inject_linen(

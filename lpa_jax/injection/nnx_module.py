@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import tracers
 
 from lpa_jax.injection.base import Array, Pass, Variables, model_state
 from lpa_jax.injection.calls import ModuleCall, module_call
 from lpa_jax.injection.outputs import Keys, Outputs, listed
 from lpa_jax.injection.submodules import InjectedModule, record_output
-from lpa_jax.injection.train_switch import FIND, Switch, find_switch, unknown_switch
+from lpa_jax.injection.train_switch import FIND, check_mode_property, find_switch, unknown_switch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,16 +56,18 @@ class InjectedNNX(InjectedModule):
         # Copies: NNX refuses to write to variables from outside the current trace.
         graph, params = self.graphs[given.train], given.variables["params"]
         module = nnx.merge(graph, params, random_state, state["nnx"], copy=True)
-        for _, node in nnx.iter_graph(module):
-            if isinstance(node, nnx.Module):  # sown values would make the state grow
-                object.__setattr__(node, "sow", _sow_nothing)
+        sown: dict[str, Any] = {kind: {} for kind in given.sown}
+        for path, node in nnx.iter_graph(module):
+            # Sown values would make the state grow. ToNNX takes all attributes for variables.
+            if isinstance(node, nnx.Module) and not isinstance(node, nnx.bridge.ToNNX):
+                object.__setattr__(node, "sow", _recording_sow(sown, path))
         for path in paths:
             record_output(_submodule(module, path), functools.partial(outputs.exchange, path))
         output = self.call(module, given)
         if not given.train:
-            return output, state
+            return output, {**state, **sown}
         _, _, _, updated = nnx.split(module, nnx.Param, nnx.RngState, ...)
-        return output, {"nnx": _as_before(updated, state["nnx"])}
+        return output, {"nnx": _as_before(updated, state["nnx"]), **sown}
 
 
 def inject_nnx(
@@ -75,7 +78,7 @@ def inject_nnx(
     for path in paths:
         _submodule(module, path)
     call = module_call(module, **options)
-    _check_mode(module, call.switch)
+    _check_mode(module, call)
     for train in (True, False):
         copy = nnx.clone(module)
         # What earlier passes have sown is no state of the model.
@@ -88,10 +91,15 @@ def inject_nnx(
     return InjectedNNX(graphs, variables, random_state, paths, call, select)
 
 
-def _check_mode(module: nnx.Module, switch: Switch) -> None:
-    """Refuses a module whose training passes would not be in training mode."""
+def _check_mode(module: nnx.Module, call: ModuleCall) -> None:
+    """Refuses a module whose training passes would fail or not be in training mode."""
+    switch = call.switch
     for path, part in nnx.iter_graph(module):
-        if not isinstance(part, nnx.Module) or part is module:
+        if not isinstance(part, nnx.Module):
+            continue
+        if switch.by_default:
+            check_mode_property(part)
+        if part is module:
             continue
         name = "/".join(map(str, path))
         if isinstance(part, nnx.Dropout) and part.deterministic and part.rate > 0:
@@ -99,13 +107,33 @@ def _check_mode(module: nnx.Module, switch: Switch) -> None:
                 f"module must be in training mode, got {name!r} with deterministic=True; "
                 "call module.train() before the cut"
             )
+        bare = isinstance(part, nnx.Dropout) and part.rate > 0 and part.rngs is None
+        if bare and call.function is None:
+            raise ValueError(
+                f"module must have Dropout with rngs, got {name!r} without; or pass "
+                "rngs=nnx.Rngs(**rngs) to it in a function `call`"
+            )
         own = type(part).__module__.split(".")[0] != "flax"
         if own and not switch.known and find_switch(part, FIND, {}).name is not None:
             raise unknown_switch(module, f"{name!r} has one")
 
 
-def _sow_nothing(*arguments: Any, **keywords: Any) -> bool:
-    return False
+def _recording_sow(sown: Mapping[str, dict[str, Any]], path: Sequence[Any]) -> Callable[..., bool]:
+    """`Module.sow` of the module at a path, for the kinds of variables in `sown`."""
+    outside = tracers.current_trace()
+
+    def sow(kind, name, value, reduce_fn=lambda values, value: (*values, value), init_fn=tuple):
+        if kind.__name__ not in sown:
+            return False
+        if tracers.current_trace() != outside:
+            raise ValueError(
+                f"{name!r} must be sown outside of scan, vmap, remat and jit to be read"
+            )
+        values, key = sown[kind.__name__], "/".join(map(str, (*path, name)))
+        values[key] = reduce_fn(values[key] if key in values else init_fn(), value)
+        return True
+
+    return sow
 
 
 def _as_before(updated: nnx.State, before: nnx.State) -> nnx.State:

@@ -104,8 +104,9 @@ class SubmoduleOutputs(Outputs):
         if tracers.current_trace() != self._trace:
             raise ValueError(
                 f"submodule {path!r} runs inside a scan, vmap, remat or jit, out of which no "
-                "activation can be taken: cut the submodule that is transformed itself (between "
-                "two stacks of layers), or unroll the scan"
+                "activation can be taken: cut the submodule that is transformed itself (remat of "
+                "its class or `__call__`, not of a function), between two stacks of layers, or "
+                "unroll the scan"
             )
         if self._examples is not None and activation.shape[:1] != (self._examples,):
             raise ValueError(
@@ -226,6 +227,8 @@ def _only_activation(path: str, output: Any, examples: int | None) -> Keys:
     """The keys of the activation in an output that leaves no choice."""
     if isinstance(output, jax.Array):
         return ()
+    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(output)):
+        raise ValueError(f"submodule {path!r} must return an array, got {described(output)}")
     if isinstance(output, tuple | list):
         candidates = [i for i, entry in enumerate(output) if is_activation(entry, examples)]
         if candidates == [0]:
@@ -245,7 +248,12 @@ def _named_or_first(output: Any) -> Keys:
 
 def _ask(layer: str, output: Any) -> str:
     whose = "the model's output" if layer == LOGITS else f"the output of {layer!r}"
+    several = isinstance(output, tuple | list | Mapping)
+    entries = (
+        output.items() if isinstance(output, Mapping) else enumerate(output if several else ())
+    )
+    key = next((key for key, entry in entries if isinstance(entry, jax.Array)), 0)
     return (
-        f"select must name the part of {whose} to take, such as select={{{layer!r}: 0}}, "
+        f"select must name the part of {whose} to take, such as select={{{layer!r}: {key!r}}}, "
         f"got none for {described(output)}"
     )

@@ -17,7 +17,7 @@ from lpa_jax.injection.base import (
     model_state,
     run_by_segments,
 )
-from lpa_jax.injection.linen_module import RECORDS, without_sow
+from lpa_jax.injection.linen_module import RECORDS, mutable_collections, sowing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class StagedNetwork:
             return activation, state
         arguments = {"train": given.train, "start": start, "stop": stop}
         rngs = None if given.rng is None else {"dropout": given.rng}
-        mutable = list(state) if given.train and state else False
-        with nn.intercept_methods(without_sow):
+        mutable = mutable_collections(given)
+        with nn.intercept_methods(sowing(given.sown)):
             result = self.model.apply(
                 given.variables, activation, rngs=rngs, mutable=mutable, **arguments
             )
@@ -68,7 +68,7 @@ class StagedNetwork:
 def _init(model: nn.Module, rng: Array, inputs: Array) -> Variables:
     params_rng, dropout_rng = jax.random.split(rng)
     rngs = {"params": params_rng, "dropout": dropout_rng}
-    with nn.intercept_methods(without_sow):
+    with nn.intercept_methods(sowing(())):
         return model.init(rngs, inputs, train=False, mutable=RECORDS)
 
 

@@ -77,13 +77,13 @@ class InjectedModule:
 def record_output(module: Any, record: Callable[[Any], Any]) -> None:
     """Makes this instance, and no other one of its class, pass its output through `record`."""
     object.__setattr__(module, "__class__", _recording_class(type(module)))
-    object.__setattr__(module, "_record_output", record)
+    object.__setattr__(module, "_pytree__record_output", record)
 
 
 @functools.cache
 def _recording_class(cls: type) -> type:
     def call(self, *arguments, **keywords):
-        return self._record_output(cls.__call__(self, *arguments, **keywords))
+        return self._pytree__record_output(cls.__call__(self, *arguments, **keywords))
 
     call.method_handler_wrapped = True  # Linen must not intercept it
     return type(cls)(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})

@@ -21,11 +21,13 @@ class Switch(NamedTuple):
       known: Whether `name` is certain. Otherwise `**kwargs`, or keywords without a known meaning,
         could hold the switch, and a training pass must not depend on it.
       is_field: Whether `name` is a field of the module instead of a keyword of `__call__`.
+      by_default: Whether nobody said that there is no switch; `__call__` merely has none.
     """
 
     name: str | None
     known: bool = True
     is_field: bool = False
+    by_default: bool = False
 
     def keywords(self, train: bool) -> dict[str, bool]:
         """The keyword and its value in training or evaluation mode.
@@ -75,7 +77,19 @@ def find_switch(module: Any, train_argument: str | None, arguments: Mapping[str,
     hinted += [name for name in KNOWN if name in fields]
     if hinted:
         raise unknown_switch(module, f"{hinted[0]!r} could be it")
-    return Switch(None, known=not takes_any and not any(p.default is not None for p in free))
+    known = not takes_any and not any(p.default is not None for p in free)
+    return Switch(None, known, by_default=True)
+
+
+def check_mode_property(module: Any) -> None:
+    """Raises ValueError if a module reads its mode from its surroundings, by a property."""
+    members = {name: inspect.getattr_static(type(module), name, None) for name in KNOWN}
+    for name, member in members.items():
+        if hasattr(member, "__get__") and not callable(member):
+            raise ValueError(
+                f"call must set the mode that {type(module).__name__}.{name} reads, or "
+                "train_argument must be None if it has none, got neither"
+            )
 
 
 def unknown_switch(module: Any, reason: str) -> ValueError:

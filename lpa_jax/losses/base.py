@@ -40,7 +40,8 @@ def check_fits(loss: Loss, several: bool) -> None:
     if several and getattr(loss, "one_class", False):
         raise ValueError(
             "loss must be one for several classes an example, such as "
-            f"losses.sigmoid_cross_entropy(), for labels [B, C], got {loss!r}"
+            f"losses.sigmoid_cross_entropy(), for labels [B, C] (if they are one-hot, pass their "
+            f"argmax), got {loss!r}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Arrays that are spread over a mesh, for `jax.jit`: the compiler adds the communication."""
+"""Arrays that are spread over a mesh: by Explicit axes of `jax.jit`, or by `jax.shard_map`."""
 
 import contextlib
 import functools
@@ -12,6 +12,7 @@ from lpa_jax.checks import is_known
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+AxisName = str | tuple[str, ...] | None
 
 
 def in_auto_axes(
@@ -44,7 +45,14 @@ def in_auto_axes(
                 return function(*args, **kwargs)
             trees = [given[place] for place in places]
             arrays = [leaf for tree in trees for leaf in _explicit_leaves(tree)]
-            replicated = NamedSharding(jax.typeof(arrays[0]).sharding.mesh, PartitionSpec())
+            mesh = jax.typeof(arrays[0]).sharding.mesh
+            if mesh.manual_axes:  # JAX cannot make the other axes Auto in a part of a mesh
+                names = ", ".join(map(str, mesh.explicit_axes))
+                raise ValueError(
+                    "axes of a mesh that shard_map leaves out must be AxisType.Auto, got "
+                    f"AxisType.Explicit for {names}"
+                )
+            replicated = NamedSharding(mesh, PartitionSpec())
             shardings = jax.tree.map(
                 lambda leaf: jax.typeof(leaf).sharding if _is_explicit(leaf) else replicated,
                 like(*args, **kwargs),
@@ -100,3 +108,49 @@ def _explicit_leaves(tree: Any) -> list[jax.Array]:
         return isinstance(node, Mapping) and any(isinstance(key, tuple) for key in node)
 
     return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_options) if _is_explicit(leaf)]
+
+
+def check_axis_name(batch: Any, axis_name: AxisName) -> None:
+    """Raises ValueError if `shard_map` has split a batch over axes that are not named.
+
+    Only with its check (`check_vma=True`) does JAX tell.
+    """
+    varying = {name for leaf in jax.tree.leaves(batch) for name in _varying(leaf)}
+    missing = varying.difference(_names(axis_name))
+    if missing:
+        raise ValueError(
+            f"axis_name must name the axes that the batch is spread over ({', '.join(missing)}), "
+            f"got {axis_name!r}"
+        )
+
+
+def on_this_device(tree: Any, axis_name: AxisName) -> Any:
+    """The arrays as this device's own, so that gradients with respect to them stay its own.
+
+    `jax.shard_map` with its default `check_vma=True` knows which arrays are equal on all devices,
+    and sums gradients with respect to those over the devices.
+    """
+    names = _names(axis_name)
+    if not names or not set(names) <= set(_varying(jax.lax.axis_index(axis_name))):
+        return tree  # under pmap, vmap, or shard_map without the check
+
+    def own(leaf):
+        shared = tuple(name for name in names if name not in _varying(leaf))
+        return jax.lax.pcast(leaf, shared, to="varying") if shared else leaf
+
+    return jax.tree.map(own, tree)
+
+
+def _names(axis_name: AxisName) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def _varying(leaf: Any) -> frozenset[str]:
+    """The axes of `shard_map` over which an array varies, as far as JAX tells."""
+    if not isinstance(leaf, jax.Array):
+        return frozenset()
+    kind = jax.typeof(leaf)
+    # JAX 0.9 has `vma` where 0.10 has `manual_axis_type.varying`.
+    return frozenset(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)

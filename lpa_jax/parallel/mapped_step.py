@@ -8,6 +8,7 @@ batch, the compiler adds the communication, and the state may be spread over the
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -205,10 +206,8 @@ def mesh_step(
 
     def put_batch(batch):
         check_split(batch, shards)
-        return jax.tree.map(
-            lambda values: jax.make_array_from_process_local_data(split, np.asarray(values)),
-            dict(batch),
-        )
+        send = functools.partial(jax.make_array_from_process_local_data, split)
+        return jax.tree.map(functools.partial(_by_data, send), dict(batch))
 
     return MappedStep(
         jax.jit(placed, donate_argnums=(0,) if donate_state else ()),
@@ -298,11 +297,18 @@ def _send(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """The array, which every host has as a whole, with a sharding over the devices of all hosts."""
     if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
         return jax.device_put(leaf, sharding)
+    return _by_data(
+        lambda values: jax.make_array_from_callback(values.shape, sharding, lambda i: values[i]),
+        leaf,
+    )
+
+
+def _by_data(send: Callable[[np.ndarray], jax.Array], leaf: Any) -> jax.Array:
+    """Sends an array, or the numbers of random keys, which NumPy cannot hold."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _send(jax.random.key_data(leaf), sharding)
+        data = send(np.asarray(jax.random.key_data(leaf)))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    values = np.asarray(leaf)
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    return send(np.asarray(leaf))
 
 
 def pmapped(

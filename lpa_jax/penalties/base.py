@@ -38,6 +38,7 @@ class Observed:
       loss: (logits, targets) -> [B], the training loss.
       step: Steps taken so far, a scalar integer.
       axis_name: Mapped axis over which the global batch is spread, or None.
+      sown: Collection -> values that the network has sown, of those that the penalty names.
     """
 
     losses: Array
@@ -50,6 +51,7 @@ class Observed:
     loss: Callable[[Array, Array], Array]
     step: Array
     axis_name: str | None = None
+    sown: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def global_sum(self, values: Array) -> Array:
         """Sum over the mapped axis of what was summed over this device's examples."""
@@ -69,6 +71,7 @@ class Penalty(NamedTuple):
       init: (shapes of the features by layer, num_classes) -> state, a pytree of arrays.
       apply: (state, observed) -> (scalar, next state); the next state is equal on all devices.
       description: What `print` shows, such as `vrex(num_domains=3, ...)`.
+      sown: Collections of sown values (`Module.sow`) that it needs.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Penalty(NamedTuple):
     init: Callable[[Mapping[str, jax.ShapeDtypeStruct], int], State]
     apply: Callable[[State, Observed], tuple[Array, State]]
     description: str = ""
+    sown: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """The factory's call, with all options."""

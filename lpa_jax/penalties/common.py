@@ -13,7 +13,10 @@ Array = jax.Array
 
 
 def stateless(
-    name: str, value: Callable[[Observed], Array], layers: tuple[str, ...] = ()
+    name: str,
+    value: Callable[[Observed], Array],
+    layers: tuple[str, ...] = (),
+    sown: tuple[str, ...] = (),
 ) -> Penalty:
     """A penalty without state from a function observed -> scalar.
 
@@ -26,6 +29,7 @@ def stateless(
         layers,
         init=lambda shapes, num_classes: (),
         apply=lambda state, observed: (value(observed), state),
+        sown=sown,
     )
 
 

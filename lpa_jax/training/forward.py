@@ -10,7 +10,7 @@ from lpa_jax import injection
 from lpa_jax.labels import Labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
-from lpa_jax.parallel.explicit_axes import check_auto_axes
+from lpa_jax.parallel.explicit_axes import AxisName, check_auto_axes, check_axis_name
 from lpa_jax.perturbations import Feedback, Site
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass
 from lpa_jax.tables import weight_of_counted
@@ -43,6 +43,7 @@ class Forward(NamedTuple):
       labels: The labels, -1 where they do not count.
       features: Layer -> activation as the layers above got it, of the layers to watch.
       seen: What `learned_states` needs.
+      sown: Collection -> values that the network has sown in the pass, of those asked for.
     """
 
     logits: Array
@@ -52,6 +53,7 @@ class Forward(NamedTuple):
     labels: Labels
     features: Mapping[str, Array]
     seen: Mapping[str, Seen]
+    sown: Mapping[str, Any]
 
     def mean(self, losses: Array, axis_name: str | None = None) -> Array:
         """Mean of `losses` over the labels that count, [B] or [B, *P] -> scalar.
@@ -71,9 +73,10 @@ def perturbed_forward(
     rng: Array,
     loss: Loss = cross_entropy,
     train: bool = True,
-    axis_name: str | None = None,
+    axis_name: AxisName = None,
     probes: Mapping[str, Array] | None = None,
     watch: Sequence[str] = (),
+    sown: Sequence[str] = (),
     num_classes: int | None = None,
 ) -> Forward:
     r"""Runs a network once under perturbations: logits and targets for a loss of one's own.
@@ -95,11 +98,13 @@ def perturbed_forward(
       probes: From `zero_probes`; needed by perturbations that learn from the training pass, such
         as `lpa(mode="free")`.
       watch: Layers whose activations the result has in `features`.
+      sown: Collections of sown values that the result has in `sown`, such as `"losses"`; of NNX
+        modules the class of their variables, `"Intermediate"`.
       num_classes: C; None asks the network.
 
     Raises:
       ValueError: An unknown layer, no state for a layer, missing probes, labels or a loss that do
-        not fit, or a batch without an entry that is needed.
+        not fit, a batch without an entry that is needed, or nothing sown in a collection.
 
     Example:
       >>> import lpa_jax
@@ -118,6 +123,7 @@ def perturbed_forward(
     if plan:
         check_auto_axes("variables and batch", (variables, batch))
     batch = injection.read_batch(network, batch)
+    check_axis_name(batch, axis_name)
     labels = batch_labels(network, variables, batch, num_classes)
     check_fits(loss, labels.several)
     missing = [layer for site in plan for layer in site.layers if layer not in states]
@@ -134,10 +140,16 @@ def perturbed_forward(
     perturbed = PerturbedPass(labels, states, loss, axis_name, batch.get("domain"))
     taps, seen = _perturbing_taps(perturbed, plan, probes, network.layers, sites, draw)
     taps, features = _watching_taps(taps, watch)
-    given = injection.Pass(variables, batch["image"], train=train, rng=dropout)
+    given = injection.Pass(variables, batch["image"], train, dropout, tuple(sown))
     logits, model_state = injection.run_perturbed(network, given, taps)
+    recorded = {name: model_state.get(name) for name in sown}
+    for name, values in recorded.items():
+        if not values:
+            raise ValueError(f"sown must name collections that the model sows, got {name!r}")
+    model_state = {name: value for name, value in model_state.items() if name not in recorded}
     targets = jnp.reshape(perturbed.targets, logits.shape)
-    return Forward(logits, targets, perturbed.states, model_state, labels, features, seen)
+    states = perturbed.states
+    return Forward(logits, targets, states, model_state, labels, features, seen, recorded)
 
 
 def zero_probes(

@@ -16,7 +16,7 @@ from lpa_jax import injection, metrics
 from lpa_jax.labels import Labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
-from lpa_jax.parallel.explicit_axes import in_auto_axes
+from lpa_jax.parallel.explicit_axes import AxisName, in_auto_axes, on_this_device
 from lpa_jax.penalties import Observed
 from lpa_jax.perturbations.perturbed_pass import by_row
 from lpa_jax.training.forward import (
@@ -53,7 +53,7 @@ def lpa_step(
     penalties: Penalties | None = None,
     loss: Loss = cross_entropy,
     augment: Augment | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName = None,
 ) -> tuple[TrainState, dict[str, metrics.Pair]]:
     r"""One optimizer step on the mean of loss(decode_l(h_i + delta_i), t~_i), plus penalties.
 
@@ -78,8 +78,8 @@ def lpa_step(
         `batch["domain"]`, [B] integers.
       loss: (logits [B, C], targets [B, C]) -> [B].
       augment: (rng, images, positions in the global batch [B]) -> images, on device.
-      axis_name: Axis of `jax.pmap` or `jax.shard_map` over which the global batch is spread, in
-        equal shares, or None.
+      axis_name: Axis of `jax.pmap` or `jax.shard_map` (or a tuple of its axes) over which the
+        global batch is spread, in equal shares, or None.
 
     Returns:
       The next state, and `loss`, `accuracy` (of the perturbed network), `gradient_norm` and the
@@ -108,7 +108,7 @@ def lpa_step(
 
     def gradient_at(params, *_):
         (gradient, probe_gradients), record = jax.grad(objective, argnums=(0, 1), has_aux=True)(
-            *_on_this_device((params, probes), axis_name)
+            *on_this_device((params, probes), axis_name)
         )
         if axis_name is not None:
             gradient = jax.lax.pmean(gradient, axis_name)
@@ -129,7 +129,7 @@ def lpa_step(
         state,
         gradient,
         value=loss_sum / jnp.maximum(count, 1) + sum(record.penalties.values()),
-        value_at=lambda params: objective(*_on_this_device((params, probes), axis_name))[0],
+        value_at=lambda params: objective(*on_this_device((params, probes), axis_name))[0],
         gradient_at=lambda *at: gradient_at(*at)[0],
         axis_name=axis_name,
     )
@@ -154,7 +154,7 @@ def eval_step(
     *,
     loss: Loss = cross_entropy,
     adjust_logits: Callable[[Array], Array] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName = None,
 ) -> dict[str, metrics.Pair]:
     """Loss and accuracy of the unperturbed network in evaluation mode.
 
@@ -217,6 +217,7 @@ class _Record(NamedTuple):
 def _objective(state, batch, perturbations, penalties, loss, rng, axis_name):
     """(params, probes) -> mean loss plus penalties, and a record of the pass."""
     watch = sorted({layer for penalty in penalties.values() for layer in penalty.layers})
+    sown = sorted({name for penalty in penalties.values() for name in penalty.sown})
 
     def objective(params, probes):
         variables = {"params": params, **state.model_state}
@@ -231,6 +232,7 @@ def _objective(state, batch, perturbations, penalties, loss, rng, axis_name):
             axis_name=axis_name,
             probes=probes,
             watch=watch,
+            sown=sown,
             num_classes=state.num_classes,
         )
         labels = forward.labels
@@ -251,6 +253,7 @@ def _objective(state, batch, perturbations, penalties, loss, rng, axis_name):
             loss=loss,
             step=state.step,
             axis_name=axis_name,
+            sown=forward.sown,
         )
         values, penalty_state = _penalize(penalties, state.penalty_state, observed)
         total = labels.mean(losses, axis_name) + sum(values.values())
@@ -279,25 +282,6 @@ def _penalize(
         values[name], state = penalty.apply(states[name], observed)
         new_states[name] = jax.lax.stop_gradient(state)
     return values, new_states
-
-
-def _on_this_device(tree: Any, axis_name: str | None) -> Any:
-    """The arrays as this device's own, so that gradients with respect to them stay its own.
-
-    `jax.shard_map` with its default `check_vma=True` knows which arrays are equal on all devices,
-    and sums gradients with respect to those over the devices.
-    """
-
-    def varies(leaf):
-        kind = jax.typeof(leaf)
-        # JAX 0.9 has `vma` where 0.10 has `manual_axis_type.varying`.
-        return axis_name in (kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
-
-    if axis_name is None or not varies(jax.lax.axis_index(axis_name)):
-        return tree  # under pmap, vmap, or shard_map without the check
-    return jax.tree.map(
-        lambda leaf: leaf if varies(leaf) else jax.lax.pcast(leaf, axis_name, to="varying"), tree
-    )
 
 
 def _mean_over(axis_name: str, model_state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -154,16 +154,23 @@ def mesh_of(count, kind=AxisType.Auto):
     return jax.make_mesh((count,), (AXIS,), axis_types=(kind,), devices=jax.devices()[:count])
 
 
-def over_shard_map(step, count, check_vma):
+def over_shard_map(step, count, check_vma=True, mesh=None, axes=AXIS):
     return jax.jit(
         jax.shard_map(
-            functools.partial(step, axis_name=AXIS),
-            mesh=mesh_of(count),
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            functools.partial(step, axis_name=axes),
+            mesh=mesh or mesh_of(count),
+            in_specs=(PartitionSpec(), PartitionSpec(axes)),
             out_specs=PartitionSpec(),
             check_vma=check_vma,
         )
     )
+
+
+def over_two_axes(step, count):
+    shape, axes = (-(-count // 2), min(count, 2)), (AXIS, "more")
+    kinds, devices = (AxisType.Auto,) * 2, jax.devices()[:count]
+    mesh = jax.make_mesh(shape, axes, axis_types=kinds, devices=devices)
+    return over_shard_map(step, count, mesh=mesh, axes=axes)
 
 
 def over_jit(step, count, kind):
@@ -183,7 +190,8 @@ def over_fsdp(step, count):
 
 
 MAPPINGS = {
-    "shard_map": functools.partial(over_shard_map, check_vma=True),
+    "shard_map": over_shard_map,
+    "shard_map of two axes": over_two_axes,
     "pmap": lambda step, count: parallel.pmap_step(step, devices=jax.devices()[:count]),
     "shard_map unchecked": functools.partial(over_shard_map, check_vma=False),
     "jit, Auto mesh": functools.partial(over_jit, kind=AxisType.Auto),

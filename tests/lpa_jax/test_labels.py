@@ -420,9 +420,14 @@ def test_methods_without_classes_work_on_whole_examples():
 def test_labels_that_jit_cannot_refuse_make_the_loss_nan(kind):
     problem = Problem(kind)
     bad = np.where(np.arange(problem.labels.shape[1]) == 1, 7, problem.labels)
+    odd = [{"label": bad}, {"mask": np.full(len(bad), 0.5)}]
+    odd += [{"label": 0.7 * np.abs(problem.labels)}] if problem.several else []
     batch = {"image": np.float32(problem.h), "label": problem.labels}
     state, _ = trained(problem, {})
     loss = SIGMOID if problem.several else lpa_jax.cross_entropy
     step = jax.jit(functools.partial(lpa_jax.lpa_step, loss=loss))
     assert np.isfinite(step(state, batch)[1]["loss"][0])
-    assert np.isnan(step(state, {**batch, "label": bad})[1]["loss"][0])
+    for entry in odd:
+        assert np.isnan(step(state, {**batch, **entry})[1]["loss"][0])
+    with pytest.raises(ValueError, match=r"batch\['mask'\] must be 0 or 1, got 0.5"):
+        lpa_jax.lpa_step(state, {**batch, **odd[1]}, loss=loss)

@@ -263,6 +263,17 @@ def test_replicated_arguments_come_after_the_batch_in_the_order_of_bind_and_call
         bound(state(), bad, np.float32(4))
 
 
+@pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step, on_a_mesh])
+def test_a_batch_may_hold_random_keys(mapped):
+    def step(state, batch, axis_name):
+        return state.step + jnp.sum(jax.vmap(jax.random.uniform)(batch["key"]))
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    expected = np.sum([jax.random.uniform(key) for key in keys])
+    found = mapped(step)(state(), {**toy.batch(), "key": keys})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_one_device_needs_no_mapper():
     axes = []
 

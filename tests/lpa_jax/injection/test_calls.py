@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import lpa_jax
-from lpa_jax import injection
+from lpa_jax import injection, penalties
 from lpa_jax.injection import Pass
 from lpa_jax.injection.outputs import part, with_part
 from tests.helpers import toy
@@ -199,8 +199,8 @@ class Returns(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden = Block(self.block, name="block")(x.reshape(x.shape[0], -1))
-        hidden = hidden if isinstance(hidden, jax.Array) else jax.tree.leaves(hidden)[0]
+        x = x.reshape(x.shape[0], -1)
+        hidden, *_ = jax.tree.leaves((Block(self.block, name="block")(x), x))
         return self.model(nn.Dense(CLASSES, name="head")(hidden), hidden)
 
 
@@ -253,7 +253,9 @@ def test_the_logits_are_those_named_or_the_first_output(model):
     [
         (lambda h: (h, h), None, {}, r"'block' .*select=\{'block': 0\}, got none for \(float32\["),
         (lambda h: ({"a": h}, h), None, {}, r"select must name the part of the output of 'block'"),
-        (lambda h: {"a": h}, None, {}, r"select must name the part of the output of 'block'"),
+        (lambda h: {"a": h}, None, {}, r"the part of the output of 'block'.*\{'block': 'a'\}"),
+        (lambda h: None, None, {}, r"submodule 'block' must return an array, got None"),
+        (lambda h: (None, h), None, {}, r"the part of the output of 'block'.*\{'block': 1\}"),
         (lambda h: h[:2], None, {}, r"'block' must return the 6 examples .* got float32\[2, 8\]"),
         (lambda h: h, lambda z, h: {"z": z}, {}, r"the model's output .* got none for \{z: float"),
         (
@@ -357,6 +359,40 @@ def test_what_modules_sow_is_dropped(module):
     new, _ = jax.jit(lpa_jax.lpa_step)(state, toy.batch())
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert len(jax.tree.leaves(state.model_state)) == (1 if module is SowsNNX else 0)
+
+
+@pytest.mark.parametrize(("module", "kind"), [(Sows, "losses"), (SowsNNX, "Intermediate")])
+def test_a_penalty_gets_what_modules_sow(module, kind):
+    def total(sown):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(sown))
+
+    def aux(**options):
+        return penalties.common.stateless("aux", lambda seen: total(seen.sown[kind]), **options)
+
+    def objective(params):
+        if module is Sows:
+            logits, sown = module().apply({"params": params}, images, mutable=[kind])
+        else:
+            model = module()
+            nnx.update(model, params)
+            logits, sown = nnx.capture(model, nnx.Intermediate)(images)
+        losses = lpa_jax.cross_entropy(logits, jax.nn.one_hot(toy.LABELS, logits.shape[-1]))
+        return jnp.mean(losses) + total(sown[kind] if module is Sows else sown)
+
+    images, chosen = toy.batch()["image"], {"aux": aux(sown=(kind,))}
+    state = lpa_jax.TrainState.create(
+        lpa_jax.inject(module(), "body"), optax.sgd(0.1), jax.random.key(0), toy.batch(), {}, chosen
+    )
+    new, pairs = jax.jit(functools.partial(lpa_jax.lpa_step, penalties=chosen))(state, toy.batch())
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    gradient = jax.grad(objective)(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
+    assert_trees_close(new.params, expected)
+    assert pairs["penalty/aux"][0] > 0.01
+
+    missing = {"aux": aux(sown=("nothing",))}
+    with pytest.raises(ValueError, match="must name collections that the model sows, got 'nothing"):
+        lpa_jax.lpa_step(state, toy.batch(), penalties=missing)
 
 
 class ScannedLayer(nn.Module):

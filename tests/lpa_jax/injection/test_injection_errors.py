@@ -1,6 +1,7 @@
 """What cannot be cut is refused with one line that says why, before anything is trained."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -57,9 +58,30 @@ class PairNNX(nnx.Module):
         return x, x
 
 
+class TwoInputs(nn.Module):
+    def __call__(self, ids, mask):
+        return ids * mask
+
+
+class BareDropout(nnx.Module):
+    def __init__(self):
+        self.late = nnx.Linear(INPUTS, CLASSES, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(0.5)
+
+    def __call__(self, x):
+        return self.drop(self.late(x))
+
+
 @functools.cache
 def module(kind):
-    made_by = {"linen": Odd, "nnx": OddNNX, "function": lambda: lambda x: x}
+    made_by = {
+        "linen": Odd,
+        "nnx": OddNNX,
+        "function": lambda: lambda x: x,
+        "holder": lambda: types.SimpleNamespace(module=Odd()),
+        "two inputs": TwoInputs,
+        "bare dropout": BareDropout,
+    }
     return made_by[kind]()
 
 
@@ -105,7 +127,25 @@ def test_path_that_a_training_pass_leaves_out_is_refused():
         ("linen", [], {}, r"paths must name at least one submodule, got none$"),
         ("linen", ["late", "late"], {}, r"paths must be distinct .*, got 'late'$"),
         ("linen", ["input"], {}, r"paths must be .* not input or logits, got 'input'$"),
-        ("function", ["late"], {}, r"module must be a Linen or NNX module, got function$"),
+        (
+            "function",
+            ["late"],
+            {},
+            r"a Linen or NNX module, got function; lpa_jax.CutFunctions cuts",
+        ),
+        ("holder", ["late"], {}, r"a Linen or NNX module, got SimpleNamespace; cut its `module`$"),
+        (
+            "two inputs",
+            ["late"],
+            {},
+            r"call must be .* TwoInputs, .*alone \(missing .*'mask'\), got",
+        ),
+        (
+            "bare dropout",
+            ["late"],
+            {},
+            r"module must have Dropout with rngs, got 'drop' without; or",
+        ),
         (
             "linen",
             ["late"],

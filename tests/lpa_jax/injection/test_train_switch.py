@@ -94,6 +94,38 @@ class WrapperNNX(nnx.Module):
         return self.inner(x, **keywords)
 
 
+class Context:
+    """A mode that modules read from their surroundings, as those of kauldron do."""
+
+    training = False
+
+    def __get__(self, module, kind=None):
+        return Context.training
+
+    @classmethod
+    def call(cls, module, inputs, train, **rngs):
+        cls.training = train
+        try:
+            return module(inputs)
+        finally:
+            cls.training = False
+
+
+class InContext(nn.Module):
+    is_training = Context()
+
+    @nn.compact
+    def __call__(self, x):
+        return layers(x, self.is_training)
+
+
+class InContextNNX(Training):
+    is_training = Context()
+
+    def __call__(self, x):
+        return super().__call__(x, self.is_training)
+
+
 def trains(network):
     """Whether training drops units, and whether it updates statistics; evaluation never does."""
     variables = network.init(jax.random.key(0), IMAGES)
@@ -128,6 +160,16 @@ def trains(network):
 )
 def test_training_is_in_training_mode_and_evaluation_is_not(module, path, options):
     assert trains(lpa_jax.inject(module, path, **options)) == (True, True)
+
+
+@pytest.mark.parametrize("module", [InContext, InContextNNX])
+def test_a_mode_of_the_surroundings_is_set_by_call_and_refused_without(module):
+    assert trains(lpa_jax.inject(module(), "body", call=Context.call)) == (True, True)
+    message = (
+        rf"^call must set the mode that {module.__name__}\.is_training reads, or .* got neither"
+    )
+    with pytest.raises(ValueError, match=message):
+        trains(lpa_jax.inject(module(), "body"))
 
 
 @pytest.mark.parametrize("module", [Frozen(), Plain()], ids=["frozen", "plain"])
