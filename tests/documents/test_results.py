@@ -17,6 +17,7 @@ PAGES = sorted(RESULTS.rglob("README.md"))
 # What the pages leave to the reader: methods, imbalance, images a class, epochs, a cosine, flags.
 CHOICES = {"M": "erm,lpa", "R": "100", "N": "20", "EPOCHS": "2", "K": "0.1", "D": ""}
 DRAWN = [*RESULTS.rglob("*.svg"), *(DOCS / "figures").glob("*.svg")]
+TRAINED = DOCS / "figures" / "two_classes.svg"  # by a script of its own
 
 
 def rows_of(path):
@@ -54,7 +55,23 @@ def test_the_script_draws_every_figure_from_the_committed_tables(tmp_path, monke
         functions = names["main"].__globals__
         monkeypatch.setitem(functions, "save", lambda figure, path: drawn.append(path))
         names["main"]()
-    assert sorted(drawn) == sorted(DRAWN)
+    assert sorted([*drawn, TRAINED]) == sorted(DRAWN)
+
+
+@pytest.mark.slow
+def test_the_figure_of_two_classes_is_drawn_from_training_that_gives_the_numbers_of_the_readme(
+    tmp_path, monkeypatch, capsys
+):
+    names = runpy.run_path(str(TRAINED.with_suffix(".py")))
+    monkeypatch.setitem(names["main"].__globals__, "FIGURES", tmp_path)
+    with mpl.rc_context():
+        names["main"]()
+    assert (tmp_path / TRAINED.name).stat().st_size < 300_000
+    (frequent, rare), (frequent_lpa, rare_lpa) = re.findall(
+        r"\[([\d.]+) ([\d.]+)\]", capsys.readouterr().out
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"rare {rare} and {rare_lpa} %, frequent {frequent} and {frequent_lpa} %" in readme
 
 
 @pytest.mark.parametrize(
