@@ -29,6 +29,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The files that take longest start first, so that all workers end at about the same time.
+LONGEST = (
+    "test_parallel", "test_landscape", "test_protocols", "test_multihost", "test_reliability",
+    "test_experiments", "test_generalization", "test_layer_sweep", "test_sweep", "test_docs",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def pytest_collection_finish():
     """Spares the garbage collector everything that was imported."""
     gc.freeze()

@@ -94,6 +94,7 @@ def test_every_public_name_has_a_place_in_the_reference():
         ), name
 
 
+@pytest.mark.slow
 def test_the_pages_build_without_a_warning(tmp_path):
     for package in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):
         pytest.importorskip(package, reason=f"{package} is in the extra docs")

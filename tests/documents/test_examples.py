@@ -40,6 +40,7 @@ def test_a_custom_loop_learns_with_and_without_perturbation(name, run):
     assert min(found.values())[0] > 80
 
 
+@pytest.mark.slow
 def test_an_existing_model_is_perturbed_at_a_block_and_stays_usable_alone(run):
     printed = run("existing_model.py")
     assert "injection points: input, block1, block2, logits" in printed
@@ -80,14 +81,22 @@ def test_eight_devices_and_a_mesh_train_the_same_network_as_one():
     assert len(differences) == 3 and np.all(differences < 1e-4)
 
 
-def test_the_tour_runs_cell_by_cell_draws_figures_and_is_committed_without_outputs(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def tour():
+    """The code cells of the notebook."""
     notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_tour_is_committed_without_outputs():
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in tour())
+
+
+@pytest.mark.slow
+def test_the_tour_runs_cell_by_cell_and_draws_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     plt.close("all")
     namespace = {"__name__": "tour"}
-    for cell in cells:
+    for cell in tour():
         exec(compile("".join(cell["source"]), f"tour.ipynb, {cell['id']}", "exec"), namespace)
     assert len(plt.get_fignums()) == 5
     plt.close("all")

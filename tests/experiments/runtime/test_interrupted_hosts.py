@@ -15,6 +15,9 @@ from tests.helpers import reliability_worker as worker
 from tests.helpers.reliability_runs import Zygote, finish_hosts, first_and_last_step, strike_hosts
 from tests.reliability.test_reliability import newest_step
 
+# Made-up processes stand for these in test_differing_hosts.py and test_hosts.py.
+pytestmark = pytest.mark.slow
+
 STEPS = 16
 FLAGS = ("--dataset=digits", "--per_class=12", "--imbalance=4", "--batch_size=8", "--epochs=2",
          "--evaluate_every=1", "--num_seeds=1", "--compilation_cache=", "--checkpoint_every=never",
@@ -48,7 +51,6 @@ def stopped(zygote, flags, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_loses_nothing(zygote, flags, stopped, tmp_path):
     flags = (*flags, *ERM)
     finish_hosts(zygote, tmp_path / "whole", *flags)

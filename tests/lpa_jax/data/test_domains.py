@@ -13,11 +13,6 @@ from lpa_jax.data.domain_folders import FOLDER_SETS
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tfds")
-
-
-@pytest.fixture(scope="module")
 def rotated(data_dir):
     return data.load_domains("RotatedMNIST", data_dir, seed=1)
 
