@@ -13,6 +13,7 @@ from lpa_jax import checks, injection
 from lpa_jax.diagnostics.geometry import observe
 from lpa_jax.labels import Labels, counted_labels
 from lpa_jax.losses import cross_entropy
+from lpa_jax.parallel.explicit_axes import in_auto_axes
 from lpa_jax.perturbations import Perturbation, lpa
 from lpa_jax.perturbations.radius_target import measured_change, sign_group_means
 from lpa_jax.tables import BatchClasses
@@ -123,7 +124,7 @@ def suggest_radius(
         base, _ = sign_group_means(before, classes, sign)
         return change[index], base[index], exists[index]
 
-    measure = jax.jit(_on_one_device(measured, axis_name))
+    measure = jax.jit(in_auto_axes()(_on_one_device(measured, axis_name)))
 
     def change_at(radius):
         change = float(measure(variables, batch, np.float32(radius))[0])

@@ -275,10 +275,20 @@ def fully_sharded(count):
     return {"run": run, "shards": shards}
 
 
-def on_explicit_axes():
+def relabelled(convert, *loss):
+    state, _ = mappings.relabelled(convert, *loss)
+    return state, convert(mappings.batch(0)), "hidden", *loss
+
+
+RELABELLED = {
+    "positions": relabelled(mappings.by_position),
+    "several classes": relabelled(mappings.of_two_classes, lpa_jax.losses.sigmoid_cross_entropy()),
+}
+
+
+def on_explicit_axes(state, images, layer, loss=lpa_jax.cross_entropy):
     """Each pair: what a function gives on one device, and over 4 of a mesh of Explicit axes."""
-    layer, perturbation = "hidden1", lpa_jax.lpa(0.3, steps=1)
-    state, images = SETUPS["erm"].state, batch(SETUPS["erm"], 0)
+    perturbation = lpa_jax.lpa(0.3, steps=1)
     mesh = mappings.mesh_of(4, jax.sharding.AxisType.Explicit)
     everywhere, split = (
         jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
@@ -288,18 +298,21 @@ def on_explicit_axes():
 
     def own_pass(variables, batch):
         states = lpa_jax.initial_states({layer: perturbation}, state.network, variables, batch)
+        options = {"rng": jax.random.key(0), "loss": loss}
         return lpa_jax.perturbed_forward(
-            {layer: perturbation}, states, state.network, variables, batch, rng=jax.random.key(0)
+            {layer: perturbation}, states, state.network, variables, batch, **options
         ).logits
 
     def effect(variables, batch):
+        options = {"rng": jax.random.key(0), "loss": loss}
         observed = geometry.observe(
-            state.network, variables, batch, {layer: perturbation}, rng=jax.random.key(0)
+            state.network, variables, batch, {layer: perturbation}, **options
         )[layer]
-        return geometry.class_geometry(observed, batch["label"], toy.CLASSES)
+        return observed.delta, observed.loss_before, observed.loss_after
 
     def radius(variables, batch):
-        return lpa_jax.suggest_radius(state.network, variables, batch, layer, target=0.1)
+        options = {"target": 0.1, "loss": loss, "assignment": lpa_jax.all_positive()}
+        return lpa_jax.suggest_radius(state.network, variables, batch, layer, **options)
 
     functions = {
         "own pass": jax.jit(in_auto_axes()(own_pass)),
@@ -392,7 +405,10 @@ def main():
         "replicated": {count: replicated(count) for count in (1, 2)},
         "fsdp": {count: fully_sharded(count) for count in (4, 8)},
         "mappings": mappings.deviations(mappings.PART),
-        "explicit axes": on_explicit_axes(),
+        "explicit axes": {
+            "one class": on_explicit_axes(SETUPS["erm"].state, batch(SETUPS["erm"], 0), "hidden1"),
+            **{kind: on_explicit_axes(*relabelled) for kind, relabelled in RELABELLED.items()},
+        },
         "split convolution": split_convolution(4),
         "refusals": refusals(),
     }

@@ -89,12 +89,13 @@ def test_large_arrays_of_a_state_are_spread_and_stay_so_after_a_step(worker, cou
 
 
 @pytest.mark.parametrize("name", ["own pass", "observe", "suggest_radius"])
-def test_a_function_on_explicit_axes_gives_the_result_of_one_device(worker, name):
-    assert_nearly_the_same(*reversed(worker["explicit axes"][name]))
+@pytest.mark.parametrize("labels", ["one class", "positions", "several classes"])
+def test_a_function_on_explicit_axes_gives_the_result_of_one_device(worker, labels, name):
+    assert_nearly_the_same(*reversed(worker["explicit axes"][labels][name]))
 
 
 def test_a_pass_of_ones_own_on_explicit_axes_is_refused_in_one_line(worker):
-    assert worker["explicit axes"]["refusal"] == (
+    assert worker["explicit axes"]["one class"]["refusal"] == (
         "variables and batch must be on a mesh whose axes are AxisType.Auto, or your step must be "
         "decorated with lpa_jax.parallel.in_auto_axes, got AxisType.Explicit"
     )
@@ -259,6 +260,26 @@ def test_replicated_arguments_come_after_the_batch_in_the_order_of_bind_and_call
     bad = {**toy.batch(), "label": toy.LABELS + 2}
     with pytest.raises(ValueError, match=rf"labels must be in 0..3 or -1, got {toy.CLASSES} at"):
         bound(state(), bad, np.float32(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis_name", "message"),
+    [
+        ("Auto", None, r"axis_name must name the axes that the batch is .* \(data\), got None"),
+        ("Explicit", "data", "that shard_map leaves out must be AxisType.Auto, got .* for model"),
+    ],
+)
+def test_a_step_under_shard_map_that_would_be_wrong_is_refused(kind, axis_name, message):
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=kinds)
+    split, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    step = functools.partial(lpa_jax.lpa_step, axis_name=axis_name)
+    specs = {"in_specs": (everywhere, split), "out_specs": everywhere, "axis_names": {"data"}}
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
+    placed = jax.device_put((state(), toy.batch()), jax.sharding.NamedSharding(mesh, everywhere))
+    placed[1].update(jax.device_put(toy.batch(), jax.sharding.NamedSharding(mesh, split)))
+    with pytest.raises(ValueError, match=message):
+        mapped(*placed)
 
 
 @pytest.mark.parametrize("mapped", [parallel.pmap_step, parallel.map_step, on_a_mesh])
