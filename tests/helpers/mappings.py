@@ -203,6 +203,7 @@ TABLE = tuple(itertools.product(MAPPINGS, MODES, COUNTS))
 # Every mapping, with the kinds of step that `devices_worker` does not train by pmap.
 PART = (
     ("shard_map", "radius_target", 8),
+    ("shard_map of two axes", "free", 4),
     ("pmap", "penalty", 4),
     ("shard_map unchecked", "sam", 8),
     ("jit, Auto mesh", "labels of positions", 8),
