@@ -1,7 +1,6 @@
 """The timing benchmark: what it prints, the FLOP floor against hand counts, what it refuses."""
 
 import csv
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -175,16 +174,6 @@ def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
     message, _, _ = run(*TINY, f"--csv={path}", *arguments)
     assert message is not None and expected in message and "\n" not in message
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_every_flag_has_a_help_text_and_is_read():
-    before = set(FLAGS)
-    benchmark.define_flags()
-    source = pathlib.Path(benchmark.__file__).read_text(encoding="utf-8")
-    for name in set(FLAGS) - before:
-        assert len(FLAGS[name].help) > 8 and f"FLAGS.{name}" in source, name
-        delattr(FLAGS, name)
-    FLAGS.unparse_flags()
 
 
 def test_without_pytorch_the_command_that_installs_it_is_named(run, monkeypatch):

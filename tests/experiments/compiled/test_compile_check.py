@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import pathlib
 
 import jax
 import pytest
@@ -451,15 +450,3 @@ def test_the_star_of_flags_that_are_given_has_its_base_in_them():
     assert {s.topology for s, _ in cases} == {"v5e:2x2", "v5e:4x4"}
     assert {(s.model, m.mode, m.steps) for s, m in cases} == {("mlp", "free", 1)}
     assert cases[0][0].topology == "v5e:2x2" and len(cases) == 1 + 1 + 1 + 1 + 3
-
-
-def test_every_flag_has_a_help_text_and_is_read():
-    before = set(FLAGS)
-    compile_check.define_flags()
-    source = pathlib.Path(compile_check.__file__).read_text(encoding="utf-8")
-    listed = {*compile_check.GRID, "layer"}
-    for name in set(FLAGS) - before:
-        assert len(FLAGS[name].help) > 8
-        assert name in listed or f"FLAGS.{name}" in source, name
-        delattr(FLAGS, name)
-    FLAGS.unparse_flags()

@@ -1,7 +1,5 @@
 """The benchmark of prefetching: its table, its flags, what it refuses."""
 
-import pathlib
-
 import pytest
 from absl import flags
 
@@ -36,13 +34,3 @@ def test_every_source_has_a_row_with_and_without_prefetching():
 def test_bad_flags_get_one_line_that_names_them(argument, expected):
     message, _ = call(prefetch_benchmark, *TINY, argument)
     assert message is not None and expected in message and "\n" not in message
-
-
-def test_every_flag_has_a_help_text_and_is_read():
-    before = set(FLAGS)
-    prefetch_benchmark.define_flags()
-    source = pathlib.Path(prefetch_benchmark.__file__).read_text(encoding="utf-8")
-    for name in set(FLAGS) - before:
-        assert len(FLAGS[name].help) > 8 and f"FLAGS.{name}" in source, name
-        delattr(FLAGS, name)
-    FLAGS.unparse_flags()
