@@ -117,6 +117,7 @@ def test_draws_and_pairs_are_selected_as_the_selections_say(run, tmp_path):
         assert result["options"]["learning_rate"] == draws[validation.draw]
 
 
+@pytest.mark.slow
 def test_batch_size_and_dropout_are_drawn_where_asked_and_reach_the_training(
     run, tmp_path, monkeypatch
 ):
@@ -191,6 +192,7 @@ def test_tuning_never_opens_the_held_out_domain_and_its_file_is_used_by_test_dom
         assert config["options"] == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_recorded_and_the_others_are_trained(run, tmp_path):
     workdir = tmp_path / "job"
     message, out, _ = run("domain_generalization", *TINY, "--methods=erm,lpa", "--num_seeds=1",

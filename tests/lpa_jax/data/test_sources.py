@@ -142,6 +142,7 @@ def test_mnist5k_splits_are_balanced_disjoint_and_never_change(data_dir):
     assert _digest(test.images, test.labels) == "5d12fb34a0abb3b9"
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_at_once_without_tensorflow_or_output(tmp_path):
     program = """
 import hashlib, json, pathlib, sys, time
