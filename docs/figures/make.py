@@ -81,9 +81,9 @@ def idea(path: pathlib.Path) -> None:
 def accuracy_by_class(path: pathlib.Path) -> None:
     """Accuracy over all, frequent, medium and rare classes: ERM and the class-level methods."""
     table = pd.read_csv(RESULTS / "long_tail/mlp_40_trials/table.csv").set_index("method")
-    figure = Figure((5.6, 3.1), layout="constrained")
+    figure = Figure((4.6, 3.0), layout="constrained")
     axis = figure.add_subplot()
-    groups = {"accuracy": "all", "many": "frequent\n(>100 images)", "medium": "medium\n(20-100)",
+    groups = {"accuracy": "all", "many": "frequent\n(>100)", "medium": "medium\n(20-100)",
               "few": "rare\n(<20)"}  # fmt: skip
     ends = {}
     for i, method in enumerate(("erm", "lpl", "lpa", "lpa+lpl")):
@@ -96,6 +96,7 @@ def accuracy_by_class(path: pathlib.Path) -> None:
         ends[name_of(method)] = (means[-1], color)
     axis.grid(axis="x", visible=False)
     axis.set_xticks(range(len(groups)), groups.values())
+    axis.set_xlabel("classes, by training images")
     axis.set_xlim(-0.4, len(groups) - 0.65)
     style.per_cent(axis, 47, label="test accuracy %")
     style.label_ends(axis, ends)
@@ -122,7 +123,8 @@ def methods(folder: str, *tables: str) -> None:
         style.zero_line(axis, 100 * part.accuracy_mean[part.method == "erm"].item(), "x")
         axis.grid(axis="y", visible=False)
         axis.set_title(_short(setting))
-        axis.set_xlabel("accuracy % (line: ERM)")
+        lowest = 100 * (part.accuracy_mean - part.accuracy_se).min()
+        style.per_cent(axis, lowest, "x", "accuracy % (line: ERM)")
     save(figure, RESULTS / folder / "accuracy.svg")
 
 
@@ -159,6 +161,7 @@ def sharpness(path: pathlib.Path) -> None:
                 x, 100 * accuracy["mean"][method], 100 * accuracy["se"][method], fmt=marker,
                 color=color)  # fmt: skip
         style.log(axis, "x")
+        style.per_cent(axis, 100 * (accuracy["mean"] - accuracy["se"]).min(), label="")
         axis.set_title(title)
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy %")

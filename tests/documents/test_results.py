@@ -4,11 +4,13 @@ import csv
 import re
 import runpy
 
+import jax
 import matplotlib as mpl
 import pytest
 
-from experiments.reporting import runs
+from experiments.reporting import runs, style
 from tests.helpers import commands
+from tests.helpers.drawn_texts import problems
 from tests.helpers.paths import DOCS, ROOT
 
 RESULTS = ROOT / "results"
@@ -48,25 +50,36 @@ def test_every_figure_is_shown_on_a_page():
         assert any(figure.name in page.read_text(encoding="utf-8") for page in pages), figure
 
 
-def test_the_script_draws_every_figure_from_the_committed_tables(tmp_path, monkeypatch):
+def test_the_script_draws_every_figure_from_the_committed_tables(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(path))
     with mpl.rc_context():
-        names = runpy.run_path(str(DOCS / "figures" / "make.py"))
-        drawn = []
-        functions = names["main"].__globals__
-        monkeypatch.setitem(functions, "save", lambda figure, path: drawn.append(path))
-        names["main"]()
+        runpy.run_path(str(DOCS / "figures" / "make.py"))["main"]()
     assert sorted([*drawn, TRAINED]) == sorted(DRAWN)
 
 
-@pytest.mark.slow
-def test_the_figure_of_two_classes_is_drawn_from_training_that_gives_the_numbers_of_the_readme(
-    tmp_path, monkeypatch, capsys
-):
-    names = runpy.run_path(str(TRAINED.with_suffix(".py")))
-    monkeypatch.setitem(names["main"].__globals__, "FIGURES", tmp_path)
+@pytest.fixture
+def problems_of(monkeypatch):
+    """Path -> what texts of a figure overlap; filled instead of drawing files."""
+    found = {}
+    monkeypatch.setattr(style, "write_figure", lambda f, path: found.update({path: problems(f)}))
     with mpl.rc_context():
-        names["main"]()
-    assert (tmp_path / TRAINED.name).stat().st_size < 300_000
+        yield found
+
+
+@pytest.mark.slow
+def test_no_texts_of_a_committed_figure_overlap(problems_of):
+    runpy.run_path(str(DOCS / "figures" / "make.py"))["main"]()
+    assert len(problems_of) > 5 and not any(problems_of.values())
+
+
+@pytest.mark.slow
+def test_the_figure_of_two_classes_comes_from_training_that_gives_the_readmes_numbers(
+    problems_of, capsys
+):
+    with jax.numpy_rank_promotion("allow"):
+        runpy.run_path(str(TRAINED.with_suffix(".py")))["main"]()
+    assert problems_of == {TRAINED: []} and TRAINED.stat().st_size < 300_000
     (frequent, rare), (frequent_lpa, rare_lpa) = re.findall(
         r"\[([\d.]+) ([\d.]+)\]", capsys.readouterr().out
     )
