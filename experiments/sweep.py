@@ -27,7 +27,7 @@ from absl import flags
 from experiments import report
 from experiments.jobs import jobs, run_job, slurm
 from experiments.methods import names as methods
-from experiments.runtime import console, fields, files
+from experiments.runtime import console, fields, files, schema
 from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
 from lpa_jax import checks
@@ -35,6 +35,13 @@ from lpa_jax.training import interrupts
 
 FLAGS = flags.FLAGS
 HINT = "; flags of the jobs go after --, as in: sweep --num_seeds=8 -- --dataset=cifar10"
+_DESCRIPTION = {
+    "experiment": schema.TEXT,
+    "methods": [schema.TEXT],
+    "seeds": [schema.WHOLE, ...],
+    "set?": {...: [schema.ANY, ...]},
+    "flags?": [schema.TEXT],
+}
 CLUSTERS = ("none", "slurm", "local", "debug")
 
 
@@ -91,25 +98,10 @@ def from_file(path: str, common: Sequence[str]) -> Sweep:
     Raises:
       ValueError: naming the key of the file that is wrong.
     """
-    content = files.read_json(path)
-    if not isinstance(content, dict):
+    content = fields.named("description", lambda: schema.read(pathlib.Path(path), _DESCRIPTION))
+    if content is None:
         raise ValueError(f"--description must name a file with a JSON object, got {path!r}")
-    content = {"set": {}, "flags": []} | content
-    kinds = {"experiment": str, "methods": list, "seeds": list, "set": dict, "flags": list}
-    for name in (*kinds, *content):
-        if name not in kinds:
-            raise ValueError(f"--description: keys must be among {', '.join(kinds)}, got {name!r}")
-        if not isinstance(content.get(name), kinds[name]):
-            raise ValueError(f"--description: {name!r} must be a {kinds[name].__name__}")
-    for name, values in content["set"].items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"--description: 'set' must give {name!r} a list of values")
-    for name in ("methods", "flags"):
-        if not all(isinstance(text, str) for text in content[name]):
-            raise ValueError(f"--description: {name!r} must be strings, got {content[name]!r}")
-    seeds = content["seeds"]
-    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ValueError(f"--description: 'seeds' must be whole numbers >= 0, got {seeds!r}")
+    content, seeds = {"set": {}, "flags": []} | content, content["seeds"]
     fields.named("description", lambda: run_flags.numbers([f"{seed}-{seed}" for seed in seeds]))
     return Sweep(
         content["experiment"],

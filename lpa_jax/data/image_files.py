@@ -216,8 +216,8 @@ def _opened(file: BinaryIO) -> "PIL.Image.Image":
     image = optional.package("PIL.JpegImagePlugin").JpegImageFile(file)
     width, height = image.size
     if _MAX_PIXELS < width * height <= _MAX_JPEG_PIXELS:
-        sizes = [(-(-width // factor), -(-height // factor)) for factor in (2, 4, 8)]
-        image.draft(None, next(size for size in sizes if math.prod(size) <= _MAX_PIXELS))
+        factor = next(f for f in (2, 4, 8) if -(-width // f) * -(-height // f) <= _MAX_PIXELS)
+        image.draft(None, (width // factor, height // factor))  # Pillow rounds the factor down
     return image
 
 

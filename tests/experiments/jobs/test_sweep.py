@@ -171,12 +171,13 @@ def test_bad_input_is_one_line_and_no_job_starts(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"seeds": "3"}, "'seeds' must be a list"),
-        ({"seeds": [-1]}, "'seeds' must be whole numbers"),
-        ({"sets": {}}, "keys must be among experiment, methods, seeds, set, flags, got 'sets'"),
-        ({"methods": ["erm", 3]}, "'methods' must be strings"),
-        ({"set": {"imbalance": 10}}, "'set' must give 'imbalance' a list"),
-        ({"methods": None}, "'methods' must be a list"),
+        ({"seeds": "3"}, 'seeds must be a list, got "3"'),
+        ({"seeds": [-1]}, "seeds[0] must be a whole number"),
+        ({"seeds": []}, "seeds must not be empty"),
+        ({"sets": {}}, "sets must be a known field"),
+        ({"methods": ["erm", 3]}, "methods[1] must be printable text"),
+        ({"set": {"imbalance": 10}}, "set.imbalance must be a list"),
+        ({"methods": None}, "methods must be a list"),
     ],
 )
 def test_a_wrong_description_is_refused_by_key(tmp_path, unchecked, change, expected):

@@ -476,8 +476,9 @@ def test_a_bad_image_stops_reading_ahead_with_its_own_message(tree):
         ahead[0]
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
-    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+@pytest.mark.parametrize("side", [64, 67])  # an odd side is rounded up
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(side, tmp_path, monkeypatch):
+    ramp = np.linspace(0, 255, side, dtype=np.uint8)
     PIL.Image.fromarray(np.add.outer(ramp // 2, ramp // 2)).save(tmp_path / "a.jpg", quality=95)
     whole = image_files.decode(str(tmp_path / "a.jpg"), 8).astype(int)
     monkeypatch.setattr(image_files, "_MAX_PIXELS", 300)  # 1/4 of a side
@@ -485,8 +486,19 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch
     reduced = image_files.decode(str(tmp_path / "a.jpg"), 8).astype(int)
     assert np.abs(reduced - whole).max() <= 4
     monkeypatch.setattr(image_files, "_MAX_JPEG_PIXELS", 4000)
-    with pytest.raises(ValueError, match="64x64 pixels, must be at most"):
+    with pytest.raises(ValueError, match=f"{side}x{side} pixels, must be at most"):
         image_files.decode(str(tmp_path / "a.jpg"), 8)
+
+
+def test_images_of_16_bits_among_others_are_named(tmp_path):
+    for number, kind in enumerate((np.uint8, np.uint16)):
+        PIL.Image.fromarray(np.zeros((8 + number, 9), kind)).save(tmp_path / f"{number}.png")
+    (tmp_path / "all.txt").write_text("0.png 0\n1.png 1\n")
+    files = data.read_list(tmp_path / "all.txt", tmp_path, image_size=4)
+    with pytest.raises(
+        ValueError, match=r"1 of 2 images are damaged: .*line 2: .*8 bits"
+    ):
+        data.in_memory(files)
 
 
 def test_damaged_images_are_counted_and_the_first_ten_named(tmp_path):
