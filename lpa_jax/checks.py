@@ -147,12 +147,18 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 def nearest(value: Any, known: Iterable[Any]) -> str:
-    """What an error adds about a misspelt name: ` (did you mean 'NAME'?)`, or nothing."""
+    """What an error adds about a misspelt name: ` (did you mean 'NAME'?)`, or nothing.
+
+    Example:
+      >>> nearest("CIFAR10", ["cifar10", "cifar100"]), nearest("lap", ["lpl", "lpa"])
+      (" (did you mean 'cifar10'?)", " (did you mean 'lpa'?)")
+    """
     if not isinstance(value, str):
         return ""
     known = [str(name) for name in known]
-    # Letters in another order come first: of 'lap', 'lpl' is as near as 'lpa'.
-    near = [name for name in known if sorted(name) == sorted(value)]
+    # Other capitals come first, then letters in another order: of 'lap', 'lpl' is as near as 'lpa'.
+    near = [name for name in known if name.lower() == value.lower()]
+    near = near or [name for name in known if sorted(name) == sorted(value)]
     near = near or difflib.get_close_matches(value, known, 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -76,7 +76,7 @@ def local_path(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"must be a path in UTF-8, got {text!r}") from None
-    if not text or "\0" in text:
+    if not text.strip() or "\0" in text:
         raise ValueError(f"must be a path, got {text!r}")
     path = os.path.expanduser(text)
     if path.startswith("~"):
@@ -92,7 +92,7 @@ def check_folders() -> None:
     """
     for name in FLAGS:
         flag = FLAGS[name]
-        if isinstance(flag.parser, _PathParser) and flag.parser.folder:
+        if isinstance(flag.parser, _PathParser) and flag.parser.folder and flag.value:
             path = pathlib.Path(flag.value).absolute()
             there = next(place for place in (path, *path.parents) if os.path.lexists(place))
             if not there.is_dir():

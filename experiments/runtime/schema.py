@@ -58,12 +58,14 @@ def read(path: pathlib.Path, schema: Any) -> Any | None:
       ValueError: one line that names the file, and the field that is not as the schema says.
     """
     try:
-        # utf-8-sig, because editors of Windows begin a file with a byte order mark
-        content = json.loads(read_bytes(path, MOST_BYTES).decode("utf-8-sig"))
+        text = read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        # utf-8-sig, because editors of Windows begin a file with a byte order mark
+        content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError):  # deep nesting exhausts the parser's stack
         raise ValueError(f"{path} is cut short or not JSON") from None
     found = problem(content, schema)

@@ -47,6 +47,7 @@ def define_console_flags() -> None:
         "compilation_cache",
         "runs/compilation_cache",
         "Folder where compiled programs are kept between runs; empty keeps none.",
+        folder=True,
         optional=True,
     )
     flags.DEFINE_bool("quiet", False, "Print only the result, no progress.")

@@ -295,8 +295,10 @@ def _builder(name: str, data_dir: PathLike | None) -> "tfds.core.DatasetBuilder"
     try:
         with _quiet_log(), _quiet_preparation():
             if base_name(name) in BUILDERS:
-                version = name.partition(":")[2] or None
-                return BUILDERS[base_name(name)](data_dir=data_dir, version=version)
+                config, _, version = name.partition(":")
+                if "/" in config:
+                    raise ValueError("it has no configurations")
+                return BUILDERS[base_name(name)](data_dir=data_dir, version=version or None)
             return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         with _quiet_log():

@@ -28,6 +28,7 @@ from experiments.runtime import console
 from experiments.runtime import main as entry_point
 from experiments.training import run, suggested_radii
 from lpa_jax import data
+from tests.helpers.paths import ROOT
 
 FLAGS = flags.FLAGS
 PATIENCE, HUNG = 20.0, 99
@@ -57,7 +58,7 @@ OPTIONS = ("lpa.radius=nan", f"lpa.steps={HUGE}", "lpa.layer=3", "lpa.mode=x", "
 BASE = {
     "long_tail": ["--dataset=digits", "--methods=erm,lpa,lpl", "--hparams=none"],
     "domain_generalization": ["--images_per_domain=50", "--methods=erm,lpa,lpl", "--hparams=none"],
-    "report": ["nowhere"],
+    "report": [str(ROOT / "results/long_tail/mlp")],
     "sweep": ["--methods=erm"],
 }
 SAME_AS = {"balanced": "long_tail", "landscape": "long_tail", "layer_sweep": "long_tail",
@@ -84,6 +85,8 @@ def cases(experiment, every=False):
     base = [*BASE.get(SAME_AS.get(experiment, experiment), ())]
     if experiment == "layer_sweep":
         base.remove("--methods=erm,lpa,lpl")
+    if experiment in ("tune", "domain_tune"):
+        base.remove("--hparams=none")
     found = []
     for name, own in _kinds_of(experiment).items():
         values = (*NUMBERS, *WORDS, *LISTS, *OPTIONS)

@@ -495,9 +495,7 @@ def test_images_of_16_bits_among_others_are_named(tmp_path):
         PIL.Image.fromarray(np.zeros((8 + number, 9), kind)).save(tmp_path / f"{number}.png")
     (tmp_path / "all.txt").write_text("0.png 0\n1.png 1\n")
     files = data.read_list(tmp_path / "all.txt", tmp_path, image_size=4)
-    with pytest.raises(
-        ValueError, match=r"1 of 2 images are damaged: .*line 2: .*8 bits"
-    ):
+    with pytest.raises(ValueError, match=r"1 of 2 images are damaged: .*line 2: .*8 bits"):
         data.in_memory(files)
 
 
