@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 from flax.core.scope import DenyList
 
+from lpa_jax import compiling
 from lpa_jax.injection.base import Array, Pass, Variables, model_state
 from lpa_jax.injection.calls import ModuleCall, module_call, stream_key
 from lpa_jax.injection.outputs import Keys, Outputs
@@ -52,7 +53,6 @@ class InjectedLinen(InjectedModule):
         given = Pass({}, inputs)
         rngs = {**self.call.rngs(given), "params": params_rng, "dropout": dropout_rng}
 
-        @jax.jit  # one compilation, not one for every initialiser
         def init(rngs, inputs):
             def run(module):
                 return self.call(module, given._replace(inputs=inputs))
@@ -60,7 +60,9 @@ class InjectedLinen(InjectedModule):
             with nn.intercept_methods(sowing(())):
                 return self._in_mode(False).init(rngs, method=run, mutable=RECORDS)
 
-        return init(rngs, inputs)
+        # One compilation, not one for every initialiser.
+        options = compiling.quick(rngs, inputs)
+        return jax.jit(init, compiler_options=options)(rngs, inputs)
 
     def trace(self, given: Pass, outputs: Outputs, paths: Sequence[str]) -> tuple[Any, Variables]:
         """Runs the module; see `InjectedModule.trace`."""

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 
+from lpa_jax import compiling
 from lpa_jax.injection.base import (
     INPUT,
     Array,
@@ -38,11 +39,13 @@ class StagedNetwork:
 
     def init(self, rng: Array, inputs: Array) -> Variables:
         """Initial variables; see `Network.init`."""
+        options = compiling.quick(rng, inputs)
         try:
             hash(self.model)
         except TypeError:  # a field is a list, for example
-            return jax.jit(functools.partial(_init, self.model))(rng, inputs)
-        return _compiled_init(self.model, rng, inputs)
+            init = functools.partial(_init, self.model)
+            return jax.jit(init, compiler_options=options)(rng, inputs)
+        return _compiled_init(options is not None)(self.model, rng, inputs)
 
     def run(self, given: Pass, pinned: Mapping[str, Array], stop: str) -> tuple[Array, Variables]:
         """Runs the stages between the deepest pinned layer and `stop`; see `Network.run`."""
@@ -72,5 +75,7 @@ def _init(model: nn.Module, rng: Array, inputs: Array) -> Variables:
         return model.init(rngs, inputs, train=False, mutable=RECORDS)
 
 
-# One compilation, not one for every initialiser, and equal models share it.
-_compiled_init = jax.jit(_init, static_argnums=0)
+@functools.cache
+def _compiled_init(quick: bool) -> Callable[..., Variables]:
+    """One compilation, not one for every initialiser; equal models share it."""
+    return jax.jit(_init, static_argnums=0, compiler_options=compiling.QUICK if quick else None)

@@ -291,10 +291,10 @@ def test_what_can_be_cut_is_listed_in_the_order_of_the_pass_with_its_shape():
 
 
 def test_equal_models_share_the_compilation_that_draws_their_variables():
-    inputs, before = jnp.zeros((2, 5)), staged._compiled_init._cache_size()
+    inputs, before = jnp.zeros((2, 5)), staged._compiled_init(False)._cache_size()
     made = [injection.as_network(MLP(3, hidden=(7,))).init(jax.random.key(0), inputs)]
     made += [injection.as_network(MLP(3, hidden=(7,))).init(jax.random.key(0), inputs)]
-    assert staged._compiled_init._cache_size() == before + 1
+    assert staged._compiled_init(False)._cache_size() == before + 1
     # A list has no hash.
     made += [injection.as_network(MLP(3, hidden=[7])).init(jax.random.key(0), inputs)]
     for variables in made[1:]:
