@@ -73,7 +73,9 @@ def parts(platform: str) -> tuple[Part, ...]:
     """The parts in their order; tests need the CPU beside the platform."""
     benchmark = "experiments.benchmark --layers=stage2 --methods=erm,lpa,lpa:carry,lpa:free"
     tiny = "--model=mlp --layers=hidden2 --image_size=4 --batch_size=8 --rounds=1 --steps=1"
-    methods = "erm,lpa@hidden2" if FLAGS.small else "erm,logit_adjusted,lpl,lpa@stage2,lpa@stage3"
+    methods = (
+        "erm,lpl,lpa@hidden2" if FLAGS.small else "erm,logit_adjusted,lpl,lpa@stage2,lpa@stage3"
+    )
     of_tests = {"JAX_PLATFORMS": f"{platform},cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     runs = pathlib.Path(FLAGS.workdir, "cifar10_lt")
     return (
@@ -96,7 +98,7 @@ def parts(platform: str) -> tuple[Part, ...]:
             f"experiments.sweep --workdir={runs} --num_seeds=1 --num_workers=5 "
             f"--methods={methods} -- --dataset=cifar10 "
             f"--imbalance=100 --epochs={FLAGS.epochs} --data_dir={FLAGS.data_dir} {RECIPE}",
-            "--dataset=mnist5k --prepare --model=mlp --epochs=1 --per_class=5 --imbalance=2 --quiet",
+            "--dataset=mnist5k --prepare --model=mlp --epochs=1 --per_class=5 --imbalance=2",
         ),
         Part("table", 20, f"experiments.report {runs} --output={runs}/table"),
     )  # fmt: skip
