@@ -89,12 +89,24 @@ class Search:
 
     def options(self, method: str, number: int) -> dict[str, Any]:
         """The options of a draw; flags replace what is drawn."""
-        layers = method_flags.searched_layers(self.settings.model)
-        ranges = method_flags.searched_space()
-        drawn = search.draw(method, number, layers, FLAGS.search_seed, ranges)
+        drawn = self._drawn(method, number)
         if self.suggestions is not None:
             drawn = self.suggestions.recentred(method, drawn)
         return method_flags.options_for(method, drawn)
+
+    def check(self, method: str, number: int) -> None:
+        """Refuses a draw that cannot be trained; suggested radii are not looked at.
+
+        Raises:
+          ValueError: naming what does not fit.
+        """
+        options = method_flags.options_for(method, self._drawn(method, number))
+        self.programs.program(method, options, next(iter(self.tasks.values())))
+
+    def _drawn(self, method: str, number: int) -> dict[str, Any]:
+        layers = method_flags.searched_layers(self.settings.model)
+        ranges = method_flags.searched_space()
+        return search.draw(method, number, layers, FLAGS.search_seed, ranges)
 
     def train(self, method: str, number: int, path: pathlib.Path, progress: RunProgress) -> None:
         """Trains a draw with every seed and writes the outcome; a diverged draw scores null.
@@ -207,6 +219,8 @@ def tune(interrupts: Interrupts) -> None:
             train = functools.partial(shared.train, method, number, path)
             trials.append(search_loop.Trial(method, number, None, lock, find, train))
     todo = search_loop.missing(trials)
+    for trial in todo:  # before anything is written
+        shared.check(trial.method, trial.number)
     progress = RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet)
     search_loop.run(workdir, todo, progress, interrupts, setting)
     search_loop.finish(trials, setting)
