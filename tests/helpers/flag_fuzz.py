@@ -57,10 +57,11 @@ OPTIONS = ("lpa.radius=nan", f"lpa.steps={HUGE}", "lpa.layer=3", "lpa.mode=x", "
 # Small, so that a case takes as short as it can.
 BASE = {
     "long_tail": ["--dataset=digits", "--methods=erm,lpa,lpl", "--hparams=none"],
-    "domain_generalization": ["--images_per_domain=50", "--methods=erm,lpa,lpl", "--hparams=none"],
+    "domain_generalization": ["--images_per_domain=50", "--methods=erm,lpa,lpl", "--hparams=none",
+                              "--test_domains=15"],
     "report": [str(ROOT / "results/long_tail/mlp")],
     "sweep": ["--methods=erm"],
-}
+}  # fmt: skip
 SAME_AS = {"balanced": "long_tail", "landscape": "long_tail", "layer_sweep": "long_tail",
            "tune": "long_tail", "domain_tune": "domain_generalization"}  # fmt: skip
 EXPERIMENTS = (*BASE, *SAME_AS, "benchmark", "many_classes", "prefetch_benchmark", "compile_check")
@@ -86,7 +87,7 @@ def cases(experiment, every=False):
     if experiment == "layer_sweep":
         base.remove("--methods=erm,lpa,lpl")
     if experiment in ("tune", "domain_tune"):
-        base.remove("--hparams=none")
+        base[base.index("--hparams=none")] = "--trials=2"
     found = []
     for name, own in _kinds_of(experiment).items():
         values = (*NUMBERS, *WORDS, *LISTS, *OPTIONS)
