@@ -20,6 +20,7 @@ It was not run on a GPU yet. `--small` runs tiny versions of all parts, on any d
 
 import os
 import pathlib
+import shlex
 import subprocess  # of this project's own modules
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from experiments.runtime import files
 from experiments.runtime import main as entry_point
 
 FLAGS = flags.FLAGS
-REPORT = "gpu_check.md"
+ROOT, REPORT = pathlib.Path(__file__).parents[1], "gpu_check.md"
 LAST_LINES = 60
 TESTS = tuple(
     f"tests/lpa_jax/{name}.py"
@@ -77,7 +78,10 @@ def parts(platform: str) -> tuple[Part, ...]:
         "erm,lpl,lpa@hidden2" if FLAGS.small else "erm,logit_adjusted,lpl,lpa@stage2,lpa@stage3"
     )
     of_tests = {"JAX_PLATFORMS": f"{platform},cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    runs = pathlib.Path(FLAGS.workdir, "cifar10_lt")
+    runs, data = (
+        shlex.quote(os.path.abspath(path))
+        for path in (f"{FLAGS.workdir}/cifar10_lt", FLAGS.data_dir)
+    )
     return (
         Part(
             "correctness", 110, f"pytest -n 4 {' '.join(TESTS)}",
@@ -97,7 +101,7 @@ def parts(platform: str) -> tuple[Part, ...]:
             "cifar10_lt", 150,
             f"experiments.sweep --workdir={runs} --num_seeds=1 --num_workers=5 "
             f"--methods={methods} -- --dataset=cifar10 "
-            f"--imbalance=100 --epochs={FLAGS.epochs} --data_dir={FLAGS.data_dir} {RECIPE}",
+            f"--imbalance=100 --epochs={FLAGS.epochs} --data_dir={data} {RECIPE}",
             "--dataset=mnist5k --prepare --model=mlp --epochs=1 --per_class=5 --imbalance=2",
         ),
         Part("table", 20, f"experiments.report {runs} --output={runs}/table"),
@@ -123,6 +127,7 @@ def run(part: Part, words: Sequence[str]) -> tuple[str, str]:
             env={**os.environ, **dict(part.environment)},
             stdout=output,
             stderr=subprocess.STDOUT,
+            cwd=ROOT,
         )
         try:
             status = process.wait(part.seconds)
@@ -146,7 +151,7 @@ def main(argv: list[str]) -> None:
     try:
         files.write_text(report, f"# Checks on {devices}\n")
         for part in parts(jax.default_backend()):
-            words = f"{part.command} {part.small if FLAGS.small else ''}".split()
+            words = shlex.split(f"{part.command} {part.small if FLAGS.small else ''}")
             outcome, output = run(part, words)
             if not outcome.startswith("ok"):
                 bad.append(part.name)
