@@ -111,8 +111,8 @@ def sowing(kept: Sequence[str]) -> Callable[..., Any]:
     def intercept(next_function, args, kwargs, context):
         module = context.module
 
-        def sow(collection, *args, **kwargs):
-            return collection in kept and type(module).sow(module, collection, *args, **kwargs)
+        def sow(col, *args, **kwargs):
+            return col in kept and type(module).sow(module, col, *args, **kwargs)
 
         object.__setattr__(module, "sow", sow)
         return next_function(*args, **kwargs)

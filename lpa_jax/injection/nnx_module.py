@@ -122,14 +122,17 @@ def _recording_sow(sown: Mapping[str, dict[str, Any]], path: Sequence[Any]) -> C
     """`Module.sow` of the module at a path, for the kinds of variables in `sown`."""
     outside = tracers.current_trace()
 
-    def sow(kind, name, value, reduce_fn=lambda values, value: (*values, value), init_fn=tuple):
-        if kind.__name__ not in sown:
+    def sow(
+        variable_type, name, value, reduce_fn=lambda values, value: (*values, value), init_fn=tuple
+    ):
+        kind = getattr(variable_type, "__name__", variable_type)
+        if kind not in sown:
             return False
         if tracers.current_trace() != outside:
             raise ValueError(
                 f"{name!r} must be sown outside of scan, vmap, remat and jit to be read"
             )
-        values, key = sown[kind.__name__], "/".join(map(str, (*path, name)))
+        values, key = sown[kind], "/".join(map(str, (*path, name)))
         values[key] = reduce_fn(values[key] if key in values else init_fn(), value)
         return True
 

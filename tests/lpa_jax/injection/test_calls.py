@@ -335,7 +335,7 @@ class Sows(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = nn.Dense(WIDTH, name="body")(x.reshape(x.shape[0], -1))
-        self.sow("losses", "l2", jnp.mean(h**2))
+        self.sow(col="losses", name="l2", value=jnp.mean(h**2))
         self.sow("sums", "l1", h.mean(), reduce_fn=lambda a, b: a + b, init_fn=lambda: 0.0)
         return nn.Dense(CLASSES)(self.perturb("h", h))
 
@@ -347,7 +347,7 @@ class SowsNNX(nnx.Module):
 
     def __call__(self, x):
         h = self.body(x.reshape(x.shape[0], -1)) * self.scale
-        self.sow(nnx.Intermediate, "h", h)
+        self.sow(variable_type=nnx.Intermediate, name="h", value=h)
         return h
 
 
