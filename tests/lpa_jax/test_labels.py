@@ -191,6 +191,20 @@ def trained(problem, plan, steps=1, batch=None, axes=None, **options):
 RULE = lpa_jax.custom(SIGN, RADIUS)
 
 
+def test_the_loss_of_a_position_that_does_not_count_moves_no_other():
+    smooth = losses.label_smoothing(0.3)  # not 0 without a target
+
+    def of_counted(logits, targets):
+        return smooth(logits, targets) * jnp.sum(targets, axis=-1)
+
+    plan = {"hidden": lpa_jax.lpa(0.3, mode="carry", assignment=RULE)}
+    found, expected = (
+        trained(Problem("tokens"), plan, loss=loss)[0].perturbation_state["hidden"]["delta"]
+        for loss in (smooth, of_counted)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_trained_on_the_perturbed_rows_that_count(kind):
     problem = Problem(kind)
