@@ -70,16 +70,27 @@ def finish(job):
 # The real thing
 
 
-def test_a_sweep_runs_its_jobs_reports_them_and_names_the_one_that_failed(
-    tmp_path, data_dir, capfd
-):
-    workdir = tmp_path / "sweep"
-    message = call(
-        "--experiment=long_tail", "--methods=erm,lpa@hidden9", "--num_seeds=1",
-        f"--workdir={workdir}",
+def sweep_of(methods, workdir, data_dir):
+    return call(
+        "--experiment=long_tail", f"--methods={methods}", "--num_seeds=1", f"--workdir={workdir}",
         "--set=imbalance=10", "--num_workers=2", "--", "--dataset=digits", "--epochs=1",
         f"--data_dir={data_dir}", "--compilation_cache=", "--hparams=none",
     )  # fmt: skip
+
+
+def test_a_sweep_runs_its_jobs_and_reports_them(tmp_path, data_dir, capfd):
+    message = sweep_of("erm", tmp_path / "sweep", data_dir)
+    out, err = capfd.readouterr()
+    assert message is None, err
+    assert out.splitlines()[-1] == "1 jobs: 1 done" and "[1/1] " in err
+    report = (tmp_path / "sweep" / "report" / "report.md").read_text()
+    assert "| erm | 1 |" in report and "failed" not in report
+
+
+@pytest.mark.slow
+def test_a_sweep_names_the_job_that_failed(tmp_path, data_dir, capfd):
+    workdir = tmp_path / "sweep"
+    message = sweep_of("erm,lpa@hidden9", workdir, data_dir)
     out, err = capfd.readouterr()
     assert message == 1, err
     good, bad = (workdir / "jobs" / "imbalance=10" / m / "0" for m in ("erm", "lpa@hidden9"))

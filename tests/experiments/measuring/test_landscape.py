@@ -18,7 +18,7 @@ from tests.helpers.module_call import call
 TINY = (
     "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--num_seeds=2",
     "--methods=erm,dropout", "--compilation_cache=", "--quiet", "--measure_batches=1",
-    "--measure_batch_size=32", "--measure_layers=hidden2", "--lanczos_steps=4", "--eigenvalues=2",
+    "--measure_batch_size=32", "--measure_layers=hidden1", "--lanczos_steps=4", "--eigenvalues=2",
     "--probes=2", "--spectrum_probes=2", "--directions=1", "--resolution=3", "--power_iterations=5",
     "--corruptions=contrast", "--severities=1,5",
 )  # fmt: skip
@@ -31,8 +31,8 @@ def arguments(workdir):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_mlp():
-    """The MLP has two small hidden layers, which compile and are drawn in half the time."""
-    with tiny_models.mlp_of(64, 32):
+    """The MLP has one small hidden layer, which compiles and is drawn in a third of the time."""
+    with tiny_models.mlp_of(64):
         yield
 
 
@@ -128,7 +128,7 @@ def test_the_plane_is_measured_for_the_first_seed_alone(job):
 
 def test_no_gain_into_the_linear_head_exceeds_its_largest_singular_value(job):
     found = measured(job, "amplification")
-    last = found["layers"].index("hidden2")
+    last = found["layers"].index("hidden1")
     gains = {probe: found["maps"][probe][last][-1] for probe in measurements.PROBES}
     # Five power iterations may still lie a little below the truth.
     assert 0 < gains["random"] < gains["bound"] and gains["lpa"] < 1.1 * gains["bound"]
@@ -145,7 +145,7 @@ def test_calibration_is_of_the_model_that_was_evaluated(job):
 
 
 def test_geometry_states_signs_and_radii_of_the_probe(job):
-    classes = measured(job, "geometry")["classes"]["signed"]["hidden2"]
+    classes = measured(job, "geometry")["classes"]["signed"]["hidden1"]
     present = [c for c, norm in enumerate(classes["delta_norm"]) if norm is not None]
     assert {classes["sign"][c] for c in present} == {1.0, -1.0}
     assert all(
@@ -199,7 +199,7 @@ def test_a_model_that_cannot_be_measured_is_named(job, monkeypatch):
 
 def test_geometry_has_every_form_from_input_to_logits_by_sign_and_by_class(job):
     found = measured(job, "geometry")
-    assert found["layers"] == ["input", "hidden2", "logits"]
+    assert found["layers"] == ["input", "hidden1", "logits"]
     assert list(found["classes"]) == ["signed", "free"]
     classes = {name: np.array(v, float) for name, v in found["classes"]["free"]["logits"].items()}
     rare = np.nan_to_num(classes["sign"]) == 1
