@@ -58,6 +58,11 @@ def make_task():
 
 def make_program():
     """What a run needs of an `experiments.training.program.Program`."""
+    return _program(BATCH)
+
+
+@functools.cache  # runs of one process share what they compile
+def _program(batch_size):
     perturbations = {
         "hidden1": lpa_jax.lpa(
             0.1,
@@ -75,11 +80,11 @@ def make_program():
 
     evaluate = parallel.map_step(lpa_jax.eval_step)
     rate = optax.cosine_decay_schedule(0.1, TOTAL_STEPS)
-    example = {"image": np.zeros((BATCH, *toy.IMAGE), np.float32)}
+    example = {"image": np.zeros((batch_size, *toy.IMAGE), np.float32)}
     return types.SimpleNamespace(
         method="toy",
         options={},
-        settings=Settings(epochs=EPOCHS, batch_size=BATCH, evaluate_every=1),
+        settings=Settings(epochs=EPOCHS, batch_size=batch_size, evaluate_every=1),
         init=lambda seed: parallel.with_own_buffers(
             lpa_jax.TrainState.create(
                 toy.NormalizedMLP(num_classes=toy.CLASSES, dropout=0.2),

@@ -67,7 +67,7 @@ KILLS = ["begin step 5", "begin save", "end save", "begin restore", "begin delet
          "begin evaluation"]  # fmt: skip
 
 
-@pytest.mark.parametrize("stops", [STOPS[1:4], pytest.param(STOPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stops", [STOPS[2:4], pytest.param(STOPS, marks=pytest.mark.slow)])
 def test_asked_to_stop_in_any_phase_a_run_saves_exits_and_goes_on_bit_for_bit(
     zygote, reference, tmp_path, stops
 ):
@@ -151,7 +151,7 @@ def assert_moves(zygote, folder, saved, devices):
         assert arrays == expected_arrays
         assert [row["step"] for row in log] == [row["step"] for row in expected_log]
         losses.append(result["loss"])
-        assert "begin evaluation" not in zygote.finish(folder / str(number)), "it is made once"
+    assert "begin evaluation" not in zygote.finish(folder / str(devices[-1])), "it is made once"
     assert len(states[0]) == 1 and all(state == states[0] for state in states)
     assert losses == pytest.approx([expected["loss"]] * len(losses), abs=1e-5)
 
