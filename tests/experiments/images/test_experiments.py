@@ -28,7 +28,7 @@ FLAGS = flags.FLAGS
 
 TINY = IMAGES.tiny
 JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--num_seeds=2", "--class_geometry_batches=2",
-       "--tensorboard=full", "--option=lpa.radius_target=0.2")  # fmt: skip
+       "--tensorboard=full", "--option=lpa.radius_target=0.2", "--steps=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
 def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(run, tmp_path):
     workdir = tmp_path / "job"
     message, out, _ = run("balanced", *TINY, "--methods=erm,lpa", "--num_seeds=1", "--per_class=5",
-                          f"--workdir={workdir}")  # fmt: skip
+                          "--steps=1", f"--workdir={workdir}")  # fmt: skip
     assert message is None
     assert "5 training images a class" in out
     result = json.loads((workdir / "runs/lpa/seed_0/result.json").read_text())
