@@ -6,33 +6,23 @@ import re
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 
-from experiments import balanced, domain_generalization, domain_tune, long_tail, tune
+from experiments import long_tail
 from experiments.domains import data as domain_data
-from experiments.domains import flags as domain_flags
 from experiments.domains.settings import DomainSettings
-from experiments.images import compare
 from experiments.images import data as image_data
-from experiments.images import flags as image_flags
 from experiments.images.settings import Settings
-from experiments.methods import flags as method_flags
-from experiments.runtime import fields, hosts
 from experiments.training import flags as run_flags
 from experiments.training import run as runner
-from experiments.training import search_loop
-from experiments.training.log import Logging
-from experiments.training.saving import Saving
-from experiments.training.settings import RunSettings
 from experiments.training.task import digests
 from lpa_jax import data, parallel
 from lpa_jax.training import loop
 from lpa_jax.training.interrupts import InterruptedRunError
 from tests.helpers.commands import parsed
-from tests.helpers.module_call import call_by_name, forget_flags, own_flags
+from tests.helpers.module_call import call_by_name
 from tests.helpers.protocols import PROTOCOLS, DomainRuns, ImageRuns
 from tests.helpers.toy import assert_trees_equal
 
@@ -218,24 +208,6 @@ def test_tuning_refuses_bad_input_before_anything_is_written(run, tmp_path, prot
     assert not (tmp_path / "tune").exists()
 
 
-@pytest.mark.parametrize("module", [long_tail, balanced, tune, domain_generalization, domain_tune])
-def test_every_flag_has_a_help_text_and_is_read(request, module):
-    request.addfinalizer(forget_flags)
-    module.define_flags()
-    modules = (module, compare, domain_flags, run_flags, method_flags, search_loop, hosts,
-               image_flags)  # fmt: skip
-    sources = "".join(pathlib.Path(m.__file__).read_text() for m in modules)
-    of_fields = {
-        flag
-        for settings in (Settings, DomainSettings, method_flags.Perturbing,
-                         method_flags.Searching, Saving, Logging, hosts.Hosts)
-        for flag in fields.flag_names(settings)
-    }  # fmt: skip
-    for name in own_flags():
-        assert len(FLAGS[name].help) > 8, name
-        assert f"FLAGS.{name}" in sources or name in of_fields, f"--{name} is never read"
-
-
 # Without a command line from here on.
 
 
@@ -270,11 +242,8 @@ def test_options_that_differ_in_more_than_numbers_are_refused(runs):
 def test_steps_take_the_states_memory_but_not_that_of_loaded_weights_or_of_numbers(
     runs, tmp_path, monkeypatch
 ):
-    def drawn(settings, model, image_shape):
-        return model.init(jax.random.key(9), jnp.zeros((1, *image_shape)))
-
-    monkeypatch.setattr(RunSettings, "initial_variables", drawn)
-    job, train, steps = runs.job("lpa", WEAK, crop_padding=3), loop.train, []
+    job, train, steps = runs.job("lpa", WEAK), loop.train, []
+    job.program._loaded = {"params": job.program.init(9).params}
     # Not compiled, so that what jit may pass through, the loaded weights, certainly is.
     job.program._create = job.program._create.__wrapped__
 

@@ -53,7 +53,13 @@ def unperturbed():
     return trained(MLP(toy.CLASSES, hidden=(8, 6)), {})["params"]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "carried and free lpa" else [])
+        for name in PLANS
+    ],
+)
 def test_accumulated_step_is_the_step_of_the_whole_batch(name):
     model = MLP(toy.CLASSES, hidden=(8, 6))
     whole = trained(model, PLANS[name])
@@ -108,7 +114,7 @@ def test_injected_modules_accumulate_and_count_their_statistics_once():
 
 def temporary_bytes(micro_batches):
     perturbations = {"hidden1": lpa_jax.lpa(0.1, steps=1, assignment=lpa_jax.all_positive())}
-    model = accumulate(MLP(toy.CLASSES, hidden=(16, *[128] * 6)), micro_batches)
+    model = accumulate(MLP(toy.CLASSES, hidden=(16, *[128] * 4)), micro_batches)
     batch = toy.batch(np.arange(2048) % toy.CLASSES)
     state = lpa_jax.TrainState.create(model, optax.sgd(0.1), jax.random.key(0), batch)
     state = state.replace(perturbation_state={"hidden1": {}})
@@ -116,8 +122,8 @@ def temporary_bytes(micro_batches):
     return jax.jit(step).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_sixteen_parts_take_a_fraction_of_the_memory():
-    assert temporary_bytes(16) < temporary_bytes(1) / 3
+def test_eight_parts_take_a_fraction_of_the_memory():
+    assert temporary_bytes(8) < temporary_bytes(1) / 2
 
 
 def test_evaluation_runs_all_at_once_and_one_part_is_the_network_itself():
