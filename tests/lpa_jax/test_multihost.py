@@ -8,7 +8,7 @@ import pytest
 from lpa_jax import multihost
 from tests.helpers import hosts, hosts_worker
 
-# Without perturbation, the slow test trains; here it is what the others are compared to.
+# The slow test trains without perturbation; here only one process does, for comparison.
 SETUPS = tuple(name for name in hosts_worker.setups() if name != "erm")
 # Processes, and devices of each.
 LAYOUTS = [

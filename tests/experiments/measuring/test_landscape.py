@@ -31,7 +31,7 @@ def arguments(workdir):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_mlp():
-    """The MLP has one small hidden layer, which compiles and is drawn in a third of the time."""
+    """The MLP has one small hidden layer, so that less is compiled and drawn."""
     with tiny_models.mlp_of(64):
         yield
 
