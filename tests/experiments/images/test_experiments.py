@@ -138,6 +138,18 @@ def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(
     assert config["options"]["lpa.assignment"] == "confidence"
 
 
+def test_a_label_that_leaks_is_said_once_with_layer_and_radius(run, tmp_path):
+    """A contraction of that size makes every example correct, so that nothing else is learned."""
+    arguments = ("--methods=lpa", "--layer=input", "--assignment=all_negative", "--radius=2",
+                 "--epochs=3", "--evaluate_every=1", "--num_seeds=1")  # fmt: skip
+    message, _, err = run("balanced", *TINY, *arguments, f"--workdir={tmp_path}")
+    assert message is None
+    (line,) = [line for line in err.splitlines() if "tells the network the label" in line]
+    assert "at input the perturbation of negative classes" in line and " there, must be" in line
+    result = json.loads((tmp_path / "runs/lpa/seed_0/result.json").read_text())
+    assert result["curve"][-1]["effect/input/accuracy_change/negative"] > 0.2
+
+
 def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
     method = "manifold_mixup@input|hidden1"
     message, *_ = run("long_tail", *TINY, f"--methods={method}", "--num_seeds=1",
