@@ -116,12 +116,13 @@ def disagreement(config: Mapping[str, Any], result: Mapping[str, Any]) -> str | 
     for name in ("method", "seed", "train_counts"):
         if None not in (config.get(name), result.get(name)) and config[name] != result[name]:
             return f"{name} is {config[name]!r} in {CONFIG}, {result[name]!r} in {RESULT}"
-    by_class = {name: result.get(name) for name in ("train_counts", "per_class_accuracy")}
-    by_class |= {name: row[name] for row in result.get("curve") or () for name in row}
-    sizes = {name: len(value) for name, value in by_class.items() if isinstance(value, list)}
-    first = next(iter(sizes), None)
-    wrong = next((name for name, size in sizes.items() if size != sizes[first]), None)
-    return None if wrong is None else f"{first} and {wrong} of {RESULT} differ in length"
+    by_class = [(name, result.get(name)) for name in ("train_counts", "per_class_accuracy")]
+    by_class += [item for row in result.get("curve") or () for item in row.items()]
+    sizes = [(name, len(values)) for name, values in by_class if isinstance(values, list)]
+    for name, size in sizes:
+        if size != sizes[0][1]:
+            return f"{sizes[0][0]} and {name} of {RESULT} differ in length"
+    return None
 
 
 def as_recorded(
@@ -286,11 +287,11 @@ class RunFolder:
         if self._path is None:
             return fresh
         restored = self._checkpoints.restore(state) or fresh
+        hosts.check(self._path, self._config, restored.step, restored.digest, restored.rejected)
         found = schema.problem(restored.notes, _NOTES)
         if found is not None:
             step = f"step {restored.step} in {self._path / CHECKPOINTS}"
             raise ValueError(f"--workdir: {step} is of another program: {found}")
-        hosts.check(self._path, self._config, restored.step, restored.digest, restored.rejected)
         for line in restored.rejected:
             say(line)
         files.write_json(self._path / self._names.config, self._config)
