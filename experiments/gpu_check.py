@@ -102,7 +102,8 @@ def parts(platform: str) -> tuple[Part, ...]:
             f"experiments.sweep --workdir={runs} --num_seeds=1 --num_workers=5 "
             f"--methods={methods} -- --dataset=cifar10 "
             f"--imbalance=100 --epochs={FLAGS.epochs} --data_dir={data} {RECIPE}",
-            "--dataset=mnist5k --prepare --model=mlp --epochs=1 --per_class=5 --imbalance=2",
+            "--dataset=mnist5k --prepare --model=mlp --epochs=1 --per_class=5 "
+            "--imbalance=2 --warmup_epochs=0",
         ),
         Part("table", 20, f"experiments.report {runs} --output={runs}/table"),
     )  # fmt: skip
