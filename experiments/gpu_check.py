@@ -105,7 +105,7 @@ def parts(platform: str) -> tuple[Part, ...]:
             "--dataset=mnist5k --prepare --model=mlp --epochs=1 --per_class=5 "
             "--imbalance=2 --warmup_epochs=0",
         ),
-        Part("table", 20, f"experiments.report {runs} --output={runs}/table"),
+        Part("table", 40, f"experiments.report {runs} --output={runs}/table"),
     )  # fmt: skip
 
 
