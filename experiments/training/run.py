@@ -22,7 +22,7 @@ from lpa_jax.training.step import TrainState
 DEFAULT_SAVING = Saving()
 DEFAULT_LOGGING = Logging()
 # Share of the training examples that the perturbation alone makes correct. Where networks read the
-# label from it this was 0.3 to 1, elsewhere at most 0.05 (results/balanced/small_cnn_cifar10).
+# label from it this was 0.3 to 1 (results/balanced/small_cnn_cifar10).
 LEAKING = 0.2
 
 

@@ -49,7 +49,8 @@ def lpa(
 
     Args:
       radius: eps before scaling, >= 0. 0 is no perturbation, bitwise. Tune it for every layer:
-        useful values differ by orders of magnitude between layers and models.
+        useful values differ by orders of magnitude between layers and models. In the convolutional
+        layers of a small CNN on CIFAR-10 they were 0.01 to 0.03.
       steps: PGD steps; None is 3 for `cold` and 1 for `carry` and `free` (which allows no other).
       assignment: Gives every class its sign and multiplier; None is `by_confidence()`.
       mode: `"cold"`, `"carry"` or `"free"`.
