@@ -126,7 +126,7 @@ def test_a_result_that_one_process_alone_sees_is_no_result(tmp_path, second, her
 
 
 def test_trainings_of_domain_generalization_do_not_begin_differently(tmp_path, second, monkeypatch):
-    source = types.SimpleNamespace(task=lambda *_: None, digests={})
+    source = types.SimpleNamespace(task=lambda *_: None, digests={}, names=("0", "1"))
     trainings = Trainings(DomainSettings(), source, tmp_path)
     program = types.SimpleNamespace(init=lambda seed: STATE)
     monkeypatch.setattr(trainings, "program", lambda training: program)
