@@ -161,9 +161,9 @@ def main(argv: list[str]) -> None:
             with report.open("a", encoding="utf-8") as file:
                 file.write(f"\n## {part.name}: {outcome}\n\n```\n{text}\n```\n")
     except OSError as error:
-        sys.exit(f"error: --workdir: {error}")
+        sys.exit(entry_point.refusal(f"--workdir: {error}"))
     if bad:
-        sys.exit(f"error: {', '.join(bad)} did not end well; see {report}")
+        sys.exit(entry_point.refusal(f"{', '.join(bad)} did not end well; see {report}"))
 
 
 if __name__ == "__main__":
