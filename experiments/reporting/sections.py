@@ -291,11 +291,11 @@ def write(
         numbers = [(section.title, tables.contrast_frame(section.contrasts)) for section in asked]
         files.write_text(output / "contrasts.csv", tables.csv_text(_by_setting(numbers)))
     # All digits: with six, the tables would not be the same when they are made from the rows.
-    rows = frame.rows_frame(settings).to_csv(index=False, lineterminator="\n")
+    rows = tables.csv_text(frame.rows_frame(settings), float_format=None)
     files.write_text(output / runs.ROWS, rows)
     last = frame.last_epoch_frame(settings)
     if not last.empty:
-        files.write_text(output / "last_epoch.csv", last.to_csv(index=False, lineterminator="\n"))
+        files.write_text(output / "last_epoch.csv", tables.csv_text(last, float_format=None))
     latex = [tables.latex_table(section.table, section.title) for section in made]
     for section in asked:
         table = tables.contrast_table(section.contrasts)

@@ -80,9 +80,9 @@ def latex_table(lines: Lines, caption: str) -> str:
     )
 
 
-def csv_text(table: pd.DataFrame) -> str:
-    """CSV with six significant digits, and empty cells for NaN."""
-    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+def csv_text(table: pd.DataFrame, float_format: str | None = "%.6g") -> str:
+    """CSV with six significant digits, all of them for None, and empty cells for NaN."""
+    return table.to_csv(index=False, float_format=float_format, lineterminator="\n")
 
 
 # Accuracies of methods: of what `paired.compare` returns.
