@@ -2,7 +2,13 @@
 
 import importlib.util
 import os
+import signal
+import sys
 
+# Ctrl-C ends a command that is still importing, not some import with an error of its own. Python
+# sets this while it looks for the module of `-m`; `runtime.main.heed_ctrl_c` ends it.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # A standard stream that the caller closed would lend its number to a file that is opened next.
 for _descriptor in range(3):
     try:

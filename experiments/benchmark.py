@@ -223,14 +223,15 @@ def main(argv: list[str]) -> None:
             floor = "" if FLAGS.against else f", floor {row.floor:.3f}"
             timing.progress(f"[{len(rows)}/{len(cases)}] {found}{floor}")
     except ValueError as error:
-        failure = f"error: {cases[len(rows)].method} at {cases[len(rows)].layer}: {error}"
-    except KeyboardInterrupt:
-        failure = "interrupted: the table holds what was measured"
+        case = cases[len(rows)]
+        failure = SystemExit(f"error: {case.method} at {case.layer}: {error}")
+    except KeyboardInterrupt as stop:
+        failure = stop  # the table holds what was measured
     columns = against_torch.COLUMNS if FLAGS.against else COLUMNS
     cells = [[text.format(**row._asdict()) for _, text in columns] for row in rows]
     screen.show_table([[header for header, _ in columns], *cells], SECONDARY, keys=3)
     if failure:
-        sys.exit(failure)
+        raise failure
     if FLAGS.csv:
         try:
             files.write_text(FLAGS.csv, pd.DataFrame(rows).to_csv(index=False))

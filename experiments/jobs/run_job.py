@@ -25,6 +25,7 @@ from experiments.methods import flags as method_flags
 from experiments.methods import names
 from experiments.reporting.runs import OUTCOME, collect
 from experiments.runtime import console, files
+from experiments.runtime import main as entry_point
 from experiments.training import flags as run_flags
 from lpa_jax import checks
 from lpa_jax.files import LockedError, hold
@@ -172,6 +173,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: the argument must be one folder with a {jobs.JOB}", file=sys.stderr)
         return 1
     console.install()
+    entry_point.heed_ctrl_c()
     for number in {*SIGNALS} - {signal.SIGINT}:
         signal.signal(number, _leave)
     return run(pathlib.Path(argv[1]))

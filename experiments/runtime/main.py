@@ -48,13 +48,23 @@ def start(
             sys.exit(refusal(error))
 
     console.install()
+    heed_ctrl_c()
     # Its notes are about accelerators that this machine has not.
     logging.getLogger("jax").setLevel(logging.WARNING)
     define_flags()
     if HELP & {*itertools.takewhile(lambda word: word != "--", sys.argv[1:])}:
         print(help_text(sys.modules[define_flags.__module__].__doc__ or ""))
         sys.exit(0)
-    app.run(main, flags_parser=parse)
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        _leave("interrupted")
+
+
+def heed_ctrl_c() -> None:
+    """Makes Ctrl-C raise KeyboardInterrupt again, which it does not while modules are imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def refusal(error: Exception | str) -> str:
@@ -131,8 +141,15 @@ def run(argv: list[str], work: Callable[[Interrupts], None]) -> None:
         with hosts.session(of_run):
             _work(work)
     except KeyboardInterrupt:
-        print(hosts.INTERRUPTED, file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _leave(hosts.INTERRUPTED)
+
+
+def _leave(line: str) -> None:
+    """Ends the process after Ctrl-C; the usual end crashes if the signal came within JAX's code."""
+    print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(128 + signal.SIGINT)
 
 
 def _work(work: Callable[[Interrupts], None]) -> None:

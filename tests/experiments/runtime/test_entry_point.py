@@ -1,12 +1,15 @@
 """How experiments end: one line and the exit status that docs/reliability.md promises."""
 
+import importlib
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
 
+import experiments
 from experiments import domain_generalization, long_tail
 from experiments.runtime import console, hosts
 from experiments.runtime import main as entry_point
@@ -81,12 +84,27 @@ def test_what_all_processes_raise_ends_them_together_each_with_its_line(capsys):
     assert capsys.readouterr().err == "error: process 0 finds no checkpoint\n"
 
 
-def test_ctrl_c_outside_a_run_is_one_line_too(capsys):
-    def work(interrupts):
+def test_ctrl_c_outside_a_run_is_one_line_too(capsys, monkeypatch):
+    def work(_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(entry_point.os, "_exit", sys.exit)  # nothing of JAX is cut off here
     assert end_of(work) == 130
     assert capsys.readouterr().err == "interrupted: the same command resumes the run\n"
+    assert started(monkeypatch, SimpleNamespace(__name__="a", define_flags=str, main=work)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_ends_imports_at_once_and_raises_afterwards(monkeypatch):
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(sys, "argv", ["-m"])  # as while Python looks for the module
+        importlib.reload(experiments)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        entry_point.heed_ctrl_c()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_a_bug_is_not_hidden():
