@@ -5,6 +5,7 @@ import gc
 import os
 import pathlib
 import signal
+import sys
 
 from tests.helpers import xla_options
 
@@ -14,6 +15,11 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("XLA_FLAGS", xla_options.known())
+
+# Tracing makes and drops millions of small objects; 700 at a time is too few to look for cycles.
+gc.set_threshold(50_000, 20)
+# The asserts that pytest rewrites are cached as well, 6 s of each worker.
+sys.dont_write_bytecode = False
 
 import jax
 import numpy as np
