@@ -16,17 +16,16 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("XLA_FLAGS", xla_options.known())
 
-# Tracing makes and drops millions of small objects; 700 at a time is too few to look for cycles.
-gc.set_threshold(50_000, 20)
-# The asserts that pytest rewrites are cached as well, 6 s of each worker.
-sys.dont_write_bytecode = False
-
 import jax
 import numpy as np
 import pytest
 
 from tests.helpers import module_call
 
+# Tracing makes and drops millions of small objects; 700 at a time is too few to look for cycles.
+gc.set_threshold(50_000, 20)
+# The asserts that pytest rewrites are cached as well, 6 s of each worker.
+sys.dont_write_bytecode = False
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Here every program is cached; the processes that tests start, and may kill, cache the slow ones.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
