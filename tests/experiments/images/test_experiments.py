@@ -176,6 +176,7 @@ def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
         (["--decay_factor=nan"], "--decay_factor must be in (0, 1], got nan"),
         (["--warmup_epochs=inf"], "--warmup_epochs must be in [0, 1e+06], got inf"),
         ([f"--epochs={10**25}"], "--epochs must be a whole number in 1..1000000, got 10000"),
+        (["--dataset=cifar10"], "or give --prepare once"),
     ],
 )
 def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(

@@ -1,6 +1,8 @@
 """How experiments end: one line and the exit status that docs/reliability.md promises."""
 
 import importlib
+import logging
+import os
 import re
 import signal
 import sys
@@ -95,6 +97,19 @@ def test_ctrl_c_outside_a_run_is_one_line_too(capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no cuda\nbackend")])
+def test_devices_that_jax_does_not_find_are_one_line(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(entry_point.jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(SystemExit) as end:
+        entry_point.check_devices()
+    reason = " (no cuda)" if error.args else ""
+    assert end.value.code == f"error: JAX_PLATFORMS=cuda: JAX finds no such device{reason}"
+
+
 def test_ctrl_c_ends_imports_at_once_and_raises_afterwards(monkeypatch):
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -137,6 +152,15 @@ def started(monkeypatch, module, *arguments):
             delattr(FLAGS, name)
         FLAGS.unparse_flags()
     return stop.value.code
+
+
+def test_figures_are_drawn_and_notes_about_absent_accelerators_dropped_whatever_is_set(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    importlib.reload(experiments)
+    assert os.environ["MPLBACKEND"] == "agg"
+    monkeypatch.setattr(logging.getLogger("jax"), "level", logging.NOTSET)
+    assert started(monkeypatch, long_tail, "--help") == 0
+    assert logging.getLogger("jax").level == logging.WARNING
 
 
 @pytest.mark.parametrize("word", ["--help", "--helpshort", "-h"])

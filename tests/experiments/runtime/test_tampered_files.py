@@ -33,7 +33,11 @@ COMMANDS = {
     "domain_generalization": (*DOMAINS, "--methods=erm", "--num_seeds=1", "--leave_two_out"),
     "domain_tune": (*DOMAINS, "--methods=erm", "--trials=2", "--output={output}"),
 }  # fmt: skip
-SLOW = dict.fromkeys({*COMMANDS} - {"long_tail", "tune"}, pytest.mark.slow)
+ORDINARY = ("long_tail", "tune")  # the others are slow
+CASES = [
+    *(pytest.param(n, 4, marks=() if n in ORDINARY else pytest.mark.slow) for n in COMMANDS),
+    *(pytest.param(n, 10**6, marks=pytest.mark.stress) for n in COMMANDS),
+]
 UNREAD = ("flags.json", "logs.json", "output.json", "seed_0.json")
 
 
@@ -119,8 +123,7 @@ def tampered(path, most):
 
 
 @pytest.mark.filterwarnings("ignore")  # figures of made-up numbers
-@pytest.mark.parametrize("most", [4, pytest.param(10**6, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in COMMANDS])
+@pytest.mark.parametrize(("name", "most"), CASES)
 def test_a_wrong_field_is_one_line_or_its_run_is_made_again(
     name, most, command, tmp_path, monkeypatch
 ):

@@ -106,7 +106,8 @@ class LpaTestHidden(LpaTestPng):
         )
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(), "test": self._generate_examples(hidden=True)}
+        labelled = {split: self._generate_examples() for split in ("train", "validation")}
+        return labelled | {"test": self._generate_examples(hidden=True)}
 
     def _generate_examples(self, hidden=False):
         for i in range(4):
@@ -247,6 +248,13 @@ def test_a_set_without_a_test_split_is_evaluated_on_its_validation_split(tmp_pat
     assert open_splits(dataclasses.replace(settings, evaluate_on="validation"))[1] is None
 
 
+def test_a_test_split_without_labels_is_not_evaluated_on(tmp_path):
+    _prepare_without_tensorflow(LpaTestHidden, tmp_path)
+    assert not data.has_labels("lpa_test_hidden", "test", tmp_path)
+    _, evaluation = open_splits(Settings(dataset="lpa_test_hidden", data_dir=str(tmp_path)))
+    assert sorted(evaluation.labels) == [0, 0, 1, 1]
+
+
 def test_tfrecord_data_gets_a_readable_error(tmp_path):
     _prepare_without_tensorflow(LpaTestPng, tmp_path)
     info = tmp_path / "lpa_test_png" / "1.0.0" / "dataset_info.json"
@@ -287,6 +295,39 @@ def test_a_file_as_data_dir_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"^data_dir='.*file': cannot be written"):
         data.load("digits", "train", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "name", "message"),
+    [
+        ("os.makedirs", PermissionError(13, "no"), "digits", r"data_dir='.*': cannot be written"),
+        (
+            "tensorflow_datasets.builder",
+            ImportError("No module named importlib.readers", name="importlib.readers"),
+            "cifar10",
+            r"dataset='cifar10': needs a package that is missing or may not be read \(importlib\.",
+        ),
+        ("tensorflow_datasets.builder", PermissionError(13, "no"), "cifar10",
+         r"data_dir='.*': cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_this_user_may_not_write_or_read_is_one_line(
+    tmp_path, monkeypatch, place, error, name, message
+):
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setattr(place, refused)
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        data.load(name, "train", tmp_path / "tfds")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_home_folder_data_dir_must_be_given(monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, no passwd entry
+    with pytest.raises(ValueError, match="data_dir must be given: neither HOME nor TFDS"):
+        data.load("digits", "train")
 
 
 IMAGES, LABELS = np.zeros((3, 4, 4, 1), np.uint8), np.array([0, 1, 1])
