@@ -1,10 +1,16 @@
-"""Texts of a figure that overlap or leave the canvas."""
+"""Figures in tests: texts that overlap or leave the canvas; figures that are made but not drawn."""
 
+import contextlib
 import itertools
 
+import matplotlib.pyplot as plt
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation, Text
+
+from experiments.reporting import style
 
 
 def problems(figure):
@@ -32,3 +38,23 @@ def problems(figure):
         and min(one.y1, two.y1) - max(one.y0, two.y0) > 1.5
     ]  # fmt: skip
     return outside + both
+
+
+@contextlib.contextmanager
+def undrawn():
+    """Within the block, a figure's file lists its texts, lines and bars: drawing takes long."""
+
+    def save(figure, path):
+        assert figure.axes
+        found = {
+            "texts": [text.get_text() for text in figure.findobj(Text)],
+            "lines": [line.get_xydata().tolist() for line in figure.findobj(Line2D)],
+            "bars": [bar.get_bbox().bounds for bar in figure.findobj(Rectangle)],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"<svg/> {found}", encoding="utf-8")
+        plt.close(figure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "save", save)
+        yield

@@ -12,7 +12,7 @@ from experiments.measuring import measurements
 from experiments.measuring import models as trained
 from experiments.reporting import class_figures, measured_figures, measured_tables, sections, style
 from lpa_jax.training.interrupts import InterruptedRunError
-from tests.helpers import browser, tiny_models
+from tests.helpers import browser, drawn_texts, tiny_models
 from tests.helpers.module_call import call
 
 TINY = (
@@ -37,10 +37,11 @@ def small_mlp():
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def job(data_dir, tmp_path_factory):
     """The folder of a finished job, beside the data."""
     workdir = tmp_path_factory.mktemp("landscape") / "job"
-    assert call(landscape, *arguments(workdir))[0] is None
+    with drawn_texts.undrawn():
+        assert call(landscape, *arguments(workdir))[0] is None
     return workdir
 
 
@@ -61,8 +62,8 @@ def test_every_part_has_a_table_over_seeds_and_a_figure(job):
                 ]
                 assert float(row["mean"]) == pytest.approx(np.mean(seeds), rel=1e-4, abs=1e-12)
         assert "vs erm" in (job / f"{name}.md").read_text()
-        assert (job / f"{name}.png").stat().st_size > 10_000
-    assert (job / "plane.png").stat().st_size > 10_000
+        assert (job / f"{name}.png").exists()
+    assert (job / "plane.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_geometry_has_every_form_from_input_to_logits_by_sign_and_by_class(job):
     assert row["seeds"] == "2" and float(row["loss_change_se"]) >= 0
     assert "### free at logits\n" in (job / "geometry.md").read_text()
     for name in ("geometry", "geometry_signed", "geometry_signed_classes", "geometry_free_classes"):
-        assert (job / f"{name}.png").stat().st_size > 10_000
+        assert (job / f"{name}.png").exists()
 
 
 def test_only_what_a_changed_flag_decides_is_measured_again(job, monkeypatch):
@@ -236,10 +237,12 @@ def test_only_what_a_changed_flag_decides_is_measured_again(job, monkeypatch):
         landscape, "MEASUREMENTS", {name: counted(name) for name in measurements.MEASUREMENTS}
     )
     parts = "--parts=landscape,calibration"
-    assert call(landscape, *arguments(job), parts)[0] is None
+    with drawn_texts.undrawn():
+        assert call(landscape, *arguments(job), parts)[0] is None
     assert calls == []
     (job / "runs" / "erm" / "seed_1" / "measured" / "calibration.json").write_text("{")
-    message, _ = call(landscape, *arguments(job), parts, "--severities=1")
+    with drawn_texts.undrawn():
+        message, _ = call(landscape, *arguments(job), parts, "--severities=1")
     assert message is None
     assert sorted(calls) == [
         ("calibration", method, seed) for method in ("dropout", "erm") for seed in (0, 1)

@@ -1,6 +1,7 @@
 """Reports of made-up result folders."""
 
 import base64
+import contextlib
 import csv
 import hashlib
 import html.parser
@@ -17,7 +18,7 @@ from experiments import report
 from experiments.reporting import frame, runs, sections, tables
 from experiments.runtime import files
 from experiments.training.folder import write_measured
-from tests.helpers import made_up_runs
+from tests.helpers import drawn_texts, made_up_runs
 from tests.helpers.module_call import printed_rows
 from tests.helpers.paths import ROOT
 
@@ -39,6 +40,18 @@ def made(tmp_path_factory):
     made_up_runs.write_many(root / "runs" / "other", {"erm": [0.5]}, settings={"epochs": 9})
     output = root / "out"
     return report.make([root / "runs"], output), output
+
+
+@pytest.fixture(autouse=True)
+def _figures(request):
+    """Figures are drawn where a test says so."""
+    with contextlib.nullcontext() if "drawn" in request.fixturenames else drawn_texts.undrawn():
+        yield
+
+
+@pytest.fixture
+def drawn():
+    """Has the figures of a test drawn."""
 
 
 @pytest.fixture
@@ -249,7 +262,7 @@ def test_the_answer_names_the_best_method_and_what_is_known_of_it(made):
     assert text.endswith("p 0.0078 by Holm).")
 
 
-def test_injected_names_stay_text(tmp_path, command):
+def test_injected_names_stay_text(tmp_path, command, drawn):
     name = "<script>alert(1)</script>$\\frac{$"
     made_up_runs.write_many(tmp_path / "runs", {"erm": [0.5], name: [0.6]})
     message, *_ = command(tmp_path / "runs", f"--output={tmp_path / 'out'}", "--html")
@@ -427,7 +440,7 @@ def test_a_folder_with_runs_is_not_counted_again_from_its_rows(tmp_path, command
     assert [cells[:3] for cells in printed_rows(out)[1:]] == [["erm", "2", "55.0±5.0"]]
 
 
-def test_figures_are_svg_with_text_and_the_same_every_time(tmp_path):
+def test_figures_are_svg_with_text_and_the_same_every_time(tmp_path, drawn):
     made_up_runs.write_many(tmp_path / "runs", {"erm": [0.5, 0.6], "lpa": [0.6, 0.7]})
     first, second = (
         {path.name: path.read_bytes() for section in report.make(
