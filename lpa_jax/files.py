@@ -56,6 +56,8 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 def read_bytes(path: str | os.PathLike, limit: int = 2**30) -> bytes:
     """The content of a file that is not larger than a limit, which a device may be.
 
+    A named pipe that no process writes to is empty.
+
     Args:
       path: The file to read.
       limit: Most bytes to read.
@@ -64,11 +66,16 @@ def read_bytes(path: str | os.PathLike, limit: int = 2**30) -> bytes:
       ValueError: The file is larger.
       OSError: It cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
+        os.set_blocking(file.fileno(), True)
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"file {os.fspath(path)!r} must have at most {limit} bytes, got more")
     return content
+
+
+def _open_at_once(path: str | os.PathLike, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a named pipe waits for a writer
 
 
 class LockedError(RuntimeError):

@@ -33,3 +33,13 @@ def test_a_file_above_the_limit_is_refused_and_one_at_the_limit_is_read(tmp_path
     assert files.read_bytes(tmp_path / "whole", limit=5) == b"12345"
     with pytest.raises(ValueError, match=r"whole' must have at most 4 bytes, got more"):
         files.read_bytes(tmp_path / "whole", limit=4)
+
+
+def test_a_pipe_is_read_and_not_waited_for_if_nobody_writes_to_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert files.read_bytes(tmp_path / "pipe") == b""
+    reader, writer = os.pipe()  # as of the shell's <(command)
+    os.write(writer, b"list")
+    os.close(writer)
+    assert files.read_bytes(f"/dev/fd/{reader}") == b"list"
+    os.close(reader)
