@@ -140,7 +140,7 @@ def described(argv: Sequence[str]) -> Sweep:
             raise ValueError(f"--{name} must name different {name}, got {list(values)!r}")
     for name in ("methods", "num_seeds", "seeds", "workdir"):
         if name in sweep.settings or any(f.startswith(f"--{name}=") for f in sweep.common):
-            raise ValueError(f"--set: the sweep itself decides --{name} of its jobs")
+            raise ValueError(f"the sweep itself decides --{name} of its jobs")
     return sweep
 
 
