@@ -62,4 +62,4 @@ class ConvNormRelu(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """`[B, H/2, W/2, features]`."""
         x = self.primitives.conv(x, self.features, 3, 2, name="conv")
-        return nn.relu(self.primitives.norm(x, train=train, name="norm"))
+        return layers.relu(self.primitives.norm(x, train=train, name="norm"))

@@ -172,6 +172,20 @@ def global_average_pool(x: jax.Array, train: bool) -> jax.Array:
     return jnp.mean(x, axis=(1, 2))
 
 
-def relu_dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
-    """Dropout of relu(x), the dropout being a submodule of the compact caller."""
-    return nn.Dropout(rate, deterministic=not train, name="dropout")(nn.relu(x))
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0) with the derivative 0 at 0, for networks of convolutions.
+
+    Values and derivatives are those of `nn.relu`. On CPUs, XLA computes a maximum with a constant,
+    and everything elementwise before it, again for each part of a weight gradient
+    (`lpa_jax.models.convolution`). It does not do so for a choice between two arrays.
+
+    Example:
+      >>> relu(jnp.array([-1.0, 0.0, 2.0, jnp.nan])).tolist()
+      [0.0, 0.0, 2.0, nan]
+    """
+    return jnp.where(x <= 0, jnp.zeros_like(x), x)
+
+
+def dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """Dropout of `x`, a submodule of the compact caller."""
+    return nn.Dropout(rate, deterministic=not train, name="dropout")(x)

@@ -67,4 +67,4 @@ class Hidden(nn.Module):
             kernel_init=nn.initializers.he_normal(),
             name="dense",
         )(x)
-        return layers.relu_dropout(x, self.dropout, train)
+        return layers.dropout(nn.relu(x), self.dropout, train)

@@ -148,7 +148,7 @@ class Stem(nn.Module):
         """`[B, H/s, W/s, features]`, s being 1 (CIFAR), 2 (strided) or 4 (ImageNet)."""
         size, stride = {"cifar": (3, 1), "strided": (3, 2), "imagenet": (7, 2)}[self.form]
         x = self.primitives.conv(x, self.features, size, stride, name="conv")
-        x = nn.relu(self.primitives.norm(x, train=train, name="norm"))
+        x = layers.relu(self.primitives.norm(x, train=train, name="norm"))
         if self.form == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         return x
@@ -167,14 +167,14 @@ class ResidualBlock(nn.Module):
         """relu(shortcut(x) + residual), `x` being brought to the residual's shape."""
         features = residual.shape[-1]
         if self.stride == 1 and x.shape[-1] == features:
-            return nn.relu(x + residual)
+            return layers.relu(x + residual)
         if self.shortcut == "projection":
             x = self.primitives.conv(x, features, 1, self.stride, name="shortcut_conv")
             x = self.primitives.norm(x, train=train, name="shortcut_norm")
         else:
             x = x[:, :: self.stride, :: self.stride]
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
-        return nn.relu(x + residual)
+        return layers.relu(x + residual)
 
 
 class BasicBlock(ResidualBlock):
@@ -185,7 +185,7 @@ class BasicBlock(ResidualBlock):
         """relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))."""
         conv, norm = self.primitives.conv, functools.partial(self.primitives.norm, train=train)
         y = conv(x, self.features, 3, self.stride, name="conv1")
-        y = nn.relu(norm(y, name="norm1"))
+        y = layers.relu(norm(y, name="norm1"))
         y = conv(y, self.features, 3, name="conv2")
         y = norm(y, name="norm2", scale_init=self.scale_init)
         return self.add(x, y, train)
@@ -198,9 +198,9 @@ class BottleneckBlock(ResidualBlock):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """relu(shortcut(x) + residual(x)), each convolution being followed by a norm."""
         conv, norm = self.primitives.conv, functools.partial(self.primitives.norm, train=train)
-        y = nn.relu(norm(conv(x, self.features, 1, name="conv1"), name="norm1"))
+        y = layers.relu(norm(conv(x, self.features, 1, name="conv1"), name="norm1"))
         y = conv(y, self.features, 3, self.stride, name="conv2")
-        y = nn.relu(norm(y, name="norm2"))
+        y = layers.relu(norm(y, name="norm2"))
         y = conv(y, 4 * self.features, 1, name="conv3")
         y = norm(y, name="norm3", scale_init=self.scale_init)
         return self.add(x, y, train)

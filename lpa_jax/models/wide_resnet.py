@@ -101,11 +101,11 @@ class PreactivationBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """`[B, H/stride, W/stride, features]`."""
         conv, norm = self.primitives.conv, functools.partial(self.primitives.norm, train=train)
-        y = nn.relu(norm(x, name="norm1"))
+        y = layers.relu(norm(x, name="norm1"))
         if self.stride != 1 or x.shape[-1] != self.features:
             x = conv(y, self.features, 1, self.stride, name="shortcut_conv")
         y = conv(y, self.features, 3, self.stride, name="conv1")
-        y = layers.relu_dropout(norm(y, name="norm2"), self.dropout, train)
+        y = layers.dropout(layers.relu(norm(y, name="norm2")), self.dropout, train)
         return x + conv(y, self.features, 3, name="conv2")
 
 
@@ -117,7 +117,7 @@ class NormReluPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """`[B, F]`."""
-        x = nn.relu(self.primitives.norm(x, train=train, name="norm"))
+        x = layers.relu(self.primitives.norm(x, train=train, name="norm"))
         return layers.global_average_pool(x, train)
 
 

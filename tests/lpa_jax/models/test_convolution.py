@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from lpa_jax.models import convolution
+from lpa_jax.models import convolution, layers
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # With `small_parts`, two parts of four examples in float32, four of two in float64.
@@ -190,3 +190,24 @@ def test_linen_and_nnx_layers_take_it():
     )
     layer.kernel[...] = w
     agree(layer(x), ours, rtol=0)
+
+
+def test_what_precedes_the_models_relu_is_computed_once_for_all_parts():
+    x, w = draws(kernel=(3, 3, 3, 3))
+    convolve = functools.partial(convolution.conv_general_dilated, dimension_numbers=NHWC)
+
+    def loss(w, x, fixed):
+        hidden = layers.relu(convolve(x, fixed, (1, 1), "SAME") - x)
+        return jnp.sum(convolve(hidden, w, (1, 1), "SAME") ** 3)
+
+    text = jax.jit(jax.grad(loss)).lower(w, x, w).compile().as_text()
+    assert len(re.findall(r"= f32\[8,6,6,3\]\S* subtract\(", text)) == 1
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))])
+def test_the_models_relu_and_its_derivatives_are_those_of_flax(transform):
+    x = jnp.array([-jnp.inf, -2.0, -0.0, 0.0, 1e-30, 3.0, jnp.inf])
+    ours, plain = (
+        jax.vmap(transform(lambda x, f=f: f(x) ** 2))(x) for f in (layers.relu, nn.relu)
+    )
+    np.testing.assert_array_equal(ours, plain)
