@@ -1,5 +1,7 @@
 """What every experiment's `main` does around its work: flags, arguments, errors and signals."""
 
+import contextlib
+import ctypes
 import itertools
 import logging
 import os
@@ -20,6 +22,8 @@ from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 MOST_LETTERS = 2000  # of an error
+# Of mallopt: M_ARENA_MAX=1, M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1 (never).
+GLIBC_OPTIONS = {-8: 1, -4: 0, -1: -1}
 HELP = {"--help", "-help", "--h", "-h", "--helpshort", "--helpfull"}
 
 
@@ -49,6 +53,7 @@ def start(
 
     console.install()
     heed_ctrl_c()
+    _keep_memory()
     # Its notes are about accelerators that this machine has not.
     logging.getLogger("jax").setLevel(logging.WARNING)
     define_flags()
@@ -65,6 +70,20 @@ def heed_ctrl_c() -> None:
     """Makes Ctrl-C raise KeyboardInterrupt again, which it does not while modules are imported."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed memory for the next step; MALLOC_* variables come first.
+
+    On CPUs XLA allocates the memory of a step in one block. glibc gives a large block back to the
+    system when it is freed, and the next step pays for each of its pages again. See docs/costs.md.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in GLIBC_OPTIONS.items():
+            mallopt(option, value)
 
 
 def refusal(error: Exception | str) -> str:

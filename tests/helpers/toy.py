@@ -65,7 +65,7 @@ class NormalizedLayer(nn.Module):
             axis_name=self.axis_name,
             name="norm",
         )(x)
-        return layers.relu_dropout(x, self.dropout, train)
+        return layers.dropout(nn.relu(x), self.dropout, train)
 
 
 def recording(perturbation):

@@ -142,6 +142,7 @@ def test_an_argument_that_is_no_flag_is_named_in_one_line():
 def started(monkeypatch, module, *arguments):
     """(exit status or message, standard output is captured) of a command line."""
     monkeypatch.setattr(console, "install", lambda: None)
+    monkeypatch.setattr(entry_point, "_keep_memory", lambda: None)
     monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
     before = set(FLAGS)
     try:
@@ -161,6 +162,20 @@ def test_figures_are_drawn_and_notes_about_absent_accelerators_dropped_whatever_
     monkeypatch.setattr(logging.getLogger("jax"), "level", logging.NOTSET)
     assert started(monkeypatch, long_tail, "--help") == 0
     assert logging.getLogger("jax").level == logging.WARNING
+
+
+@pytest.mark.parametrize("decided", [False, True])
+@pytest.mark.parametrize("glibc", [False, True])
+def test_freed_memory_is_kept_unless_the_user_decides(monkeypatch, glibc, decided):
+    calls = {}
+    library = SimpleNamespace(mallopt=calls.__setitem__) if glibc else object()
+    monkeypatch.setattr(entry_point.ctypes, "CDLL", lambda name: library)
+    for name in filter(lambda name: name.startswith("MALLOC_"), [*os.environ]):
+        monkeypatch.delenv(name)
+    if decided:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    entry_point._keep_memory()
+    assert calls == (entry_point.GLIBC_OPTIONS if glibc and not decided else {})
 
 
 @pytest.mark.parametrize("word", ["--help", "--helpshort", "-h"])

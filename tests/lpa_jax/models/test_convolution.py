@@ -207,7 +207,5 @@ def test_what_precedes_the_models_relu_is_computed_once_for_all_parts():
 @pytest.mark.parametrize("transform", [lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))])
 def test_the_models_relu_and_its_derivatives_are_those_of_flax(transform):
     x = jnp.array([-jnp.inf, -2.0, -0.0, 0.0, 1e-30, 3.0, jnp.inf])
-    ours, plain = (
-        jax.vmap(transform(lambda x, f=f: f(x) ** 2))(x) for f in (layers.relu, nn.relu)
-    )
+    ours, plain = (jax.vmap(transform(lambda x, f=f: f(x) ** 2))(x) for f in (layers.relu, nn.relu))
     np.testing.assert_array_equal(ours, plain)
