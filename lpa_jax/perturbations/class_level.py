@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lpa_jax import pgd, tables
 from lpa_jax.assignment import Assignment
-from lpa_jax.checks import choice, number, require, vanishes
+from lpa_jax.checks import choice, is_known, number, require, vanishes
 from lpa_jax.perturbations import radius_target as targeting
 from lpa_jax.perturbations.base import Applied, Feedback, Perturbation, Site, identity
 from lpa_jax.tables import BatchClasses, SeveralClasses
@@ -32,6 +32,7 @@ def class_level(
     negative_scale: float,
     mode: str = "cold",
     radius_target: float | None = None,
+    probability: float = 1.0,
     memory_limit: int | None = None,
     description: str = "",
 ) -> Perturbation:
@@ -44,6 +45,7 @@ def class_level(
     number("negative_scale", negative_scale)
     choice("mode", mode, MODES)
     choice("scale", scale, SCALES)
+    number("probability", probability, high=1.0, open_low=True)
     if memory_limit is not None:
         number("memory_limit", memory_limit)
     if radius_target is not None:
@@ -61,6 +63,7 @@ def class_level(
         negative_scale=negative_scale,
         mode=mode,
         radius_target=radius_target,
+        probability=probability,
         memory_limit=memory_limit,
     )
     update = method.update if mode == "free" else None
@@ -122,6 +125,7 @@ class _ClassLevel:
     negative_scale: float
     mode: str
     radius_target: float | None
+    probability: float
     memory_limit: int | None
 
     def init(self, activation: jax.ShapeDtypeStruct, num_classes: int) -> State:
@@ -188,7 +192,15 @@ class _ClassLevel:
                 negative_scale=self.negative_scale,
             )
             state = {**state, "radius_scale": adapted}
-        return Applied(perturbed, site.targets, jax.lax.stop_gradient(state), aux)
+        reached = self._on_some(site, perturbed)
+        return Applied(reached, site.targets, jax.lax.stop_gradient(state), aux)
+
+    def _on_some(self, site: Site, perturbed: Array) -> Array:
+        """The perturbed activation of each example with `probability`, else its own."""
+        if is_known(self.probability) and self.probability == 1.0:
+            return perturbed
+        chosen = jax.random.bernoulli(site.rng, self.probability, perturbed.shape[:1])
+        return jnp.where(tables.over_classes(chosen, perturbed), perturbed, site.activation)
 
     def update(self, state: State, site: Site, feedback: Feedback) -> State:
         """One ascent step of `mode="free"` with the gradient of the training pass."""

@@ -23,6 +23,7 @@ def lpa(
     negative_scale: float = 1.0,
     min_cosine: float = 0.0,
     radius_target: float | None = None,
+    probability: float = 1.0,
     memory_limit: int | None = 2**30,
 ) -> Perturbation:
     r"""Learning to Perturb Activations: h~_i = h_i + delta_{y_i}, with delta_c learned by PGD.
@@ -68,6 +69,10 @@ def lpa(
         multiplied by `negative_scale`. See `lpa_jax.perturbations.radius_target`. None keeps the
         radius. It costs no pass with `"cold"` if nothing above is perturbed; `"free"`, and
         `"carry"` without a `confidence` assignment, run one more forward pass.
+      probability: Of an example to be perturbed, in (0, 1]; drawn anew in each step. All examples
+        of a class share delta, which all of them learn. Below 1, the label cannot be read from
+        the perturbation of every example, which is why contraction otherwise fails at radii where
+        expansion helps.
       memory_limit: Largest table in bytes on a device: `"carry"` and `"free"` keep one of all C
         perturbations, `"cold"` sums gradients in one of min(C, global batch) rows. None for no
         limit.
@@ -100,6 +105,7 @@ def lpa(
         scale=scale,
         negative_scale=negative_scale,
         radius_target=radius_target,
+        probability=probability,
         memory_limit=memory_limit,
         description=description,
     )

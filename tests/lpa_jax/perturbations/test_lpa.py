@@ -83,6 +83,33 @@ def test_contract_03_members_of_a_class_see_one_delta(mode, x64):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_with_a_probability_an_example_gets_the_whole_delta_or_none(mode):
+    batch = Batch(labels=np.arange(400) % CLASSES)
+    everywhere, some = (lpa(0.5, mode=mode, assignment=CUSTOM, probability=p) for p in (1.0, 0.3))
+    state = batch.init(everywhere, jnp.float32)
+    if mode == "free":
+        state = {**state, "delta": jnp.ones((CLASSES, *FEATURES))}
+
+    @jax.jit
+    def perturbed(rng):
+        site = dataclasses.replace(batch.site(jnp.float32), rng=rng)
+        applied = [p.apply(state, site) for p in (everywhere, some)]
+        return applied, site.activation
+
+    chosen = []
+    for number in (0, 1, 0):
+        (whole, part), own = jax.device_get(perturbed(jax.random.key(number)))
+        changed = (part.activation != own).any(axis=(1, 2))
+        expected = np.where(changed[:, None, None], whole.activation, own)
+        np.testing.assert_array_equal(part.activation, expected)
+        jax.tree.map(np.testing.assert_array_equal, whole.state, part.state)
+        chosen.append(changed)
+    assert 0.2 < np.mean(chosen) < 0.4
+    np.testing.assert_array_equal(chosen[0], chosen[2])
+    assert (chosen[0] != chosen[1]).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_contract_05_no_gradient_flows_through_delta_signs_or_radii(mode):
     perturbation = lpa(0.5, mode=mode, assignment=assignment.by_confidence(kappa=1.0))
     batch = Batch()
@@ -218,6 +245,7 @@ def test_what_is_remembered_besides_delta():
         (lpa, {"radius": -0.1}, "radius must be finite and >= 0, got -0.1"),
         (lpa, {"radius": np.inf}, "radius must be finite and >= 0, got inf"),
         (lpa, {"negative_scale": -1.0}, "negative_scale must be finite and >= 0, got -1.0"),
+        (lpa, {"probability": 0.0}, "probability must be in (0, 1], got 0.0"),
         (lpa, {"mode": "warm"}, "mode must be one of cold, carry, free, got 'warm'"),
         (lpa, {"scale": "rms"}, "scale must be one of relative, absolute, got 'rms'"),
         (lpa, {"steps": -1}, "steps must be a whole number >= 0, got -1"),
