@@ -93,10 +93,15 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def run(data_dir, capsys):
-    """(module, *flags) -> (exit message or None, standard output, standard error)."""
+    """(module, *flags) -> (exit message or None, standard output, standard error).
+
+    Its figures are not drawn.
+    """
+    from tests.helpers import drawn_texts  # for those tests alone
 
     def run_and_capture(name, *arguments):
-        message = module_call.call_by_name(data_dir, name, *arguments)
+        with drawn_texts.undrawn():
+            message = module_call.call_by_name(data_dir, name, *arguments)
         captured = capsys.readouterr()
         return message, captured.out, captured.err
 

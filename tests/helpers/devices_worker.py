@@ -95,7 +95,7 @@ SETUPS = {
             "input": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
             "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
         },
-        (0, 1, 2, 4, 8),
+        (0, 1, 8),
         augment=augment,
     ),
     "more classes than examples": Setup(
@@ -403,7 +403,7 @@ def main():
         "local_statistics": local_statistics(),
         "donation": donation(),
         "replicated": {count: replicated(count) for count in (1, 2)},
-        "fsdp": {count: fully_sharded(count) for count in (4, 8)},
+        "fsdp": fully_sharded(4),
         "mappings": mappings.deviations(mappings.PART),
         "explicit axes": {
             "one class": on_explicit_axes(SETUPS["erm"].state, batch(SETUPS["erm"], 0), "hidden1"),

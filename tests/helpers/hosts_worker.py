@@ -67,7 +67,11 @@ def setups():
         # More classes than examples: tables are compact, all hosts agree on their slots.
         "carried and free lpa": (
             normalized(MANY),
-            {"hidden1": lpa(mode="carry"), "hidden2": lpa(mode="free")},
+            {
+                "hidden1": lpa(mode="carry"),
+                "hidden2": lpa(mode="free"),
+                "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE),
+            },
             parallel.map_step,
         ),
         "carried lpa, spread": (MLP(MANY, hidden=(8, 8)), {"hidden1": lpa(mode="carry")}, spread),

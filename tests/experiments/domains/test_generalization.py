@@ -17,6 +17,7 @@ from experiments.domains.settings import DomainSettings
 from experiments.methods import search
 from experiments.training import search_loop
 from lpa_jax.training import loop as trainer
+from tests.helpers import drawn_texts
 from tests.helpers.module_call import call_by_name
 from tests.helpers.protocols import DOMAIN, DOMAINS
 
@@ -30,7 +31,11 @@ def job(data_dir, tmp_path_factory):
     """A small finished job and what it printed; tests that change it take a copy."""
     workdir = tmp_path_factory.mktemp("domains") / "job"
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        drawn_texts.undrawn(),
+    ):
         message = call_by_name(
             data_dir, "domain_generalization", *TINY, *JOB, f"--workdir={workdir}"
         )

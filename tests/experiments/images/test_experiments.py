@@ -127,8 +127,8 @@ def test_a_run_has_the_head_that_is_asked_for(job, data_dir):
 
 def test_a_balanced_job_keeps_that_many_images_a_class_and_shows_no_shot_groups(run, tmp_path):
     workdir = tmp_path / "job"
-    message, out, _ = run("balanced", *TINY, "--methods=erm,lpa", "--num_seeds=1", "--per_class=5",
-                          "--steps=1", f"--workdir={workdir}")  # fmt: skip
+    message, out, _ = run("balanced", *TINY, "--methods=lpa", "--num_seeds=1", "--per_class=5",
+                          "--epochs=1", "--steps=1", f"--workdir={workdir}")  # fmt: skip
     assert message is None
     assert "5 training images a class" in out
     result = json.loads((workdir / "runs/lpa/seed_0/result.json").read_text())
@@ -153,7 +153,7 @@ def test_a_label_that_leaks_is_said_once_with_layer_and_radius(run, tmp_path):
 def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
     method = "manifold_mixup@input|hidden1"
     message, *_ = run("long_tail", *TINY, f"--methods={method}", "--num_seeds=1",
-                      f"--workdir={tmp_path / 'job'}")  # fmt: skip
+                      "--epochs=1", f"--workdir={tmp_path / 'job'}")  # fmt: skip
     assert message is None
     assert (tmp_path / "job" / "runs" / method / "seed_0" / "result.json").exists()
     built = assembly.assemble(
@@ -255,7 +255,7 @@ def test_seeds_are_named_or_counted_but_not_both():
 
 def test_tuning_chooses_the_best_validation_trial_and_its_file_is_accepted(run, tmp_path):
     output = tmp_path / "hparams.json"
-    common = (*TINY, "--methods=erm,lpa", "--trials=2", "--seeds=100,101", f"--output={output}",
+    common = (*TINY, "--methods=lpa", "--trials=2", "--seeds=100-100", f"--output={output}",
               "--assignment=all_positive", "--layer=hidden2",
               f"--workdir={tmp_path / 'tune'}")  # fmt: skip
     message, out, _ = run("tune", *common, "--num_workers=2", "--worker=1")

@@ -21,13 +21,14 @@ from experiments.training.task import digests
 from lpa_jax import data, parallel
 from lpa_jax.training import loop
 from lpa_jax.training.interrupts import InterruptedRunError
+from tests.helpers import drawn_texts
 from tests.helpers.commands import parsed
 from tests.helpers.module_call import call_by_name
 from tests.helpers.protocols import PROTOCOLS, DomainRuns, ImageRuns
 from tests.helpers.toy import assert_trees_equal
 
 FLAGS = flags.FLAGS
-JOB = ("--methods=erm,lpa", "--num_seeds=2", "--steps=1", "--quiet")
+JOB = ("--methods=erm,lpa", "--num_seeds=1", "--steps=1", "--quiet")
 FIXED = {"lpa.assignment": "confidence", "lpa.steps": 1, "lpa.radius_target": 0.2}
 WEAK = FIXED | {"learning_rate": 1e-3, "lpa.radius": 0.1}
 STRONG = FIXED | {"learning_rate": 1e-2, "lpa.radius": 0.7}
@@ -40,7 +41,8 @@ def job(request, data_dir, tmp_path_factory):
     protocol = request.param
     arguments = (protocol.compare, *protocol.tiny, *JOB)
     workdir = tmp_path_factory.mktemp(protocol.compare) / "job"
-    assert call_by_name(data_dir, *arguments, f"--workdir={workdir}") is None
+    with drawn_texts.undrawn():
+        assert call_by_name(data_dir, *arguments, f"--workdir={workdir}") is None
     return arguments, workdir
 
 
@@ -70,7 +72,7 @@ def test_finished_runs_are_read_and_those_cut_short_are_made_again(run, job):
     arguments, workdir = job
     finished = sorted((*workdir.rglob("result.json"), *workdir.rglob("training.json")))
     last = max(workdir.rglob("result.json"))
-    cut = {last, *workdir.glob("trainings/lpa/without_-90%/seed_1/*/training.json")}
+    cut = {last, *workdir.glob("trainings/lpa/without_-90%/seed_0/*/training.json")}
     before = {path: read(path) for path in finished}
     for path in cut:
         path.write_text(path.read_text()[:50])
@@ -262,6 +264,9 @@ def test_steps_take_the_states_memory_but_not_that_of_loaded_weights_or_of_numbe
     assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(steps) == 4
 
 
+@pytest.mark.parametrize(
+    "runs", [ImageRuns, pytest.param(DomainRuns, marks=pytest.mark.slow)], indirect=True
+)
 def test_a_batch_in_parts_trains_the_network_of_the_whole_batch(runs, tmp_path):
     method = f"{runs.penalty}+lpa"
     found = []
