@@ -39,7 +39,7 @@ from experiments.methods import names as methods
 from experiments.reporting import tables
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
-from lpa_jax import models, pgd
+from lpa_jax import injection, models, pgd
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
@@ -191,11 +191,7 @@ def set_up() -> tuple[list[Case], Programs]:
         cases = make_star(values)
     for setting, method in cases:
         layers = models.create(setting.model, setting.num_classes).layers
-        if method.layer not in layers:
-            raise ValueError(
-                f"--layer must be one of {', '.join(layers)} for --model={setting.model}, "
-                f"got {method.layer!r}"
-            )
+        injection.check_layer(layers, method.layer)
         tpu.share(setting)
     # One case per model, since tracing takes seconds: the number of classes does not matter.
     for setting, method in {setting.model: (setting, method) for setting, method in cases}.values():

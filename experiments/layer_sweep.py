@@ -74,9 +74,7 @@ def layers_to_sweep(settings: Settings) -> tuple[str, ...]:
         raise ValueError(f"--layer must not be given ({FLAGS.layer}): use --hidden_layers")
     every = models.create(settings.model, 2).layers
     for layer in FLAGS.hidden_layers:
-        if layer not in every[1:-1]:
-            known = ", ".join(every[1:-1])
-            raise ValueError(f"--hidden_layers must be among {known}, got {layer!r}")
+        checks.choice("--hidden_layers", layer, every[1:-1])
     chosen = (INPUT, *(FLAGS.hidden_layers or every[1:-1]), LOGITS)
     return tuple(layer for layer in every if layer in chosen)
 

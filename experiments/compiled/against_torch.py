@@ -106,7 +106,7 @@ def _torch_step(state, batch, case, rule, layout, compiled):
     """PyTorch's step from the weights of `state`."""
     if case.method not in ("erm", "lpa"):
         raise ValueError(
-            f"--methods must be among erm, lpa with --against=torch, got {case.method!r}"
+            f"--methods must be one of erm, lpa with --against=torch, got {case.method!r}"
         )
     model, images = state.network.model, torch.tensor(np.asarray(batch["image"]))
     net = torch_steps.network(model, tuple(images.shape[1:])).to(images.dtype)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import lpa_jax
 from experiments.compiled import step_cost
 from experiments.methods.names import ERM
-from lpa_jax import perturbations
+from lpa_jax import checks, perturbations
 from lpa_jax.perturbations import Perturbation
 from lpa_jax.perturbations.lpa import MODES
 
@@ -55,8 +55,7 @@ def _variants(
         return [(0, None)]
     name, _, mode = method.partition(":")
     if name not in perturbations.names():
-        known = ", ".join((ERM, *perturbations.names()))
-        raise ValueError(f"--methods must be among {known} and lpa:MODE, got {method!r}")
+        checks.choice("--methods", method, (ERM, *perturbations.names(), "lpa:MODE"))
     takes = perturbations.options(name)
     if ":" in method and ("mode" not in takes or mode not in MODES):
         raise ValueError(

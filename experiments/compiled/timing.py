@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import lpa_jax
 from experiments.compiled.step_cost import Batch, Compiled
+from lpa_jax import checks
 
 WARM_UP_ROUNDS = 2
 
@@ -112,6 +113,6 @@ def among(flag: str, texts: Sequence[str], allowed: Sequence[str]) -> list[str]:
     Raises:
       ValueError: there is none, or one is not allowed.
     """
-    if not texts or not set(texts) <= set(allowed):
-        raise ValueError(f"--{flag} must be among {', '.join(allowed)}, got {','.join(texts)!r}")
+    for text in texts or [""]:
+        checks.choice(f"--{flag}", text, allowed)
     return list(texts)

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import jax
 from absl import app, flags
 
 from experiments.runtime import console, fields, files, hosts
+from lpa_jax import checks
 from lpa_jax.checkpoints import checkpoints
 from lpa_jax.files import LockedError
 from lpa_jax.training import loop
@@ -49,7 +51,7 @@ def start(
             text = text.partition(". Did you mean")[0] + meant if meant else text
             sys.exit(refusal(text + hint))
         except (flags.Error, ValueError) as error:
-            sys.exit(refusal(error))
+            sys.exit(refusal(f"{error}{_nearest(str(error))}"))
 
     console.install()
     heed_ctrl_c()
@@ -64,6 +66,12 @@ def start(
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:
         _leave("interrupted")
+
+
+def _nearest(refused: str) -> str:
+    """What is added to absl's message about a value that a flag does not allow, or nothing."""
+    found = re.match(r"flag --(\w+)=(.*): value should be one of <", refused, re.DOTALL)
+    return checks.nearest(found[2], FLAGS[found[1]].parser.enum_values) if found else ""
 
 
 def heed_ctrl_c() -> None:

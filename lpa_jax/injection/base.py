@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from lpa_jax import checks
+
 Array = jax.Array
 Variables = Mapping[str, Any]
 Tap = Callable[[Array, Callable[[Array], Array]], Array]
@@ -92,7 +94,8 @@ class Network(Protocol):
 def check_layer(layers: Sequence[str], layer: str) -> None:
     """Raises ValueError, listing the names, unless `layer` is one of `layers`."""
     if layer not in layers:
-        raise ValueError(f"unknown layer {layer!r}; the injection points are: {', '.join(layers)}")
+        known = ", ".join(layers) + checks.nearest(layer, layers)
+        raise ValueError(f"unknown layer {layer!r}; the injection points are: {known}")
 
 
 def model_state(variables: Variables) -> dict[str, Any]:

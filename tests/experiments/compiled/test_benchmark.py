@@ -144,7 +144,7 @@ def test_each_number_belongs_to_its_measurement_whichever_came_first():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--methods=ermm"], "--methods must be among erm, adversarial, dropout, "),
+        (["--methods=ermm"], "--methods must be one of erm, adversarial, dropout, "),
         (["--methods=dropout:free"], "one of cold, carry, free, got 'dropout:free'"),
         (
             ["--methods=lpa:warm"],

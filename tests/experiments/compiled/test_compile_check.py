@@ -265,13 +265,13 @@ TINY = ("--topology=v5e:2x2", "--model=mlp", "--layer=hidden2", "--batch_size=64
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--layer=stage9"], "--layer must be one of input, hidden1, hidden2, hidden3, logits for"),
-        (["--model=mlpp"], "--model must be among mlp, small_cnn"),
-        (["--dtype=int8"], "--dtype must be among float32, bfloat16, got 'int8'"),
-        (["--mode=warm"], "--mode must be among cold, carry, free, got 'warm'"),
+        (["--layer=stage9"], "unknown layer 'stage9'; the injection points are: input, hidden1"),
+        (["--model=mlpp"], "--model must be one of mlp, small_cnn"),
+        (["--dtype=int8"], "--dtype must be one of float32, bfloat16, got 'int8'"),
+        (["--mode=warm"], "--mode must be one of cold, carry, free, got 'warm'"),
         (["--steps=0"], "--steps must be whole numbers in 1..1000, got '0'"),
         (["--num_classes=ten"], "--num_classes must be whole numbers in 2..1000000, got 'ten'"),
-        (["--shape="], "--shape must be among full, channel, got ''"),
+        (["--shape="], "--shape must be one of full, channel, got ''"),
         (["--batch_size=0"], "--batch_size=0"),
         pytest.param(
             ["--topology=v5e:3x5"], "--topology must be a TPU slice such as", marks=needs_libtpu

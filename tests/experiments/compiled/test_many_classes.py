@@ -49,8 +49,8 @@ def test_a_run_prints_a_row_for_each_combination_and_why_one_is_missing(run, mon
     [
         (["--classes=10,x"], "--classes must be whole numbers in 2..1000000, got '10,x'"),
         (["--classes=1"], "--classes must be whole numbers in 2..1000000, got '1'"),
-        (["--modes=warm"], "--modes must be among cold, carry, free, got 'warm'"),
-        (["--shapes="], "--shapes must be among full, channel, got ''"),
+        (["--modes=warm"], "--modes must be one of cold, carry, free, got 'warm'"),
+        (["--shapes="], "--shapes must be one of full, channel, got ''"),
         (["--layer=nowhere"], "unknown layer 'nowhere'"),
         (["--rounds=0"], "--rounds=0"),
     ],

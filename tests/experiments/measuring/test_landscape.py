@@ -271,8 +271,8 @@ def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--parts=flat", "error: --parts must be among flatness, spectrum, activation, "),
-        ("--parts=", "error: --parts must name at least one"),
+        ("--parts=flat", "error: --parts must be one of flatness, spectrum, activation, "),
+        ("--parts=", "error: --parts must be one of flatness, "),
         ("--measure_layers=stage9", "error: --measure_layers: "),
         ("--eigenvalues=0", "error: --eigenvalues must be a whole number in 1..1000, got 0"),
         ("--lanczos_steps=2", "error: --lanczos_steps must be >= 3 (--eigenvalues), got 2"),

@@ -150,7 +150,7 @@ def test_identical_networks_agree_fully_and_a_dead_layer_has_no_cka():
         ),
         (["--methods=lpa,lpa"], "error: --methods must name different methods, got 'lpa,lpa'"),
         (["--layer=hidden1"], "error: --layer must not be given (hidden1): use --hidden_layers"),
-        (["--hidden_layers=stage9"], "error: --hidden_layers must be among hidden1, hidden2, got"),
+        (["--hidden_layers=stage9"], "error: --hidden_layers must be one of hidden1, hidden2, got"),
         (["--layer_radii=hidden2:0.1"], "error: --layer_radii must be LAYER=RADIUS, got 'hidden2:"),
         (["--layer_radii=top=0.1"], "error: --layer_radii: "),
         (

@@ -201,6 +201,7 @@ def test_help_shows_the_flags_in_groups_and_exits_with_0(monkeypatch, capsys, wo
         (long_tail, "--train_steps=3", "'train_steps'. Did you mean: epochs ?"),
         (long_tail, "--lr=3", "'lr'. Did you mean: learning_rate ?"),
         (long_tail, "--epoch=3", "'epoch'. Did you mean: epochs ?"),
+        (domain_generalization, "--dataset=RotatedMNSIT", "(did you mean 'RotatedMNIST'?)"),
         (long_tail, "--epochs=a\nb", "error: flag --epochs=a b: invalid literal"),
     ],
 )

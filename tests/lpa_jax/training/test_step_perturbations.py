@@ -196,11 +196,11 @@ LPA = lpa_jax.lpa(RADIUS)
     [
         (
             {"hiden1": LPA},
-            r"unknown layer 'hiden1'; the injection points are: input, hidden1, hidden2, logits$",
+            r"unknown layer 'hiden1'; .*, hidden2, logits \(did you mean 'hidden1'\?\)$",
         ),
         (
             {("hidden1", "hiden2"): LPA},
-            r"unknown layer 'hiden2'; the injection points are: input, hidden1, hidden2, logits$",
+            r"unknown layer 'hiden2'; .*, hidden2, logits \(did you mean 'hidden2'\?\)$",
         ),
         (
             {("input", "hidden1"): LPA, "hidden1": LPA},
