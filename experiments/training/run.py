@@ -22,7 +22,7 @@ from lpa_jax.training.step import TrainState
 DEFAULT_SAVING = Saving()
 DEFAULT_LOGGING = Logging()
 # Share of the training examples that the perturbation alone makes correct. Where networks read the
-# label from it this was 0.3 to 1 (results/balanced/small_cnn_cifar10).
+# label from it this was 0.3 to 1 (results/leakage).
 LEAKING = 0.2
 
 
@@ -192,11 +192,11 @@ def leaks(row: Mapping[str, Any]) -> dict[str, str]:
         layer, _, sign = name.removeprefix("effect/").partition("/accuracy_change/")
         if sign and gain is not None and gain > LEAKING:
             radius = row.get(f"effect/{layer}/radius/{sign}")
-            there = "" if radius is None else f", {radius:.3g} there,"
+            there = "" if radius is None else f" ({radius:.3g} there)"
             found[layer] = (
                 f"warning: at {layer} the perturbation of {sign} classes tells the network the "
                 f"label: {100 * gain:.0f} % more training examples are correct with it than "
-                f"without; its radius{there} must be smaller"
+                f"without; lower its radius{there} or set lpa.probability=0.5"
             )
     return found
 
