@@ -81,6 +81,10 @@ def parse(method: str) -> tuple[Part, ...]:
     parts = []
     for text in method.split("+"):
         name, _, layer = text.partition("@")
+        if name == ERM:
+            raise ValueError(
+                f"--methods: {ERM} is no part of a sum and has no layer, got {method!r}"
+            )
         if name not in part_names():
             known = ", ".join((ERM, *part_names()))
             raise ValueError(

@@ -98,7 +98,7 @@ def finished_result(
     Raises:
       ValueError: the folder holds a run with another configuration; the message names what differs.
     """
-    earlier = schema.read_or_say(folder / names.config, ANY, say)
+    earlier = schema.read_or_say(folder / names.config, OBJECT, say)
     if earlier is None:
         return None
     check_same_run(folder, earlier, as_recorded(folder, config, names))

@@ -129,6 +129,7 @@ def test_every_part_assembles_with_defaults_and_with_every_draw_of_the_search(na
     ("method", "message"),
     [
         ("nonsense", "--methods: unknown method 'nonsense'"),
+        ("erm+lpa", "--methods: erm is no part of a sum and has no layer, got 'erm\\+lpa'"),
         ("focal+ldam", "names several losses, focal and ldam"),
         ("sam@hidden1", "sam in 'sam@hidden1' takes no layer"),
         ("coral+coral", "--methods: coral in 'coral\\+coral' is named twice"),

@@ -95,3 +95,21 @@ def test_a_signal_saves_and_has_its_exit_status_whatever_the_console_is(redirect
     shell.wait()
     assert (tmp_path / "saved").exists()
     assert int((tmp_path / "status").read_text()) == 128 + number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "report {results} --output={out}",
+        "prefetch_benchmark --model=mlp --image_size=4 --file_size=8 --images=9 --batch_size=4 "
+        "--steps=2 --rounds=2",
+        "sweep --methods=erm --num_seeds=1 --workdir={out} -- --dataset=digits --imbalance=10 "
+        "--epochs=1 --hparams=none --compilation_cache=",
+    ],
+)
+def test_commands_around_training_end_well_whatever_the_console_is(command, tmp_path):
+    words = command.format(results=ROOT / "results/long_tail/mlp", out=tmp_path / "out").split()
+    words = [sys.executable, "-m", f"experiments.{words[0]}", *words[1:]]
+    for broken in ((full_disk(), reader_gone()), (reader_gone(), full_disk())):
+        assert subprocess.run(words, cwd=ROOT, stdout=broken[0], stderr=broken[1]).returncode == 0
