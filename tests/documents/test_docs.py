@@ -30,7 +30,17 @@ def registries(monkeypatch):
         monkeypatch.setattr(registry, "factories", dict(registry.factories))
 
 
-@pytest.mark.parametrize("path", [page for page in PAGES if blocks(page.values[0], "python")])
+def with_python():
+    """The pages with Python. Some are quick; -m slow runs the others, seconds each."""
+    quick = ("index", "datasets", "paper", "your_own_perturbation")
+    for page in PAGES:
+        (path,) = page.values
+        if blocks(path, "python"):
+            marks = () if path.stem in quick else pytest.mark.slow
+            yield pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", list(with_python()))
 def test_all_python_of_a_page_runs_in_one_go(path, registries):
     namespace = {"__name__": path.stem}
     for block in blocks(path, "python"):

@@ -34,7 +34,10 @@ def accuracies(printed):
     return {name: (float(everywhere), float(rare)) for name, everywhere, rare in rows}
 
 
-@pytest.mark.parametrize("name", ["custom_linen_loop.py", "custom_nnx_loop.py"])
+LINEN = pytest.param("custom_linen_loop.py", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [LINEN, "custom_nnx_loop.py"])
 def test_a_custom_loop_learns_with_and_without_perturbation(name, run):
     found = accuracies(run(name))
     assert list(found) == ["ERM", "LPA"] and found["ERM"] != found["LPA"]

@@ -405,10 +405,7 @@ def main():
         "replicated": {count: replicated(count) for count in (1, 2)},
         "fsdp": fully_sharded(4),
         "mappings": mappings.deviations(mappings.PART),
-        "explicit axes": {
-            "one class": on_explicit_axes(SETUPS["erm"].state, batch(SETUPS["erm"], 0), "hidden1"),
-            **{kind: on_explicit_axes(*relabelled) for kind, relabelled in RELABELLED.items()},
-        },
+        "explicit axes": {kind: on_explicit_axes(*given) for kind, given in RELABELLED.items()},
         "split convolution": split_convolution(4),
         "refusals": refusals(),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -235,8 +236,16 @@ def test_carry_and_free_take_the_step_of_the_reference_from_what_they_kept(kind)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["cold", "carry", "free"])
+QUICK = (("tokens", "cold"), ("several", "free"), ("tokens", "carry"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        pytest.param(kind, mode, marks=() if (kind, mode) in QUICK else pytest.mark.slow)
+        for kind, mode in itertools.product(KINDS, ("cold", "carry", "free"))
+    ],
+)
 def test_devices_give_what_one_gives_and_a_mask_is_a_label_of_minus_1(kind, mode):
     problem = Problem(kind)
     batch = {"image": np.float32(problem.h), "label": problem.labels}

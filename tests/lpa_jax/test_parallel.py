@@ -84,13 +84,13 @@ def test_large_arrays_of_a_state_are_spread_and_stay_so_after_a_step(worker):
 
 
 @pytest.mark.parametrize("name", ["own pass", "observe", "suggest_radius"])
-@pytest.mark.parametrize("labels", ["one class", "positions", "several classes"])
+@pytest.mark.parametrize("labels", ["positions", "several classes"])
 def test_a_function_on_explicit_axes_gives_the_result_of_one_device(worker, labels, name):
     assert_nearly_the_same(*reversed(worker["explicit axes"][labels][name]))
 
 
 def test_a_pass_of_ones_own_on_explicit_axes_is_refused_in_one_line(worker):
-    assert worker["explicit axes"]["one class"]["refusal"] == (
+    assert worker["explicit axes"]["positions"]["refusal"] == (
         "variables and batch must be on a mesh whose axes are AxisType.Auto, or your step must be "
         "decorated with lpa_jax.parallel.in_auto_axes, got AxisType.Explicit"
     )

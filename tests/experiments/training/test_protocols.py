@@ -51,6 +51,12 @@ def runs(request, data_dir):
     return request.param(data_dir)
 
 
+# Both protocols run the same program; without -m slow one of them shows it.
+quick_on_images = pytest.mark.parametrize(
+    "runs", [ImageRuns, pytest.param(DomainRuns, marks=pytest.mark.slow)], indirect=True
+)
+
+
 def read(path):
     """A result or a record of one network, without times."""
     content = json.loads(pathlib.Path(path).read_text())
@@ -213,6 +219,7 @@ def test_tuning_refuses_bad_input_before_anything_is_written(run, tmp_path, prot
 # Without a command line from here on.
 
 
+@quick_on_images
 def test_numbers_are_arguments_of_one_compiled_program(runs, tmp_path):
     def place(*arguments, **changes):
         return runs.job(*arguments, **changes).program.place
@@ -241,6 +248,7 @@ def test_options_that_differ_in_more_than_numbers_are_refused(runs):
         program.with_options(WEAK | {"lpa.radius": -1.0})
 
 
+@quick_on_images
 def test_steps_take_the_states_memory_but_not_that_of_loaded_weights_or_of_numbers(
     runs, tmp_path, monkeypatch
 ):
@@ -264,9 +272,7 @@ def test_steps_take_the_states_memory_but_not_that_of_loaded_weights_or_of_numbe
     assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(steps) == 4
 
 
-@pytest.mark.parametrize(
-    "runs", [ImageRuns, pytest.param(DomainRuns, marks=pytest.mark.slow)], indirect=True
-)
+@quick_on_images
 def test_a_batch_in_parts_trains_the_network_of_the_whole_batch(runs, tmp_path):
     method = f"{runs.penalty}+lpa"
     found = []

@@ -143,7 +143,7 @@ def test_filter_norms_are_over_all_axes_but_the_last():
 
 @pytest.fixture(scope="module")
 def decoded(network, variables, whole):
-    """(activations at hidden1, loss of one example as a function of its activation and target)"""
+    """Activations at hidden1; losses, slopes and Hessians of all examples at activations there."""
     h = lpa_jax.encode(network, variables, whole["image"], "hidden1")
     targets = jax.nn.one_hot(whole["label"], toy.CLASSES)
 
@@ -151,8 +151,12 @@ def decoded(network, variables, whole):
         logits = lpa_jax.decode(network, variables, h[None], "hidden1")
         return lpa_jax.cross_entropy(logits, target[None])[0]
 
-    hessians = jax.jit(jax.vmap(jax.hessian(loss)))(h, targets)
-    return h, targets, loss, np.asarray(hessians)
+    def of_all(function):
+        mapped = jax.vmap(function)
+        return jax.jit(lambda h: mapped(h, targets))
+
+    losses, slopes, hessians = map(of_all, (loss, jax.grad(loss), jax.hessian(loss)))
+    return np.asarray(h), losses, np.asarray(slopes(h)), np.asarray(hessians(h))
 
 
 def test_class_level_curvature_is_the_mean_over_members(network, variables, batches, decoded):
@@ -171,23 +175,22 @@ def test_class_level_curvature_is_the_mean_over_members(network, variables, batc
 def test_class_level_sharpness_is_the_loss_that_the_shared_step_causes(
     network, variables, batches, decoded
 ):
-    h, targets, loss, _ = decoded
+    h, losses, slopes, _ = decoded
     objective = diagnostics.activation_objective(network, variables, batches, "hidden1")
-    rise = diagnostics.worst_case_sharpness(objective, RADIUS)
-    slopes = jax.vmap(jax.grad(loss))(h, targets)
+    found = diagnostics.worst_case_sharpness(objective, RADIUS)
+    moved = np.array(h)
     for c in range(3):
         slope = slopes[c == LABELS].mean(axis=0, keepdims=True)
-        moved = h[c == LABELS] + RADIUS * slope / np.linalg.norm(slope)
-        before, after = (
-            jax.vmap(loss)(a, targets[c == LABELS]).mean() for a in (h[c == LABELS], moved)
-        )
-        np.testing.assert_allclose(rise[c], after - before, rtol=1e-3, atol=1e-6)
+        moved[c == LABELS] += RADIUS * slope / np.linalg.norm(slope)
+    rise = np.asarray(losses(moved) - losses(h))
+    for c in range(3):
+        np.testing.assert_allclose(found[c], rise[c == LABELS].mean(), rtol=1e-3, atol=1e-6)
 
 
 def test_example_level_flatness_over_batches_counts_each_example_once(
     network, variables, batches, decoded
 ):
-    h, targets, loss, hessians = decoded
+    h, losses, slopes, hessians = decoded
     found = diagnostics.activation_flatness(
         network, variables, batches, "hidden1", radius=RADIUS, rng=KEY, ascent_steps=1, probes=30
     )
@@ -198,9 +201,7 @@ def test_example_level_flatness_over_batches_counts_each_example_once(
     np.testing.assert_allclose(found.largest_eigenvalue.standard_error, error, rtol=1e-3)
     trace = np.trace(hessians, axis1=1, axis2=2).mean()
     np.testing.assert_allclose(found.trace.value, trace, rtol=0.1)
-    slopes = jax.vmap(jax.grad(loss))(h, targets)
-    moved = h + RADIUS * slopes / jnp.linalg.norm(slopes, axis=1, keepdims=True)
-    rise = jax.vmap(loss)(moved, targets) - jax.vmap(loss)(h, targets)
+    rise = losses(h + RADIUS * slopes / np.linalg.norm(slopes, axis=1, keepdims=True)) - losses(h)
     np.testing.assert_allclose(found.worst_case.value, rise.mean(), rtol=1e-3)
 
 

@@ -146,7 +146,7 @@ def test_an_encoder_trains(kind):
         losses.append(float(lpa_jax.metrics.compute(pairs)["loss"]))
     assert losses[-1] < losses[0] - 0.2
     assert step._cache_size() <= 2
-    assert np.isfinite(lpa_jax.eval_step(state, BATCH)["loss"][0])
+    assert np.isfinite(jax.jit(lpa_jax.eval_step)(state, BATCH)["loss"][0])
 
 
 class Outputs(NamedTuple):

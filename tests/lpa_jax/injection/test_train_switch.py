@@ -206,7 +206,7 @@ def test_an_unknown_switch_is_refused_at_the_cut(module, reason):
 def test_a_switch_behind_keywords_is_refused_when_training_needs_it():
     network = lpa_jax.inject(Wrapper(), "inner/body")
     state = lpa_jax.TrainState.create(network, optax.sgd(0.1), jax.random.key(0), BATCH)
-    assert jnp.isfinite(lpa_jax.eval_step(state, BATCH)["loss"][0])
+    assert jnp.isfinite(jax.jit(lpa_jax.eval_step)(state, BATCH)["loss"][0])
     message = r"^train_argument must name the switch of Wrapper .*: BatchNorm depends on it"
     with pytest.raises(ValueError, match=message):
         lpa_jax.lpa_step(state, BATCH)

@@ -63,7 +63,13 @@ def test_imagenet_resnets_have_the_published_multiply_adds(name, published):
     assert multiply_adds(models.create(name, 1000), 224) / 1e9 == pytest.approx(published, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("bottleneck", "wrn_10_1") else ())
+        for name in TINY
+    ],
+)
 def test_every_cut_equals_the_whole_network(name, images):
     model = TINY[name]
 

@@ -13,10 +13,10 @@ from tests.helpers.lpa_batches import CLASSES, LABELS, MULTIPLIER, SIGN, Batch
 AXIS = "devices"
 MANY = 9  # more classes than the batch has examples
 OPTIONS = [
-    ("signed", "l2", "full"),
-    ("flipped", "l2", "channel"),
-    ("signed", "linf", "channel"),
-    ("free", "linf", "full"),
+    (CLASSES, "signed", "l2", "full"),
+    (CLASSES, "free", "linf", "channel"),
+    (MANY, "flipped", "l2", "channel"),
+    (MANY, "signed", "linf", "full"),
 ]
 
 
@@ -44,8 +44,7 @@ def shares(batch, devices):
     ]
 
 
-@pytest.mark.parametrize("num_classes", [CLASSES, MANY])
-@pytest.mark.parametrize(("geometry", "norm", "shape"), OPTIONS)
+@pytest.mark.parametrize(("num_classes", "geometry", "norm", "shape"), OPTIONS)
 def test_contract_07_few_examples_a_device(num_classes, geometry, norm, shape, x64):
     batch = Batch(num_classes=num_classes)
     options = {"geometry": geometry, "norm": norm, "shape": shape}

@@ -22,7 +22,9 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name", ["cold", "free", "drawn", pytest.param("carry", marks=pytest.mark.slow)]
+)
 def test_a_loop_with_flax_train_state_is_lpa_step(name):
     plan, batch = PLANS[name], toy.batch()
     batch["label"] = np.where(np.arange(6) == 3, -1, batch["label"])

@@ -71,7 +71,11 @@ def assert_equal(found, expected):
         np.testing.assert_allclose(other, value, rtol=1e-5, atol=1e-6, err_msg=str(path))
 
 
-@pytest.mark.parametrize("name", PLANS)
+def variants(names, slow):
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", variants(PLANS, slow=("erm", "carry")))
 def test_a_step_is_that_of_the_examples_that_count(name):
     step = jax.jit(functools.partial(lpa_jax.lpa_step, perturbations=PLANS[name]))
     expected = steps(whole(), PLANS[name], step=step)
@@ -79,7 +83,7 @@ def test_a_step_is_that_of_the_examples_that_count(name):
         assert_equal(steps(padded(mark), PLANS[name], step=step), expected)
 
 
-@pytest.mark.parametrize("mode", ["cold", "carry", "free"])
+@pytest.mark.parametrize("mode", variants(("cold", "carry", "free"), slow=("carry",)))
 def test_with_more_classes_than_examples_too(mode):
     plan = {"hidden1": lpa_jax.lpa(0.3, mode=mode, assignment=lpa_jax.all_positive())}
     assert_equal(steps(padded("label"), plan, 40), steps(whole(), plan, 40))
@@ -99,7 +103,7 @@ def test_penalties_are_those_of_the_examples_that_count():
     assert all(expected["metrics"][f"penalty/{name}"][0] != 0 for name in added)
 
 
-@pytest.mark.parametrize("name", ["cold", "free"])
+@pytest.mark.parametrize("name", variants(("cold", "free"), slow=("free",)))
 def test_devices_may_hold_different_numbers_of_examples_that_count(name):
     batch, plan = padded("mask"), PLANS[name]
     batch = {key: values[[0, 2, 3, 5, 6, 1, 4, 7, 8, 9]] for key, values in batch.items()}

@@ -62,10 +62,16 @@ def objective(params):
     return jnp.mean(losses) + gap, gap
 
 
-def test_a_step_descends_mean_loss_plus_penalty():
+@functools.cache
+def with_gap():
+    """The penalties, the first state, and state and metrics after a step."""
     penalties = {"gap": domain_gap()}
     state = make_state(optax.sgd(LEARNING_RATE), penalties=penalties)
-    after, pairs = stepped(state, penalties=penalties)
+    return penalties, state, *stepped(state, penalties=penalties)
+
+
+def test_a_step_descends_mean_loss_plus_penalty():
+    _, state, after, pairs = with_gap()
     gradient, gap = jax.jit(jax.grad(objective, has_aux=True))(state.params)
     expected = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, state.params, gradient)
     toy.assert_trees_close(after.params, expected)
@@ -75,9 +81,7 @@ def test_a_step_descends_mean_loss_plus_penalty():
 
 def test_the_gradient_of_a_penalty_over_shards_is_that_of_the_whole_batch():
     """vmap with an axis name stands for two devices; each has its own mix of domains."""
-    penalties = {"gap": domain_gap()}
-    state = make_state(optax.sgd(LEARNING_RATE), penalties=penalties)
-    whole, _ = stepped(state, penalties=penalties)
+    penalties, state, whole, _ = with_gap()
     order = np.array([0, 3, 1, 2, 4, 5])
     shards = {k: v[order].reshape(2, 3, *v.shape[1:]) for k, v in BATCH.items()}
     step = functools.partial(lpa_jax.lpa_step, penalties=penalties, axis_name="batch")
