@@ -100,9 +100,10 @@ def decoder(shape):
     if shape == LOGITS:
         return lambda h: h
     generator = np.random.default_rng(0)
-    hidden = jnp.asarray(generator.normal(size=(int(np.prod(shape)), 8)) / 3, jnp.float32)
-    output = jnp.asarray(generator.normal(size=(8, CLASSES)), jnp.float32)
-    bias = jnp.linspace(-0.5, 0.5, 8)[jnp.newaxis]
+    # Arrays of NumPy: the first call may be traced.
+    hidden = np.float32(generator.normal(size=(int(np.prod(shape)), 8)) / 3)
+    output = np.float32(generator.normal(size=(8, CLASSES)))
+    bias = np.linspace(-0.5, 0.5, 8, dtype=np.float32)[np.newaxis]
     return lambda h: jnp.tanh(h.reshape(h.shape[0], -1) @ hidden + bias) @ output
 
 
