@@ -20,6 +20,11 @@ TINY = {
     "wrn_10_1": models.WideResNet(3, depth=10, width=1, dropout=0.5),
     "vit": models.ViT(3, patch=4, width=8, depth=2, heads=2, dropout=0.5),
 }
+# Without -m slow, tests of every family leave out the second variants of two of them.
+EVERY_FAMILY = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("bottleneck", "wrn_10_1") else ())
+    for name in TINY
+]
 # This generator compiles several times faster than the default one.
 RNGS = {"dropout": jax.random.key(7, impl="unsafe_rbg")}
 

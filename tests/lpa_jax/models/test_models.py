@@ -12,7 +12,14 @@ from flax.errors import InvalidRngError
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lpa_jax import models
-from tests.helpers.tiny_models import RNGS, TINY, abstract_variables, normal, random_variables
+from tests.helpers.tiny_models import (
+    EVERY_FAMILY,
+    RNGS,
+    TINY,
+    abstract_variables,
+    normal,
+    random_variables,
+)
 
 
 # CIFAR forms: arXiv 1512.03385 table 6 prints 0.27M, 0.46M, 0.85M, 1.7M; arXiv 1605.07146 table 4
@@ -63,13 +70,7 @@ def test_imagenet_resnets_have_the_published_multiply_adds(name, published):
     assert multiply_adds(models.create(name, 1000), 224) / 1e9 == pytest.approx(published, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("bottleneck", "wrn_10_1") else ())
-        for name in TINY
-    ],
-)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_every_cut_equals_the_whole_network(name, images):
     model = TINY[name]
 

@@ -9,7 +9,13 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lpa_jax import models
-from tests.helpers.tiny_models import TINY, abstract_variables, normal, random_variables
+from tests.helpers.tiny_models import (
+    EVERY_FAMILY,
+    TINY,
+    abstract_variables,
+    normal,
+    random_variables,
+)
 
 
 def test_a_segment_updates_only_its_own_statistics():
@@ -130,7 +136,7 @@ def test_synchronised_batch_norm_trains_under_pmap_and_evaluates_outside(images)
     assert_array_equal(evaluated, jax.jit(local.apply)(trained, images))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_normalized_head_gives_the_cosines_between_features_and_class_weights(name, images):
     model = TINY[name].clone(head="normalized")
     variables = random_variables(model)

@@ -238,8 +238,9 @@ def test_without_a_target_state_and_diagnostics_are_as_ever():
     assert set(applied.aux) == {"sign", "radius", "present"}
 
 
-@pytest.mark.parametrize("shape", ["full", "channel"])
-@pytest.mark.parametrize("mode", ["cold", "carry", "free"])
+@pytest.mark.parametrize(
+    ("mode", "shape"), [("cold", "full"), ("carry", "channel"), ("free", "channel")]
+)
 def test_scale_follows_the_loss_change_of_each_sign_group(mode, shape):
     scale = np.array([2.0, 0.5], np.float32)
     perturbation = lpa(
