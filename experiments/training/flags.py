@@ -157,9 +157,9 @@ def _counted(count: int) -> list[int]:
             f"--seeds must name seeds, such as 0-3,8; write --num_seeds={count} for {count} seeds, "
             f"{one} for the one seed, got {count}"
         )
+    taken = f"{count} seeds, 0 to {count - 1}" if count > 1 else "1 seed, 0"
     _note(
-        f"--seeds={count} takes {count} seeds, 0 to {count - 1}: write --num_seeds={count} for "
-        f"this, {one} for the one seed"
+        f"--seeds={count} takes {taken}: write --num_seeds={count} for this, {one} for the one seed"
     )
     return [*range(count)]
 
