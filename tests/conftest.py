@@ -23,7 +23,7 @@ import pytest
 from tests.helpers import module_call
 
 # Tracing makes and drops millions of small objects; 700 at a time is too few to look for cycles.
-gc.set_threshold(50_000, 20)
+gc.set_threshold(50_000, 5, 5)
 # The asserts that pytest rewrites are cached as well, 6 s of each worker.
 sys.dont_write_bytecode = False
 jax.config.update("jax_numpy_rank_promotion", "raise")
