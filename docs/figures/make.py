@@ -171,6 +171,38 @@ def sharpness(path: pathlib.Path) -> None:
     save(figure, path)
 
 
+def radii(folder: str, best: float) -> None:
+    """FOLDER/map.svg: validation accuracy over the radius, a line for each layer.
+
+    Args:
+      folder: its map/runs.csv has the runs, in folders that end in `radius_R`.
+      best: accuracy of ERM at its own learning rate and length, in per cent.
+    """
+    rows = pd.read_csv(RESULTS / folder / "map/runs.csv")
+    places = rows.folder.str.extract(r"radius_([\d.]+)/runs/(?:lpa@)?(\w+)/")
+    rows["radius"], rows["layer"] = places[0].astype(float), places[1]
+    figure = Figure((4.6, 3.0), layout="constrained")
+    axis = figure.add_subplot()
+    layers = ("input", "stage1", "stage2", "stage3", "pool")
+    marks = zip(
+        layers, (style.GREEN, style.BLUE, style.RED, *style.PALETTE[5:]), "soD^v", strict=True
+    )
+    for layer, color, marker in marks:
+        part = rows[rows.layer == layer].sort_values("radius")
+        axis.plot(part.radius, 100 * part.accuracy, color=color, marker=marker)
+        end = (part.radius.iloc[-1], 100 * part.accuracy.iloc[-1])
+        axis.annotate(layer, end, (6, -7), textcoords="offset points", color=color, fontsize=8)
+    same = 100 * rows.accuracy[rows.layer == "erm"].item()
+    for value, text in ((same, "ERM, the same options"), (best, "ERM at its best")):
+        style.zero_line(axis, value)
+        axis.annotate(text, (0.3, value), (0, 3), textcoords="offset points", fontsize=8,
+                      color=GREY, ha="right")  # fmt: skip
+    style.log(axis, "x")
+    axis.set_xlabel("relative radius")
+    axis.set_ylabel("validation accuracy %")
+    save(figure, RESULTS / folder / "map.svg")
+
+
 _FOUR = {
     "mlp_long_tail": "MLP, 100:1",
     "resnet8_slim_long_tail": "small ResNet, 100:1",
@@ -200,6 +232,7 @@ def main() -> None:
     methods("balanced/mlp", "table.csv", "images_400/table.csv")
     methods("balanced/resnet8_slim", "table.csv")
     methods("domains/small_cnn", "table.csv")
+    radii("balanced/small_cnn_cifar10", best=50.9)
     layers(RESULTS / "layer_sweep" / "gain.svg")
     sharpness(RESULTS / "landscape" / "sharpness.svg")
 
