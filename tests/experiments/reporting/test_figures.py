@@ -162,9 +162,11 @@ def test_figures_of_what_was_measured(methods, rng, checked):
     )  # fmt: skip
     for draw, make in drawn:
         found = {m: {0: make(s), 1: make(s)} for m, s in zip(methods, scales, strict=True)}
+        checked.unlink(missing_ok=True)
         draw(found, checked)
+        text = checked.read_text()
         if draw is not measured_figures.corrupted:
-            assert re.search(r"refute|only\sif", checked.read_text()), "how to read it"
+            assert re.search(r"refute|only\sif", text), "how to read it"
 
 
 def test_a_method_looks_the_same_in_every_figure_and_at_most_seven_stand_out():
