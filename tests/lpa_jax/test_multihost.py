@@ -111,6 +111,7 @@ def test_when_one_process_is_lost_the_other_ends_with_one_plain_line(number, fau
     hosts.check_fault(number, fault, fail_at)
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_not_waited_for_longer_than_asked():
     hosts.check_absent_peer(0)
 

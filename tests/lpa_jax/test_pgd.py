@@ -95,7 +95,7 @@ some_options = st.fixed_dictionaries(
 ).filter(lambda options: options["geometry"] != "free" or options["min_cosine"] == 0)
 
 
-drawn = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+drawn = settings(max_examples=14, deadline=None, derandomize=True, database=None)
 
 
 @drawn

@@ -34,6 +34,7 @@ def test_a_share_of_tuning_and_a_trial_are_run_by_one_process(run, tmp_path):
     assert not (workdir / "trials").exists()
 
 
+@pytest.mark.slow
 def test_a_share_of_tuning_and_a_training_are_run_by_one_process(run, tmp_path, monkeypatch):
     seen = []
 
