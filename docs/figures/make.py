@@ -171,12 +171,10 @@ def sharpness(path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def radii(folder: str, best: float) -> None:
+def radii(folder: str) -> None:
     """FOLDER/map.svg: validation accuracy over the radius, a line for each layer.
 
-    Args:
-      folder: its map/runs.csv has the runs, in folders that end in `radius_R`.
-      best: accuracy of ERM at its own learning rate and length, in per cent.
+    map/runs.csv has the runs, in folders that end in `radius_R`; trials_erm_30.csv is ERM's search.
     """
     rows = pd.read_csv(RESULTS / folder / "map/runs.csv")
     places = rows.folder.str.extract(r"radius_([\d.]+)/runs/(?:lpa@)?(\w+)/")
@@ -191,12 +189,14 @@ def radii(folder: str, best: float) -> None:
         part = rows[rows.layer == layer].sort_values("radius")
         axis.plot(part.radius, 100 * part.accuracy, color=color, marker=marker)
         end = (part.radius.iloc[-1], 100 * part.accuracy.iloc[-1])
-        axis.annotate(layer, end, (6, -7), textcoords="offset points", color=color, fontsize=8)
+        axis.annotate(layer, end, (6, -7), textcoords="offset points", color=color,
+                      fontsize=style.SMALL)  # fmt: skip
     same = 100 * rows.accuracy[rows.layer == "erm"].item()
+    best = 100 * pd.read_csv(RESULTS / folder / "trials_erm_30.csv").validation_accuracy.max()
     for value, text in ((same, "ERM, the same options"), (best, "ERM at its best")):
         style.zero_line(axis, value)
-        axis.annotate(text, (0.3, value), (0, 3), textcoords="offset points", fontsize=8,
-                      color=GREY, ha="right")  # fmt: skip
+        axis.annotate(text, (0.3, value), (0, 3), textcoords="offset points", color=GREY,
+                      fontsize=style.SMALL, ha="right")  # fmt: skip
     style.log(axis, "x")
     axis.set_xlabel("relative radius")
     axis.set_ylabel("validation accuracy %")
@@ -232,7 +232,7 @@ def main() -> None:
     methods("balanced/mlp", "table.csv", "images_400/table.csv")
     methods("balanced/resnet8_slim", "table.csv")
     methods("domains/small_cnn", "table.csv")
-    radii("balanced/small_cnn_cifar10", best=50.9)
+    radii("balanced/small_cnn_cifar10")
     layers(RESULTS / "layer_sweep" / "gain.svg")
     sharpness(RESULTS / "landscape" / "sharpness.svg")
 
