@@ -37,7 +37,7 @@ from experiments.compiled.promises import Method, Result, checks
 from experiments.compiled.store import Programs
 from experiments.methods import names as methods
 from experiments.reporting import tables
-from experiments.runtime import files
+from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from lpa_jax import injection, models, pgd
 from lpa_jax.perturbations.lpa import MODES
@@ -138,7 +138,7 @@ def make_cases(values: Mapping[str, Sequence[str]]) -> list[Case]:
             low, high = (2, 10**6) if flag == "num_classes" else (1, methods.MOST_STEPS)
             timing.whole_numbers(flag, texts, low, high)
         else:
-            timing.among(flag, texts, allowed.get(flag, texts))
+            fields.among(flag, texts, allowed.get(flag, texts))
     variants = [
         (mode, int(steps))
         for mode in values["mode"]

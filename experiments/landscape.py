@@ -47,7 +47,6 @@ from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
-from lpa_jax import checks
 from lpa_jax.files import hold
 from lpa_jax.training.interrupts import Interrupts
 
@@ -82,8 +81,7 @@ def measuring(model: str) -> Measuring:
     Raises:
       ValueError: naming the first flag that is out of bounds.
     """
-    for part in FLAGS.parts or [""]:
-        checks.choice("--parts", part, PARTS)
+    fields.among("parts", FLAGS.parts, PARTS)
     # The probes follow the rule of the training, where the flags name one.
     rule = FLAGS.assignment or "frequency"
     return fields.read(Measuring, probe_assignment=rule).check(model)

@@ -34,9 +34,8 @@ from experiments.measuring.similarity import effects, similarity_of
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
 from experiments.reporting import class_figures, frame, measured_figures, measured_tables, tables
-from experiments.runtime import files
+from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
-from experiments.runtime.fields import named
 from experiments.runtime.progress import RunProgress
 from experiments.training import flags as run_flags
 from lpa_jax import checks, models, perturbations
@@ -73,8 +72,8 @@ def layers_to_sweep(settings: Settings) -> tuple[str, ...]:
     if FLAGS.layer is not None:
         raise ValueError(f"--layer must not be given ({FLAGS.layer}): use --hidden_layers")
     every = models.create(settings.model, 2).layers
-    for layer in FLAGS.hidden_layers:
-        checks.choice("--hidden_layers", layer, every[1:-1])
+    if FLAGS.hidden_layers:
+        fields.among("hidden_layers", FLAGS.hidden_layers, every[1:-1])
     chosen = (INPUT, *(FLAGS.hidden_layers or every[1:-1]), LOGITS)
     return tuple(layer for layer in every if layer in chosen)
 
@@ -118,7 +117,7 @@ def layer_radii(layers: tuple[str, ...]) -> dict[str, float]:
             radius = float(number)
         except ValueError:
             raise ValueError(f"--layer_radii must be LAYER=RADIUS, got {text!r}") from None
-        named("layer_radii", partial(check_layer, layers, layer))
+        fields.named("layer_radii", partial(check_layer, layers, layer))
         found[layer] = checks.number(f"--layer_radii: {layer}", radius)
     return found
 

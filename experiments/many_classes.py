@@ -24,6 +24,7 @@ from absl import flags
 import lpa_jax
 from experiments.compiled import step_cost, timing
 from experiments.reporting import screen
+from experiments.runtime import fields
 from experiments.runtime import main as entry_point
 from lpa_jax import injection, models, pgd
 from lpa_jax.perturbations.lpa import MODES
@@ -119,8 +120,8 @@ def measure_all() -> tuple[list[list[str]], list[str]]:
       ValueError: naming the flag that is out of range.
     """
     classes = timing.whole_numbers("classes", FLAGS.classes, low=2)
-    modes = timing.among("modes", FLAGS.modes, MODES)
-    shapes = timing.among("shapes", FLAGS.shapes, pgd.SHAPES)
+    modes = fields.among("modes", FLAGS.modes, MODES)
+    shapes = fields.among("shapes", FLAGS.shapes, pgd.SHAPES)
     rows, reasons = [], []
     for num_classes in classes:
         model = models.create(FLAGS.model, num_classes)

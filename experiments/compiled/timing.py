@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 import lpa_jax
 from experiments.compiled.step_cost import Batch, Compiled
-from lpa_jax import checks
 
 WARM_UP_ROUNDS = 2
 
@@ -105,14 +104,3 @@ def whole_numbers(flag: str, texts: Sequence[str], low: int, high: int = 10**6) 
         given = ",".join(texts)[:200]
         raise ValueError(f"--{flag} must be whole numbers in {low}..{high}, got {given!r}")
     return found
-
-
-def among(flag: str, texts: Sequence[str], allowed: Sequence[str]) -> list[str]:
-    """Values of a list flag that are all among the allowed ones.
-
-    Raises:
-      ValueError: there is none, or one is not allowed.
-    """
-    for text in texts or [""]:
-        checks.choice(f"--{flag}", text, allowed)
-    return list(texts)

@@ -220,6 +220,17 @@ def named(flag: str, build: Callable[[], Any]) -> Any:
         raise ValueError(f"--{flag}: {error}") from None
 
 
+def among(flag: str, texts: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    """Values of a list flag that are all among the allowed ones.
+
+    Raises:
+      ValueError: there is none, or one is not allowed.
+    """
+    for text in texts or [""]:
+        checks.choice(f"--{flag}", text, allowed)
+    return list(texts)
+
+
 def _fields(of: type) -> Iterator[_Field]:
     hints = typing.get_type_hints(of)
     for field in dataclasses.fields(of):
