@@ -213,28 +213,17 @@ def test_an_assignment_for_another_number_of_classes_is_refused():
     ("make", "message"),
     [
         (lambda: assignment.by_confidence(kappa=-1.0), "kappa must be finite and >= 0, got -1.0"),
-        (
-            lambda: assignment.by_confidence(kappa=np.nan),
-            "kappa must be finite and >= 0, got nan",
-        ),
+        (lambda: assignment.by_confidence(kappa=np.nan), "kappa must be finite and >= 0, got nan"),
         (lambda: assignment.by_confidence(ema=1.0), "ema must be in [0, 1), got 1.0"),
         (lambda: assignment.by_confidence(ema=-0.1), "ema must be in [0, 1), got -0.1"),
-        (
-            lambda: assignment.by_frequency([3, 0]),
-            "counts must be finite and > 0, got 0 at position 1",
-        ),
-        (
-            lambda: assignment.by_frequency([]),
-            "counts must be a non-empty vector of numbers, got shape (0,)",
-        ),
-        (
-            lambda: assignment.by_frequency([[3, 1]]),
-            "counts must be a non-empty vector of numbers, got shape (1, 2)",
-        ),
-        (
-            lambda: assignment.by_frequency([3, 1], kappa=np.inf),
-            "kappa must be finite and >= 0, got inf",
-        ),
+        (lambda: assignment.by_frequency([3, 0]),
+         "counts must be finite and > 0, got 0 at position 1"),
+        (lambda: assignment.by_frequency([]),
+         "counts must be a non-empty vector of numbers, got shape (0,)"),
+        (lambda: assignment.by_frequency([[3, 1]]),
+         "counts must be a non-empty vector of numbers, got shape (1, 2)"),
+        (lambda: assignment.by_frequency([3, 1], kappa=np.inf),
+         "kappa must be finite and >= 0, got inf"),
         *(
             (
                 lambda split=split: assignment.by_frequency([3, 1], split=split),
@@ -244,16 +233,12 @@ def test_an_assignment_for_another_number_of_classes_is_refused():
         ),
         (lambda: assignment.custom([1, 2]), "sign must be a list of -1, 0 and 1, got [1.0, 2.0]"),
         (lambda: assignment.custom(1), "sign must be a list of -1, 0 and 1, got 1.0"),
-        (
-            lambda: assignment.custom([1, 1], [1, -1]),
-            "multiplier must be 2 finite numbers >= 0, got [1.0, -1.0]",
-        ),
-        (
-            lambda: assignment.custom([1, 1], [1]),
-            "multiplier must be 2 finite numbers >= 0, got [1.0]",
-        ),
+        (lambda: assignment.custom([1, 1], [1, -1]),
+         "multiplier must be 2 finite numbers >= 0, got [1.0, -1.0]"),
+        (lambda: assignment.custom([1, 1], [1]),
+         "multiplier must be 2 finite numbers >= 0, got [1.0]"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_argument_is_named_with_its_value(make, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         make()

@@ -116,28 +116,19 @@ def test_traced_values_pass_and_known_zeros_vanish():
     [
         (checks.label_array, [0, 4], "labels must be in 0..3, got 4 at position 1"),
         (checks.label_array, [0, -1], "labels must be in 0..3, got -1 at position 1"),
-        (
-            checks.label_array,
-            [0.0],
-            "labels must be a non-empty vector of integers, got shape (1,)",
-        ),
-        (
-            checks.label_array,
-            [[1]],
-            "labels must be a non-empty vector of integers, got shape (1, ",
-        ),
+        (checks.label_array, [0.0],
+         "labels must be a non-empty vector of integers, got shape (1,)"),
+        (checks.label_array, [[1]],
+         "labels must be a non-empty vector of integers, got shape (1, "),
         (checks.label_array, [], "labels must be a non-empty vector of integers, got shape (0,)"),
         (checks.label_array, [10**30], "labels must be a non-empty vector of integers, got shape"),
         (checks.index_array, [0, 4], "indices must be in 0..3, got 4 at position 1"),
-        (
-            checks.index_array,
-            np.uint64([2**63]),
-            "indices must be in 0..3, got 9223372036854775808",
-        ),
+        (checks.index_array, np.uint64([2**63]),
+         "indices must be in 0..3, got 9223372036854775808"),
         (checks.check_labels, np.float32([1]), "labels must be integers, got dtype float32"),
         (checks.check_labels, jnp.array([[1, 9]]), "labels must be in 0..3, got 9 at position 1"),
     ],
-)
+)  # fmt: skip
 def test_labels_and_indices_are_in_range(check, values, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         check(values, 4)

@@ -170,36 +170,24 @@ def test_group_accuracy_weighs_classes_equally_and_leaves_untested_ones_out():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: metrics.mean(LOSSES, np.ones(3)),
-            r"mask must have one entry per example, shape \(4,\), got \(3,\)",
-        ),
+        (lambda: metrics.mean(LOSSES, np.ones(3)),
+         r"mask must have one entry per example, shape \(4,\), got \(3,\)"),
         (lambda: metrics.accuracy(LOGITS, LABELS[:3]), r"logits and labels .*\(4, 3\) and \(3,\)"),
-        (
-            lambda: metrics.per_class_accuracy(LOGITS, LABELS, None, num_classes=4),
-            "num_classes must be the number of logits, 3, got 4",
-        ),
+        (lambda: metrics.per_class_accuracy(LOGITS, LABELS, None, num_classes=4),
+         "num_classes must be the number of logits, 3, got 4"),
         (lambda: metrics.compute({"loss": 1.0}), r"pairs must be a tree of .*got 1.0"),
         (lambda: metrics.compute((np.ones(2), np.ones(3))), "pairs must agree in shape"),
-        (
-            lambda: metrics.shot_groups([[1, 2]]),
-            r"counts must be a non-empty vector of numbers, got shape \(1, 2\)",
-        ),
-        (
-            lambda: metrics.shot_groups([3, -1]),
-            "counts must be finite and >= 0, got -1 at position 1",
-        ),
-        (
-            lambda: metrics.shot_groups_by_thirds([]),
-            r"counts must be a non-empty vector of numbers, got shape \(0,\)",
-        ),
+        (lambda: metrics.shot_groups([[1, 2]]),
+         r"counts must be a non-empty vector of numbers, got shape \(1, 2\)"),
+        (lambda: metrics.shot_groups([3, -1]),
+         "counts must be finite and >= 0, got -1 at position 1"),
+        (lambda: metrics.shot_groups_by_thirds([]),
+         r"counts must be a non-empty vector of numbers, got shape \(0,\)"),
         (lambda: metrics.shot_groups([3], (100, 20)), r"thresholds must be .*\(100, 20\)"),
-        (
-            lambda: metrics.group_accuracy(WHOLE["by_class"], {"few": np.array([2])}),
-            r"groups\['few'\] must be boolean of shape \(3,\)",
-        ),
+        (lambda: metrics.group_accuracy(WHOLE["by_class"], {"few": np.array([2])}),
+         r"groups\['few'\] must be boolean of shape \(3,\)"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -120,15 +120,12 @@ def test_optimizer_follows_its_schedule():
         ("cosine", {"warmup_steps": 3}, {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 100: 0.0}),
         ("cosine", {"warmup_steps": 20}, {20: 0.4, 60: 0.2, 100: 0.0}),
         ("constant", {"warmup_steps": 3}, {0: 0.1, 3: 0.4, 100: 0.4}),
-        (
-            "step",
-            {"milestones": (0.3, 0.6, 0.8)},
-            {0: 0.4, 29: 0.4, 30: 0.08, 59: 0.08, 60: 0.016, 80: 0.0032, 100: 0.0032},
-        ),
+        ("step", {"milestones": (0.3, 0.6, 0.8)},
+         {0: 0.4, 29: 0.4, 30: 0.08, 59: 0.08, 60: 0.016, 80: 0.0032, 100: 0.0032}),
         ("step", {"milestones": (0.57,), "factor": 0.5}, {56: 0.4, 57: 0.2}),
         ("step", {"milestones": (0.02,), "warmup_steps": 3}, {0: 0.1, 1: 0.2, 2: 0.06, 3: 0.08}),
     ],
-)
+)  # fmt: skip
 def test_schedule_has_the_values_worked_out_by_hand(name, options, values):
     rate = optimizers.schedule(name, 0.4, total_steps=100, **options)
     traced = jax.jit(rate)
@@ -158,11 +155,8 @@ def test_bad_schedule_is_refused_by_name(options, message):
     ("name", "options", "message"),
     [
         ("lars", {}, "optimizer must be one of sgd, adamw, got 'lars'"),
-        (
-            "adamw",
-            {"momentum": 0.9},
-            "option of optimizer 'adamw' must be one of b1, .*got 'momentum'",
-        ),
+        ("adamw", {"momentum": 0.9},
+         "option of optimizer 'adamw' must be one of b1, .*got 'momentum'"),
         ("sgd", {"learning_rate": math.nan}, "learning_rate must be .*got nan"),
         ("sgd", {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1\.0"),
         ("sgd", {"weight_decay": -1e-4}, "weight_decay must be .*got -0.0001"),
@@ -171,7 +165,7 @@ def test_bad_schedule_is_refused_by_name(options, message):
         ("adamw", {"b2": -0.1}, r"b2 must be in \[0, 1\)"),
         ("adamw", {"eps": 0.0}, r"eps must be finite and > 0, got 0\.0"),
     ],
-)
+)  # fmt: skip
 def test_bad_optimizer_is_refused_by_name(name, options, message):
     with pytest.raises(ValueError, match=message):
         optimizers.create(name, **({"learning_rate": 0.1} | options))

@@ -56,18 +56,12 @@ METHODS = {
     ),
     "lpl": Method({"": {"radius": 1.0}}, [{"radius": 0.0}, {"steps": 0}], False, LOGITS),
     "manifold_mixup": Method({"": {"alpha": 1.0}}, [{"alpha": 0.0}], random=True),
-    "mixstyle": Method(
-        {"": {"alpha": 0.5, "probability": 1.0}},
-        [{"alpha": 0.0}, {"probability": 0.0}],
-        random=True,
-    ),
+    "mixstyle": Method({"": {"alpha": 0.5, "probability": 1.0}},
+                       [{"alpha": 0.0}, {"probability": 0.0}], random=True),
     "rsc": Method({"": {}}, [{"drop_f": 0.0}, {"drop_b": 0.0}], random=False),
-    "spatial_dropout": Method(
-        {"channels": {"rate": 0.5}, "blocks": {"rate": 0.5, "block_size": 2}},
-        [{"rate": 0.0}],
-        random=True,
-    ),
-}
+    "spatial_dropout": Method({"channels": {"rate": 0.5}, "blocks": {"rate": 0.5, "block_size": 2}},
+                              [{"rate": 0.0}], random=True),
+}  # fmt: skip
 VARIANTS = [
     pytest.param(name, label, id=f"{name}-{label}".strip("-"))
     for name, method in METHODS.items()

@@ -196,21 +196,12 @@ def more(layer, role, result):
 @pytest.mark.parametrize(
     ("claim", "change", "seen"),
     [
-        (
-            "PGD forms no parameter gradients",
-            more("logits", hlo.WEIGHT_GRADIENT, "f32[6,10]"),
-            "3 weight gradients, 2 expected; beyond: 1 x logits weight gradient f32[6,10]",
-        ),
-        (
-            "encode is not recomputed",
-            more("hidden1", hlo.FORWARD, "f32[16,6]"),
-            "beyond: 1 x hidden1 forward f32[16,6]",
-        ),
-        (
-            "decode runs for PGD as often as its steps need it (2)",
-            more("logits", hlo.FORWARD, "f32[16,10]"),
-            "beyond: 1 x logits forward f32[16,10]",
-        ),
+        ("PGD forms no parameter gradients", more("logits", hlo.WEIGHT_GRADIENT, "f32[6,10]"),
+         "3 weight gradients, 2 expected; beyond: 1 x logits weight gradient f32[6,10]"),
+        ("encode is not recomputed", more("hidden1", hlo.FORWARD, "f32[16,6]"),
+         "beyond: 1 x hidden1 forward f32[16,6]"),
+        ("decode runs for PGD as often as its steps need it (2)",
+         more("logits", hlo.FORWARD, "f32[16,10]"), "beyond: 1 x logits forward f32[16,10]"),
         (
             "beyond ERM, devices exchange the class table and nothing else",
             lambda p: dataclasses.replace(
@@ -218,13 +209,11 @@ def more(layer, role, result):
             ),
             "7 expected; beyond: 1 x f32[7]; missing: 1 x f32[10], 1 x f32[1], 2 x f32[60]",
         ),
-        (
-            "the method fits the memory of a device",
-            lambda p: dataclasses.replace(p, memory={**p.memory, "temporaries": 3}),
-            "0.00 of 0.00 GiB",
-        ),
+        ("the method fits the memory of a device",
+         lambda p: dataclasses.replace(p, memory={**p.memory, "temporaries": 3}),
+         "0.00 of 0.00 GiB"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_promise_fails_its_own_check_and_says_what_was_seen(claim, change, seen):
     result = kept()
     result = result._replace(program=change(result.program))
@@ -273,22 +262,17 @@ TINY = ("--topology=v5e:2x2", "--model=mlp", "--layer=hidden2", "--batch_size=64
         (["--num_classes=ten"], "--num_classes must be whole numbers in 2..1000000, got 'ten'"),
         (["--shape="], "--shape must be one of full, channel, got ''"),
         (["--batch_size=0"], "--batch_size=0"),
-        pytest.param(
-            ["--topology=v5e:3x5"], "--topology must be a TPU slice such as", marks=needs_libtpu
-        ),
-        pytest.param(
-            ["--topology=h100:8"], "--topology must be a TPU slice such as", marks=needs_libtpu
-        ),
-        pytest.param(
-            ["--batch_size=66"],
-            "--batch_size must be a multiple of the 4 devices of v5e:2x2, got 66",
-            marks=needs_libtpu,
-        ),
-        pytest.param(
-            ["--output=."], "--output must name a file that can be written", marks=needs_libtpu
-        ),
+        pytest.param(["--topology=v5e:3x5"], "--topology must be a TPU slice such as",
+                     marks=needs_libtpu),
+        pytest.param(["--topology=h100:8"], "--topology must be a TPU slice such as",
+                     marks=needs_libtpu),
+        pytest.param(["--batch_size=66"],
+                     "--batch_size must be a multiple of the 4 devices of v5e:2x2, got 66",
+                     marks=needs_libtpu),
+        pytest.param(["--output=."], "--output must name a file that can be written",
+                     marks=needs_libtpu),
     ],
-)
+)  # fmt: skip
 def test_bad_input_gets_one_line_that_names_the_flag(run, arguments, expected):
     message, out = run(*TINY, *arguments)
     assert message is not None and expected in message and "\n" not in message

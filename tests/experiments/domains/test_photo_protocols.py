@@ -110,22 +110,14 @@ def test_both_protocols_start_from_the_weights(photos):
     [
         (["--pretrained=nowhere"], "--pretrained: 'nowhere' cannot be read (No such file"),
         (["--pretrained=VLCS/LabelMe/car/0.png"], "0.png' is no whole safetensors file"),
-        (
-            ["--pretrained=head.safetensors"],
-            "--pretrained: tensor 'bn1.bias' is missing (and 100 others of 102)",
-        ),
-        (
-            ["--pretrained=resnet18.safetensors", "--model=resnet50"],
-            "--pretrained: tensor 'layer1.0.bn3.bias' is missing",
-        ),
-        (
-            ["--pretrained=resnet18.safetensors", "--model=vit_ti16", "--nofreeze_batch_norm"],
-            "--pretrained: names are known for resnet18, resnet34 and resnet50",
-        ),
-        (
-            ["--pretrained=resnet18.safetensors", "--model=mlp"],
-            "--freeze_batch_norm: option of model 'mlp' must be one of",
-        ),
+        (["--pretrained=head.safetensors"],
+         "--pretrained: tensor 'bn1.bias' is missing (and 100 others of 102)"),
+        (["--pretrained=resnet18.safetensors", "--model=resnet50"],
+         "--pretrained: tensor 'layer1.0.bn3.bias' is missing"),
+        (["--pretrained=resnet18.safetensors", "--model=vit_ti16", "--nofreeze_batch_norm"],
+         "--pretrained: names are known for resnet18, resnet34 and resnet50"),
+        (["--pretrained=resnet18.safetensors", "--model=mlp"],
+         "--freeze_batch_norm: option of model 'mlp' must be one of"),
         ([], "--freeze_batch_norm needs --pretrained"),
         (["--crop_scale=1,0.5"], "--crop_scale: scale must be two numbers, 0 < low <= high"),
         (["--crop_scale=a,b"], "--crop_scale must be numbers, got 'a,b'"),
@@ -134,7 +126,7 @@ def test_both_protocols_start_from_the_weights(photos):
         (["--grayscale_probability=2"], "--grayscale_probability must be in [0, 1], got 2.0"),
         (["--augmentation=blur"], "--augmentation: augmentation must be none or a chain of crop,"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_get_one_line_and_nothing_is_written(
     photos, tmp_path, monkeypatch, arguments, expected
 ):

@@ -144,23 +144,18 @@ def test_identical_networks_agree_fully_and_a_dead_layer_has_no_cka():
     ("arguments", "expected"),
     [
         (["--methods=erm"], "error: --methods must have a perturbation without a layer, got 'erm'"),
-        (
-            ["--methods=lpa@hidden1"],
-            "error: --methods must have a perturbation without a layer, got 'lpa@hid",
-        ),
+        (["--methods=lpa@hidden1"],
+         "error: --methods must have a perturbation without a layer, got 'lpa@hid"),
         (["--methods=lpa,lpa"], "error: --methods must name different methods, got 'lpa,lpa'"),
         (["--layer=hidden1"], "error: --layer must not be given (hidden1): use --hidden_layers"),
         (["--hidden_layers=stage9"], "error: --hidden_layers must be one of hidden1, hidden2, got"),
         (["--layer_radii=hidden2:0.1"], "error: --layer_radii must be LAYER=RADIUS, got 'hidden2:"),
         (["--layer_radii=top=0.1"], "error: --layer_radii: "),
-        (
-            ["--layer_radii=input=-1"],
-            "error: --layer_radii: input must be finite and >= 0, got -1",
-        ),
+        (["--layer_radii=input=-1"], "error: --layer_radii: input must be finite and >= 0, got -1"),
         (["--cka_images=3"], "error: --cka_images must be a whole number in 4..20000, got 3"),
         (["--nokeep_finished_checkpoints"], "error: --keep_finished_checkpoints must be true"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(tmp_path, arguments, expected):
     message, _ = call(layer_sweep, f"--workdir={tmp_path / 'new'}", "--dataset=digits", *arguments)
     assert message.startswith(expected) and "\n" not in message

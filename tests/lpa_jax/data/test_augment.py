@@ -108,36 +108,20 @@ def test_shape_and_dtype_are_kept(dtype):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: augment.create("shear"),
-            "augmentation must be none or a chain of crop, .*, got 'shear' in 'shear'",
-        ),
-        (
-            lambda: augment.create("crop+none"),
-            r"augmentation must be none or a chain of crop, .*, got 'none' in 'crop\+none'",
-        ),
-        (
-            lambda: augment.create(""),
-            "augmentation must be none or a chain of crop, .*, got '' in ''",
-        ),
-        (
-            lambda: augment.create("crop", padding=-1),
-            "padding must be a whole number >= 0, got -1",
-        ),
-        (
-            lambda: augment.create("cutout", cutout_size=0),
-            "size must be a whole number >= 1, got 0",
-        ),
-        (
-            lambda: _run("crop", IMAGES[0]),
-            r"images must be \[B, H, W, ch\], got shape \(6, 5, 2\)",
-        ),
-        (
-            lambda: _run("flip", positions=POSITIONS[:3]),
-            r"positions must be one for each of 64 images, got shape \(3,\)",
-        ),
+        (lambda: augment.create("shear"),
+         "augmentation must be none or a chain of crop, .*, got 'shear' in 'shear'"),
+        (lambda: augment.create("crop+none"),
+         r"augmentation must be none or a chain of crop, .*, got 'none' in 'crop\+none'"),
+        (lambda: augment.create(""),
+         "augmentation must be none or a chain of crop, .*, got '' in ''"),
+        (lambda: augment.create("crop", padding=-1), "padding must be a whole number >= 0, got -1"),
+        (lambda: augment.create("cutout", cutout_size=0),
+         "size must be a whole number >= 1, got 0"),
+        (lambda: _run("crop", IMAGES[0]), r"images must be \[B, H, W, ch\], got shape \(6, 5, 2\)"),
+        (lambda: _run("flip", positions=POSITIONS[:3]),
+         r"positions must be one for each of 64 images, got shape \(3,\)"),
     ],
-)
+)  # fmt: skip
 def test_bad_augmentations_get_one_line(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -265,55 +265,33 @@ def test_photo_augmentation_keeps_shape_dtype_and_range(dtype):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: augment.random_resized_crop((0.0, 1.0)),
-            r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.0, 1\.0\)",
-        ),
-        (
-            lambda: augment.random_resized_crop((0.5, 0.2)),
-            r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.5, 0\.2\)",
-        ),
-        (
-            lambda: augment.random_resized_crop((0.5, 1.1)),
-            r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.5, 1\.1\)$",
-        ),
-        (
-            lambda: augment.random_resized_crop((0.5,)),
-            r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.5,\)",
-        ),
-        (
-            lambda: augment.random_resized_crop(ratio=(2, 1)),
-            r"ratio must be two numbers, 0 < low <= high, got \(2, 1\)",
-        ),
-        (
-            lambda: augment.random_resized_crop(ratio=(1, np.inf)),
-            r"ratio must be two numbers, 0 < low <= high, got \(1, inf\)",
-        ),
+        (lambda: augment.random_resized_crop((0.0, 1.0)),
+         r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.0, 1\.0\)"),
+        (lambda: augment.random_resized_crop((0.5, 0.2)),
+         r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.5, 0\.2\)"),
+        (lambda: augment.random_resized_crop((0.5, 1.1)),
+         r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.5, 1\.1\)$"),
+        (lambda: augment.random_resized_crop((0.5,)),
+         r"scale must be two numbers, 0 < low <= high <= 1, got \(0\.5,\)"),
+        (lambda: augment.random_resized_crop(ratio=(2, 1)),
+         r"ratio must be two numbers, 0 < low <= high, got \(2, 1\)"),
+        (lambda: augment.random_resized_crop(ratio=(1, np.inf)),
+         r"ratio must be two numbers, 0 < low <= high, got \(1, inf\)"),
         (lambda: augment.color_jitter(-0.1), r"brightness must be finite and >= 0, got -0\.1"),
-        (
-            lambda: augment.color_jitter(contrast=np.nan),
-            "contrast must be finite and >= 0, got nan",
-        ),
+        (lambda: augment.color_jitter(contrast=np.nan),
+         "contrast must be finite and >= 0, got nan"),
         (lambda: augment.color_jitter(hue=0.6), r"hue must be in \[0, 0\.5\], got 0\.6"),
         (lambda: augment.grayscale(1.5), r"probability must be in \[0, 1\], got 1\.5"),
-        (
-            lambda: _run(augment.color_jitter(), IMAGES[..., :2]),
-            "images must have 1 or 3 channels to change their colours, got 2",
-        ),
-        (
-            lambda: _run(augment.grayscale(), IMAGES[..., :2]),
-            "images must have 1 or 3 channels to change their colours, got 2",
-        ),
-        (
-            lambda: _run(augment.color_jitter(), IMAGES[0]),
-            r"images must be \[B, H, W, ch\], got shape \(12, 9, 3\)",
-        ),
-        (
-            lambda: _run(augment.random_resized_crop(), positions=POSITIONS[:2]),
-            r"positions must be one for each of 6 images, got shape \(2,\)",
-        ),
+        (lambda: _run(augment.color_jitter(), IMAGES[..., :2]),
+         "images must have 1 or 3 channels to change their colours, got 2"),
+        (lambda: _run(augment.grayscale(), IMAGES[..., :2]),
+         "images must have 1 or 3 channels to change their colours, got 2"),
+        (lambda: _run(augment.color_jitter(), IMAGES[0]),
+         r"images must be \[B, H, W, ch\], got shape \(12, 9, 3\)"),
+        (lambda: _run(augment.random_resized_crop(), positions=POSITIONS[:2]),
+         r"positions must be one for each of 6 images, got shape \(2,\)"),
     ],
-)
+)  # fmt: skip
 def test_bad_photo_augmentations_get_one_line(call, message):
     with pytest.raises(ValueError, match=message):
         call()

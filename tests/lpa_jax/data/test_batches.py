@@ -166,44 +166,28 @@ def test_threads_may_share_batches():
     ("call", "message"),
     [
         (lambda toy: data.batches(toy, 0, 0), "batch_size must be a whole number >= 1, got 0"),
-        (
-            lambda toy: data.batches(toy, 0, 2.0),
-            r"batch_size must be a whole number >= 1, got 2\.0",
-        ),
+        (lambda toy: data.batches(toy, 0, 2.0),
+         r"batch_size must be a whole number >= 1, got 2\.0"),
         (lambda toy: data.batches(toy, -1, 2), "seed must be a whole number >= 0, got -1"),
         (lambda toy: data.batches(toy, True, 2), "seed must be a whole number >= 0, got True"),
         (lambda toy: data.batches(toy, 0, 2)[-1], "step must be a whole number >= 0, got -1"),
         (lambda toy: data.batches(toy, 0, 2)[0.5], r"step must be a whole number >= 0, got 0\.5"),
-        (
-            lambda toy: data.batches(toy, 0, 3, host_slice=(0, 2)),
-            "batch_size must be a multiple of the 2 hosts, got 3",
-        ),
-        (
-            lambda toy: data.batches(toy, 0, 4, host_slice=(2, 2)),
-            r"host_slice\[0\] must be a whole number in 0\.\.1, got 2",
-        ),
-        (
-            lambda toy: data.batches(toy, 0, 4, host_slice=2),
-            r"host_slice must be \(process_index, process_count\), got 2",
-        ),
-        (
-            lambda toy: data.batches(toy, 0, 4, shuffle=False, class_balanced=True),
-            "shuffle must be True with class_balanced=True, got False",
-        ),
-        (
-            lambda toy: data.evaluation_batches(toy, 0),
-            "batch_size must be a whole number >= 1, got 0",
-        ),
-        (
-            lambda toy: data.evaluation_batches(toy, 5)[-1],
-            "number must be a whole number >= 0, got -1",
-        ),
-        (
-            lambda toy: data.grain_batches([], 0, 4),
-            "number of examples must be a whole number >= 1, got 0",
-        ),
+        (lambda toy: data.batches(toy, 0, 3, host_slice=(0, 2)),
+         "batch_size must be a multiple of the 2 hosts, got 3"),
+        (lambda toy: data.batches(toy, 0, 4, host_slice=(2, 2)),
+         r"host_slice\[0\] must be a whole number in 0\.\.1, got 2"),
+        (lambda toy: data.batches(toy, 0, 4, host_slice=2),
+         r"host_slice must be \(process_index, process_count\), got 2"),
+        (lambda toy: data.batches(toy, 0, 4, shuffle=False, class_balanced=True),
+         "shuffle must be True with class_balanced=True, got False"),
+        (lambda toy: data.evaluation_batches(toy, 0),
+         "batch_size must be a whole number >= 1, got 0"),
+        (lambda toy: data.evaluation_batches(toy, 5)[-1],
+         "number must be a whole number >= 0, got -1"),
+        (lambda toy: data.grain_batches([], 0, 4),
+         "number of examples must be a whole number >= 1, got 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_get_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(_toy())

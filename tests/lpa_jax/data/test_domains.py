@@ -295,30 +295,20 @@ def _empty(place):
         (lambda root: _remove(root), "no folder '.*/PACS'"),
         (lambda root: _remove(root / "cartoon"), "no domain folder '.*/PACS/cartoon'"),
         (lambda root: (root / "extra").mkdir(), "'.*/PACS/extra' is none of its domains art_pai"),
-        (
-            lambda root: _remove(root / "photo/horse"),
-            "domain '.*/PACS/photo' lacks class 'horse', which other domains have",
-        ),
+        (lambda root: _remove(root / "photo/horse"),
+         "domain '.*/PACS/photo' lacks class 'horse', which other domains have"),
         (lambda root: _empty(root / "photo/horse"), "class folder '.*/photo/horse' is empty"),
-        (
-            lambda root: [_remove(domain / "house") for domain in root.glob("*/")],
-            "'.*/PACS' has 6 classes, must have 7",
-        ),
-        (
-            lambda root: (root / "photo/horse/notes.txt").write_text(""),
-            r"'.*/photo/horse/notes\.txt' is no image file",
-        ),
+        (lambda root: [_remove(domain / "house") for domain in root.glob("*/")],
+         "'.*/PACS' has 6 classes, must have 7"),
+        (lambda root: (root / "photo/horse/notes.txt").write_text(""),
+         r"'.*/photo/horse/notes\.txt' is no image file"),
         (lambda root: (root / "photo/horse/more").mkdir(), "'.*/horse/more' is no image file"),
-        (
-            lambda root: (root / "photo/stray.png").write_bytes(b""),
-            r"'.*/photo/stray\.png' must be in a class folder, got it beside",
-        ),
-        (
-            lambda root: (root / "photo/horse/a.png").symlink_to("/etc/passwd"),
-            r"image 'photo/horse/a\.png': leads through a link out of",
-        ),
+        (lambda root: (root / "photo/stray.png").write_bytes(b""),
+         r"'.*/photo/stray\.png' must be in a class folder, got it beside"),
+        (lambda root: (root / "photo/horse/a.png").symlink_to("/etc/passwd"),
+         r"image 'photo/horse/a\.png': leads through a link out of"),
     ],
-)
+)  # fmt: skip
 def test_folders_that_are_not_as_they_should_be_get_one_line(folders, spoil, message):
     spoil(folders / "PACS")
     with pytest.raises(ValueError, match=message) as caught:
@@ -339,55 +329,33 @@ _TOY = _toys()[0]
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: data.load_domains("rotated"),
-            "dataset must be one of RotatedMNIST, ColoredMNIST, .*got 'rotated'",
-        ),
-        (
-            lambda: data.load_domains("PACS"),
-            "data_dir must be the folder that holds PACS/, got None",
-        ),
-        (
-            lambda: data.load_domains("RotatedMNIST", image_size=14),
-            "image_size must be 28 for RotatedMNIST, got 14",
-        ),
-        (
-            lambda: data.load_domains("ColoredMNIST", image_size=32),
-            "image_size must be 28 or 14 for ColoredMNIST, got 32",
-        ),
-        (
-            lambda: data.Domains("one", ("a",), (_TOY,), 3),
-            "data set 'one' must have at least 2 domains, got 1",
-        ),
-        (
-            lambda: data.Domains("x", ("a", "b"), (_TOY,), 3),
-            "datasets of 'x' must be one for each of 2 domain names, got 1",
-        ),
-        (
-            lambda: data.Domains("x", ("a", "b"), (_TOY,) * 2, 4),
-            "domain 'a' of 'x' must have 4 classes, got 3",
-        ),
+        (lambda: data.load_domains("rotated"),
+         "dataset must be one of RotatedMNIST, ColoredMNIST, .*got 'rotated'"),
+        (lambda: data.load_domains("PACS"),
+         "data_dir must be the folder that holds PACS/, got None"),
+        (lambda: data.load_domains("RotatedMNIST", image_size=14),
+         "image_size must be 28 for RotatedMNIST, got 14"),
+        (lambda: data.load_domains("ColoredMNIST", image_size=32),
+         "image_size must be 28 or 14 for ColoredMNIST, got 32"),
+        (lambda: data.Domains("one", ("a",), (_TOY,), 3),
+         "data set 'one' must have at least 2 domains, got 1"),
+        (lambda: data.Domains("x", ("a", "b"), (_TOY,), 3),
+         "datasets of 'x' must be one for each of 2 domain names, got 1"),
+        (lambda: data.Domains("x", ("a", "b"), (_TOY,) * 2, 4),
+         "domain 'a' of 'x' must have 4 classes, got 3"),
         (lambda: data.holdout_split(0, 0.2, 0), "num_examples must be a whole number >= 1, got 0"),
         (lambda: data.holdout_split(10, 1.0, 0), r"fraction must be in \(0, 1\), got 1\.0"),
-        (
-            lambda: data.holdout_split(4, 0.2, 0),
-            r"fraction must hold out one of 4 examples at least, got 0\.2",
-        ),
+        (lambda: data.holdout_split(4, 0.2, 0),
+         r"fraction must hold out one of 4 examples at least, got 0\.2"),
         (lambda: data.domain_batches([], 0, 4), "datasets must hold at least one domain, got none"),
-        (
-            lambda: data.domain_batches(_toys(), 0, 0),
-            "batch_size_per_domain must be a whole number >= 1, got 0",
-        ),
-        (
-            lambda: data.domain_batches(_toys(), 0, 3, host_slice=(0, 2)),
-            "batch_size must be a multiple of the 2 hosts, got 3",
-        ),
-        (
-            lambda: data.domain_batches(_toys(), 0, 4)[-1],
-            "step must be a whole number >= 0, got -1",
-        ),
+        (lambda: data.domain_batches(_toys(), 0, 0),
+         "batch_size_per_domain must be a whole number >= 1, got 0"),
+        (lambda: data.domain_batches(_toys(), 0, 3, host_slice=(0, 2)),
+         "batch_size must be a multiple of the 2 hosts, got 3"),
+        (lambda: data.domain_batches(_toys(), 0, 4)[-1],
+         "step must be a whole number >= 0, got -1"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_get_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()

@@ -373,28 +373,18 @@ def test_a_dangling_link_is_a_missing_file(tree):
         (lambda t: _read(t, fit="pad"), "fit must be one of crop, stretch, got 'pad'"),
         (lambda t: _read(t, num_classes=0), "num_classes must be a whole number >= 1, got 0"),
         (lambda t: _read(t).subset([5]), r"indices must be in 0\.\.4, got 5 at position 0"),
-        (
-            lambda t: data.open_image_files("x", t, ["a", "b"], [0], 1),
-            "labels must be one for each of 2 paths, got 1",
-        ),
-        (
-            lambda t: data.open_published("CIFAR_LT", "train", t),
-            "dataset must be one of ImageNet_LT, Places_LT, iNaturalist18, got 'CIFAR_LT'",
-        ),
-        (
-            lambda t: data.open_published("Places_LT", "dev", t),
-            "split of Places_LT must be one of train, validation, test, got 'dev'",
-        ),
-        (
-            lambda t: data.open_published("Places_LT", "train", None),
-            r"data_dir must be the folder that holds Places_LT_train\.txt, got None",
-        ),
-        (
-            lambda t: data.read_ahead(data.batches(_read(t), 0, 2), ahead=0),
-            "ahead must be a whole number >= 1, got 0",
-        ),
+        (lambda t: data.open_image_files("x", t, ["a", "b"], [0], 1),
+         "labels must be one for each of 2 paths, got 1"),
+        (lambda t: data.open_published("CIFAR_LT", "train", t),
+         "dataset must be one of ImageNet_LT, Places_LT, iNaturalist18, got 'CIFAR_LT'"),
+        (lambda t: data.open_published("Places_LT", "dev", t),
+         "split of Places_LT must be one of train, validation, test, got 'dev'"),
+        (lambda t: data.open_published("Places_LT", "train", None),
+         r"data_dir must be the folder that holds Places_LT_train\.txt, got None"),
+        (lambda t: data.read_ahead(data.batches(_read(t), 0, 2), ahead=0),
+         "ahead must be a whole number >= 1, got 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_get_one_line(tree, call, message):
     (tree / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match=message) as error:

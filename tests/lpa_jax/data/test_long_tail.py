@@ -184,15 +184,12 @@ def test_a_failed_write_keeps_the_old_index_file(index_file, monkeypatch):
     [
         ([0, 0], None, "indices must name each example once, got one twice"),
         ([4000], None, r"indices must be in 0\.\.3999, got 4000 at position 0"),
-        (
-            [],
-            None,
-            r"indices must be a non-empty vector of integers, got shape \(0,\) and dtype float64",
-        ),
+        ([], None,
+         r"indices must be a non-empty vector of integers, got shape \(0,\) and dtype float64"),
         ([0], {"x": object()}, "must be what JSON can hold"),
         ([0], {"x": float("nan")}, "must be what JSON can hold"),
     ],
-)
+)  # fmt: skip
 def test_bad_index_files_are_not_written(tmp_path, indices, meta, message):
     with pytest.raises(ValueError, match=message):
         data.save_indices(tmp_path / "tail.json", indices, POOL, meta)
@@ -232,48 +229,28 @@ def test_reduced_sets_are_balanced_and_nested():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: data.validation_split([0, 1]),
-            "exactly one of per_class and fraction must be given, got per_class=None",
-        ),
-        (
-            lambda: data.validation_split([0, 1], per_class=1, fraction=0.5),
-            r"exactly one of per_class and fraction must be given, got per_class=1, fraction=0\.5",
-        ),
-        (
-            lambda: data.validation_split([0, 0], per_class=0),
-            "per_class must be a whole number >= 1, got 0",
-        ),
-        (
-            lambda: data.validation_split([0, 0], per_class=2),
-            "per_class must leave class 0 with its 2 examples in both parts, got 2",
-        ),
-        (
-            lambda: data.validation_split([0, 1, 1], fraction=0.5),
-            r"fraction must leave class 0 with its 1 examples in both parts, got 0\.5",
-        ),
-        (
-            lambda: data.validation_split([0, 0], fraction=1.0),
-            r"fraction must be in \(0, 1\), got 1\.0",
-        ),
-        (
-            lambda: data.validation_split([-1, 0], per_class=1),
-            r"labels must be in 0\.\.2147483647, got -1 at position 0",
-        ),
-        (
-            lambda: data.reduced_indices([0, 0, 1], 2),
-            "per_class must be at most 1, the size of class 1, got 2",
-        ),
-        (
-            lambda: data.reduced_indices([0, 0, 1], 0),
-            "per_class must be a whole number >= 1, got 0",
-        ),
-        (
-            lambda: data.reduced_indices([], 1),
-            r"labels must be a non-empty vector of integers, got shape \(0,\) and dtype float64",
-        ),
+        (lambda: data.validation_split([0, 1]),
+         "exactly one of per_class and fraction must be given, got per_class=None"),
+        (lambda: data.validation_split([0, 1], per_class=1, fraction=0.5),
+         r"exactly one of per_class and fraction must be given, got per_class=1, fraction=0\.5"),
+        (lambda: data.validation_split([0, 0], per_class=0),
+         "per_class must be a whole number >= 1, got 0"),
+        (lambda: data.validation_split([0, 0], per_class=2),
+         "per_class must leave class 0 with its 2 examples in both parts, got 2"),
+        (lambda: data.validation_split([0, 1, 1], fraction=0.5),
+         r"fraction must leave class 0 with its 1 examples in both parts, got 0\.5"),
+        (lambda: data.validation_split([0, 0], fraction=1.0),
+         r"fraction must be in \(0, 1\), got 1\.0"),
+        (lambda: data.validation_split([-1, 0], per_class=1),
+         r"labels must be in 0\.\.2147483647, got -1 at position 0"),
+        (lambda: data.reduced_indices([0, 0, 1], 2),
+         "per_class must be at most 1, the size of class 1, got 2"),
+        (lambda: data.reduced_indices([0, 0, 1], 0),
+         "per_class must be a whole number >= 1, got 0"),
+        (lambda: data.reduced_indices([], 1),
+         r"labels must be a non-empty vector of integers, got shape \(0,\) and dtype float64"),
     ],
-)
+)  # fmt: skip
 def test_bad_splits_get_one_line(call, message):
     with pytest.raises(ValueError, match=message):
         call()

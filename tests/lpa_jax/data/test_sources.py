@@ -301,12 +301,9 @@ def test_a_file_as_data_dir_is_named(tmp_path):
     ("place", "error", "name", "message"),
     [
         ("os.makedirs", PermissionError(13, "no"), "digits", r"data_dir='.*': cannot be written"),
-        (
-            "tensorflow_datasets.builder",
-            ImportError("No module named importlib.readers", name="importlib.readers"),
-            "cifar10",
-            r"dataset='cifar10': needs a package that is missing or may not be read \(importlib\.",
-        ),
+        ("tensorflow_datasets.builder",
+         ImportError("No module named importlib.readers", name="importlib.readers"), "cifar10",
+         r"dataset='cifar10': needs a package that is missing or may not be read \(importlib\."),
         ("tensorflow_datasets.builder", PermissionError(13, "no"), "cifar10",
          r"data_dir='.*': cannot be read"),
     ],
@@ -337,50 +334,25 @@ NAN = np.full((3, 4, 4, 1), np.nan, np.float32)
 @pytest.mark.parametrize(
     ("images", "labels", "num_classes", "names", "message"),
     [
-        (
-            IMAGES.tolist(),
-            LABELS,
-            2,
-            None,
-            "images must be a NumPy array of uint8 or float32, got list",
-        ),
-        (
-            IMAGES.astype(np.float64),
-            LABELS,
-            2,
-            None,
-            "images must be a NumPy array of uint8 or float32, got float64",
-        ),
-        (
-            IMAGES[0],
-            LABELS,
-            2,
-            None,
-            r"images must be a non-empty \[N, H, W, ch\], got shape \(4, 4, 1\)",
-        ),
-        (
-            IMAGES[:0],
-            LABELS[:0],
-            2,
-            None,
-            r"images must be a non-empty \[N, H, W, ch\], got shape \(0, 4, 4, 1\)",
-        ),
+        (IMAGES.tolist(), LABELS, 2, None,
+         "images must be a NumPy array of uint8 or float32, got list"),
+        (IMAGES.astype(np.float64), LABELS, 2, None,
+         "images must be a NumPy array of uint8 or float32, got float64"),
+        (IMAGES[0], LABELS, 2, None,
+         r"images must be a non-empty \[N, H, W, ch\], got shape \(4, 4, 1\)"),
+        (IMAGES[:0], LABELS[:0], 2, None,
+         r"images must be a non-empty \[N, H, W, ch\], got shape \(0, 4, 4, 1\)"),
         (NAN, LABELS, 2, None, "images must be finite, got nan or infinity"),
         (IMAGES, LABELS[:2], 2, None, "labels must be one for each of 3 images, got 2"),
         (IMAGES, LABELS, 1, None, r"labels must be in 0\.\.0, got 1 at position 1"),
         (IMAGES, LABELS - 1, 2, None, r"labels must be in 0\.\.1, got -1 at position 0"),
-        (
-            IMAGES,
-            LABELS.astype(float),
-            2,
-            None,
-            r"labels must be a non-empty vector of integers, got shape \(3,\) and dtype float64",
-        ),
+        (IMAGES, LABELS.astype(float), 2, None,
+         r"labels must be a non-empty vector of integers, got shape \(3,\) and dtype float64"),
         (IMAGES, LABELS, 0, None, "num_classes must be a whole number >= 1, got 0"),
         (IMAGES, LABELS, True, None, "num_classes must be a whole number >= 1, got True"),
         (IMAGES, LABELS, 2, ["cat"], "class_names must be 2 names, got 1"),
     ],
-)
+)  # fmt: skip
 def test_a_dataset_refuses_what_training_would_trip_over(
     images, labels, num_classes, names, message
 ):

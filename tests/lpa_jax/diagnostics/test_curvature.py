@@ -207,40 +207,26 @@ def test_radius_zero_changes_nothing(table):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda o: diagnostics.top_eigenvalues(o, 0, rng=KEY),
-            "k must be a whole number >= .*, got 0",
-        ),
-        (
-            lambda o: diagnostics.top_eigenvalues(o, 3, rng=KEY, steps=2),
-            "steps must be a whole number >= .*, got 2",
-        ),
-        (
-            lambda o: diagnostics.top_eigenvalues(o, 13, rng=KEY),
-            "steps must be a whole number >= .*, got 12",
-        ),
+        (lambda o: diagnostics.top_eigenvalues(o, 0, rng=KEY),
+         "k must be a whole number >= .*, got 0"),
+        (lambda o: diagnostics.top_eigenvalues(o, 3, rng=KEY, steps=2),
+         "steps must be a whole number >= .*, got 2"),
+        (lambda o: diagnostics.top_eigenvalues(o, 13, rng=KEY),
+         "steps must be a whole number >= .*, got 12"),
         (lambda o: diagnostics.top_eigenvalues(o, 1, rng=KEY, steps=13), "dimension 12, got 13"),
-        (
-            lambda o: diagnostics.trace(o, rng=KEY, probes=1),
-            "probes must be a whole number >= .*, got 1",
-        ),
-        (
-            lambda o: diagnostics.spectral_density(o, rng=KEY, probes=1),
-            "probes must be a whole number >= .*, got 1",
-        ),
+        (lambda o: diagnostics.trace(o, rng=KEY, probes=1),
+         "probes must be a whole number >= .*, got 1"),
+        (lambda o: diagnostics.spectral_density(o, rng=KEY, probes=1),
+         "probes must be a whole number >= .*, got 1"),
         (lambda o: diagnostics.spectral_density(o, rng=KEY, width=0.0), "width must be"),
         (lambda o: diagnostics.worst_case_sharpness(o, -1.0), "radius must be finite and >= 0"),
-        (
-            lambda o: diagnostics.worst_case_sharpness(o, 1.0, steps=0),
-            "steps must be a whole number >= .*, got 0",
-        ),
+        (lambda o: diagnostics.worst_case_sharpness(o, 1.0, steps=0),
+         "steps must be a whole number >= .*, got 0"),
         (lambda o: diagnostics.worst_case_sharpness(o, 1e30), "radius must keep the loss finite"),
-        (
-            lambda o: diagnostics.average_sharpness(o, 1.0, rng=KEY, samples=1),
-            "samples must be a whole number >= .*, got 1",
-        ),
+        (lambda o: diagnostics.average_sharpness(o, 1.0, rng=KEY, samples=1),
+         "samples must be a whole number >= .*, got 1"),
     ],
-)
+)  # fmt: skip
 def test_bad_values_are_refused(call, message):
     sloped = objective([symmetric(EIGENVALUES, 0)], np.ones((1, SIZE)), lead=())
     with pytest.raises(ValueError, match=message):

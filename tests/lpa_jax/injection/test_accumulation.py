@@ -20,16 +20,12 @@ OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 LABELS = np.array([0, 1, 1, 0, 1, 0, 2, 2, 0, 0, 2, 2], np.int32)
 CONFIDENCE = lpa_jax.by_confidence(kappa=1.0, ema=0.5)
 PLANS = {
-    "cold lpa and lpl": {
-        "hidden1": lpa_jax.lpa(0.3, steps=2, assignment=CONFIDENCE),
-        "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE),
-    },
-    "carried and free lpa": {
-        "input": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
-        "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
-    },
+    "cold lpa and lpl": {"hidden1": lpa_jax.lpa(0.3, steps=2, assignment=CONFIDENCE),
+                         "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE)},
+    "carried and free lpa": {"input": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
+                             "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE)},
     "mixup of the whole batch": {"hidden1": lpa_jax.manifold_mixup(alpha=1.0)},
-}
+}  # fmt: skip
 
 
 def trained(model, perturbations, step_of=jax.jit, steps=STEPS):

@@ -35,21 +35,17 @@ class Tokens(nn.Module):
 PERTURBATIONS = {"embed": lpa_jax.lpa(0.2, steps=1, assignment=lpa_jax.all_positive())}
 # (network, its batch): the same model and examples under three choices of names.
 CHOICES = {
-    "tree": (
-        lpa_jax.inject(Tokens(), "embed"),
-        {"image": {"ids": IDS, "mask": MASK}, "label": LABELS},
-    ),
-    "renamed": (
-        lpa_jax.with_batch_names(lpa_jax.inject(Tokens(), "embed"), "tokens", "y"),
-        {"tokens": {"ids": IDS, "mask": MASK}, "y": LABELS},
-    ),
+    "tree": (lpa_jax.inject(Tokens(), "embed"),
+             {"image": {"ids": IDS, "mask": MASK}, "label": LABELS}),
+    "renamed": (lpa_jax.with_batch_names(lpa_jax.inject(Tokens(), "embed"), "tokens", "y"),
+                {"tokens": {"ids": IDS, "mask": MASK}, "y": LABELS}),
     "flat": (
         lpa_jax.with_batch_names(
             lpa_jax.inject(Tokens("input_ids", "mask"), "embed"), ("input_ids", "mask"), "labels"
         ),
         {"input_ids": IDS, "mask": MASK, "labels": LABELS},
     ),
-}
+}  # fmt: skip
 every_choice = pytest.mark.parametrize("name", CHOICES)
 
 
@@ -135,29 +131,16 @@ def test_a_state_is_restored_for_such_batches(tmp_path):
     ("network", "batch", "message"),
     [
         ("tree", {"image": IDS}, r"batch must have an entry 'label', got image; .*names"),
-        (
-            "flat",
-            {"mask": MASK, "labels": LABELS},
-            r"must have an entry 'input_ids', got mask",
-        ),
+        ("flat", {"mask": MASK, "labels": LABELS}, r"must have an entry 'input_ids', got mask"),
         ("tree", [IDS, LABELS], r"batch must be a dictionary of arrays, got list$"),
-        (
-            "tree",
-            {"image": {"ids": IDS, "mask": MASK[:4]}, "label": LABELS},
-            r"batch\['image'\]\['mask'\] must have 6 examples like batch\['image'\]\['ids'\]",
-        ),
-        (
-            "renamed",
-            {"tokens": {"ids": IDS, "mask": MASK}, "y": LABELS[:5]},
-            r"batch\['y'\] must have 6 examples like batch\['tokens'\]\['ids'\], got shape \(5,\)$",
-        ),
-        (
-            "tree",
-            {"image": {"ids": IDS, "mask": 1.0}, "label": LABELS},
-            r"batch\['image'\]\['mask'\] must be an array with the example axis first, got one num",
-        ),
+        ("tree", {"image": {"ids": IDS, "mask": MASK[:4]}, "label": LABELS},
+         r"batch\['image'\]\['mask'\] must have 6 examples like batch\['image'\]\['ids'\]"),
+        ("renamed", {"tokens": {"ids": IDS, "mask": MASK}, "y": LABELS[:5]},
+         r"batch\['y'\] must have 6 examples like batch\['tokens'\]\['ids'\], got shape \(5,\)$"),
+        ("tree", {"image": {"ids": IDS, "mask": 1.0}, "label": LABELS},
+         r"batch\['image'\]\['mask'\] must be an array with the example axis first, got one num"),
     ],
-)
+)  # fmt: skip
 def test_a_batch_that_cannot_be_read_is_refused_in_one_line(network, batch, message):
     state = start(*CHOICES[network])
     for run in (STEP, lpa_jax.eval_step):

@@ -258,32 +258,15 @@ def test_the_logits_are_those_named_or_the_first_output(model):
         (lambda h: (None, h), None, {}, r"the part of the output of 'block'.*\{'block': 1\}"),
         (lambda h: h[:2], None, {}, r"'block' must return the 6 examples .* got float32\[2, 8\]"),
         (lambda h: h, lambda z, h: {"z": z}, {}, r"the model's output .* got none for \{z: float"),
-        (
-            lambda h: (h, h),
-            None,
-            {"select": {"block": 2}},
-            r"select\['block'\] must name an array in \(float32.*\), got 2",
-        ),
-        (
-            lambda h: h,
-            None,
-            {"select": {"blok": 0}},
-            r"a layer of select must be one of block, logits, got 'blok' \(did you mean 'block'",
-        ),
-        (
-            lambda h: h,
-            None,
-            {"call": lambda m, x: m(x)},
-            r"call must be a function of \(module",
-        ),
-        (
-            lambda h: h,
-            None,
-            {"call": lambda m, x, train: m(x), "train_argument": None},
-            r"call must be the only option about the call, got 'train_argument' as well$",
-        ),
+        (lambda h: (h, h), None, {"select": {"block": 2}},
+         r"select\['block'\] must name an array in \(float32.*\), got 2"),
+        (lambda h: h, None, {"select": {"blok": 0}},
+         r"a layer of select must be one of block, logits, got 'blok' \(did you mean 'block'"),
+        (lambda h: h, None, {"call": lambda m, x: m(x)}, r"call must be a function of \(module"),
+        (lambda h: h, None, {"call": lambda m, x, train: m(x), "train_argument": None},
+         r"call must be the only option about the call, got 'train_argument' as well$"),
     ],
-)
+)  # fmt: skip
 def test_an_unclear_output_or_call_is_refused_in_one_line(block, model, options, message):
     model = model or (lambda logits, hidden: logits)
     with pytest.raises(ValueError, match=message) as error:

@@ -127,48 +127,24 @@ def test_path_that_a_training_pass_leaves_out_is_refused():
         ("linen", [], {}, r"paths must name at least one submodule, got none$"),
         ("linen", ["late", "late"], {}, r"paths must be distinct .*, got 'late'$"),
         ("linen", ["input"], {}, r"paths must be .* not input or logits, got 'input'$"),
-        (
-            "function",
-            ["late"],
-            {},
-            r"a Linen or NNX module, got function; lpa_jax.CutFunctions cuts",
-        ),
+        ("function", ["late"], {},
+         r"a Linen or NNX module, got function; lpa_jax.CutFunctions cuts"),
         ("holder", ["late"], {}, r"a Linen or NNX module, got SimpleNamespace; cut its `module`$"),
-        (
-            "two inputs",
-            ["late"],
-            {},
-            r"call must be .* TwoInputs, .*alone \(missing .*'mask'\), got",
-        ),
-        (
-            "bare dropout",
-            ["late"],
-            {},
-            r"module must have Dropout with rngs, got 'drop' without; or",
-        ),
-        (
-            "linen",
-            ["late"],
-            {"train_argument": "training"},
-            r"train_argument 'training' is not an argument of Odd; it takes: images, train$",
-        ),
-        (
-            "linen",
-            ["late"],
-            {"trian": True},
-            r"option 'trian' is not an argument of Odd; it takes: images, train$",
-        ),
+        ("two inputs", ["late"], {},
+         r"call must be .* TwoInputs, .*alone \(missing .*'mask'\), got"),
+        ("bare dropout", ["late"], {},
+         r"module must have Dropout with rngs, got 'drop' without; or"),
+        ("linen", ["late"], {"train_argument": "training"},
+         r"train_argument 'training' is not an argument of Odd; it takes: images, train$"),
+        ("linen", ["late"], {"trian": True},
+         r"option 'trian' is not an argument of Odd; it takes: images, train$"),
         ("nnx", ["head"], {}, r"OddNNX has no callable submodule 'head'; it has: .*late"),
         ("nnx", ["late/kernel"], {}, r"OddNNX has no callable submodule 'late/kernel'"),
         ("nnx", ["late/3"], {}, r"OddNNX has no callable submodule 'late/3'; it has: "),
-        (
-            "nnx",
-            ["late"],
-            {"train": True},
-            r"option 'train' is not an argument of OddNNX; it takes: images$",
-        ),
+        ("nnx", ["late"], {"train": True},
+         r"option 'train' is not an argument of OddNNX; it takes: images$"),
     ],
-)
+)  # fmt: skip
 def test_cut_that_cannot_be_is_refused(kind, paths, options, message):
     with pytest.raises(ValueError, match=message):
         lpa_jax.inject(module(kind), *paths, **options)

@@ -22,78 +22,42 @@ BY_HAND = {
     "cross_entropy hard": (losses.cross_entropy, LOGITS, (1, 0, 0), LN(8)),
     "cross_entropy soft": (losses.cross_entropy, LOGITS, (0.5, 0, 0.5), (LN(8) + LN(1.6)) / 2),
     # t' = (0.8, 0.1, 0.1)
-    "label_smoothing hard": (
-        losses.label_smoothing(0.3),
-        LOGITS,
-        (1, 0, 0),
-        0.8 * LN(8) + 0.1 * LN(4) + 0.1 * LN(1.6),
-    ),
+    "label_smoothing hard": (losses.label_smoothing(0.3), LOGITS, (1, 0, 0),
+                             0.8 * LN(8) + 0.1 * LN(4) + 0.1 * LN(1.6)),
     # t' = (0.45, 0.1, 0.45)
-    "label_smoothing soft": (
-        losses.label_smoothing(0.3),
-        LOGITS,
-        (0.5, 0, 0.5),
-        0.45 * LN(8) + 0.1 * LN(4) + 0.45 * LN(1.6),
-    ),
+    "label_smoothing soft": (losses.label_smoothing(0.3), LOGITS, (0.5, 0, 0.5),
+                             0.45 * LN(8) + 0.1 * LN(4) + 0.45 * LN(1.6)),
     # (8, 4, 4) * (1, 2, 5) = (8, 8, 20), sum 36
     "logit_adjusted hard": (losses.logit_adjusted((8, 4, 4)), LOGITS, (1, 0, 0), LN(4.5)),
     # (64, 16, 16) * (1, 2, 5) = (64, 32, 80), sum 176
-    "logit_adjusted soft, tau 2": (
-        losses.logit_adjusted((8, 4, 4), tau=2.0),
-        LOGITS,
-        (0.5, 0, 0.5),
-        (LN(2.75) + LN(2.2)) / 2,
-    ),
+    "logit_adjusted soft, tau 2": (losses.logit_adjusted((8, 4, 4), tau=2.0), LOGITS, (0.5, 0, 0.5),
+                                   (LN(2.75) + LN(2.2)) / 2),
     "balanced_softmax hard": (losses.balanced_softmax((8, 4, 4)), LOGITS, (0, 0, 1), LN(1.8)),
-    "balanced_softmax soft": (
-        losses.balanced_softmax((8, 4, 4)),
-        LOGITS,
-        (0.5, 0.25, 0.25),
-        0.75 * LN(4.5) + 0.25 * LN(1.8),
-    ),
+    "balanced_softmax soft": (losses.balanced_softmax((8, 4, 4)), LOGITS, (0.5, 0.25, 0.25),
+                              0.75 * LN(4.5) + 0.25 * LN(1.8)),
     # margins (0.25, 0.25, 0.5); 2 (z - margin) = (0, 0, 0)
     "ldam hard": (losses.ldam((16, 16, 1), 0.5, 2.0), (0, 0, 0.5), (0, 0, 1), LN(3)),
     # 2 (z - t * margin) = (-0.25, 0, 0.5)
-    "ldam soft": (
-        losses.ldam((16, 16, 1), 0.5, 2.0),
-        (0, 0, 0.5),
-        (0.5, 0, 0.5),
-        LN(math.exp(-0.25) + 1 + math.exp(0.5)) - 0.125,
-    ),
+    "ldam soft": (losses.ldam((16, 16, 1), 0.5, 2.0), (0, 0, 0.5), (0.5, 0, 0.5),
+                  LN(math.exp(-0.25) + 1 + math.exp(0.5)) - 0.125),
     # softplus of (ln 1, ln 2, ln 5) is (ln 2, ln 3, ln 6)
-    "sigmoid_cross_entropy, one unknown": (
-        losses.sigmoid_cross_entropy(),
-        LOGITS,
-        (1, -1, 0),
-        LN(2) + LN(6),
-    ),
-    "sigmoid_cross_entropy, soft": (
-        losses.sigmoid_cross_entropy(),
-        LOGITS,
-        (0, 0.5, 1),
-        LN(2) + LN(3) - LN(2) / 2 + LN(6) - LN(5),
-    ),
+    "sigmoid_cross_entropy, one unknown": (losses.sigmoid_cross_entropy(), LOGITS, (1, -1, 0),
+                                           LN(2) + LN(6)),
+    "sigmoid_cross_entropy, soft": (losses.sigmoid_cross_entropy(), LOGITS, (0, 0.5, 1),
+                                    LN(2) + LN(3) - LN(2) / 2 + LN(6) - LN(5)),
     "focal hard": (losses.focal(2.0), LOGITS, (0, 0, 1), (3 / 8) ** 2 * LN(1.6)),
-    "focal soft, gamma 0.5": (
-        losses.focal(0.5),
-        LOGITS,
-        (0.5, 0, 0.5),
-        ((7 / 8) ** 0.5 * LN(8) + (3 / 8) ** 0.5 * LN(1.6)) / 2,
-    ),
+    "focal soft, gamma 0.5": (losses.focal(0.5), LOGITS, (0.5, 0, 0.5),
+                              ((7 / 8) ** 0.5 * LN(8) + (3 / 8) ** 0.5 * LN(1.6)) / 2),
     # 1 / E = (1, 2/3, 4/7), sum 47/21, so w = (63, 42, 36) / 47
-    "class_balanced hard": (
-        losses.class_balanced((1, 2, 3), beta=0.5),
-        LOGITS,
-        (1, 0, 0),
-        63 / 47 * LN(8),
-    ),
+    "class_balanced hard": (losses.class_balanced((1, 2, 3), beta=0.5), LOGITS, (1, 0, 0),
+                            63 / 47 * LN(8)),
     "class_balanced focal soft": (
         losses.class_balanced((1, 2, 3), beta=0.5, base=losses.focal(1.0)),
         LOGITS,
         (0.5, 0, 0.5),
         99 / 94 * (7 / 8 * LN(8) + 3 / 8 * LN(1.6)) / 2,
     ),
-}
+}  # fmt: skip
 
 # Every registered loss, and the options with a numerical trap of their own.
 ALL = {name: losses.create(name, COUNTS) for name in losses.names()} | {
@@ -326,11 +290,8 @@ def test_labels_in_place_of_targets_are_refused(loss):
     [
         ("hinge", {}, "loss must be one of balanced_softmax, class_balanced, .*got 'hinge'"),
         ("focal", {"beta": 0.9}, "option of loss 'focal' must be one of gamma, got 'beta'"),
-        (
-            "cross_entropy",
-            {"gamma": 1.0},
-            "option of loss 'cross_entropy' must be none at all, got 'gamma'",
-        ),
+        ("cross_entropy", {"gamma": 1.0},
+         "option of loss 'cross_entropy' must be none at all, got 'gamma'"),
         ("label_smoothing", {"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1\.0"),
         ("label_smoothing", {"smoothing": -0.1}, r"smoothing must be in \[0, 1\), got -0\.1"),
         ("logit_adjusted", {"tau": -1.0}, r"tau must be finite and >= 0, got -1\.0"),
@@ -345,7 +306,7 @@ def test_labels_in_place_of_targets_are_refused(loss):
         ("class_balanced", {"beta": -0.1}, r"beta must be in \[0, 1\), got -0\.1"),
         ("class_balanced", {"base": "focal"}, r"base must be a loss.*got 'focal'"),
     ],
-)
+)  # fmt: skip
 def test_bad_options_are_refused_by_name(name, options, message):
     with pytest.raises(ValueError, match=message):
         losses.create(name, COUNTS, **options)

@@ -271,33 +271,21 @@ def test_initialising_a_part_is_refused(images):
         ("mlp", {"hidden": (4, 0)}, "hidden must be one or more whole numbers >= 1, got (4, 0)"),
         ("mlp", {"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
         ("mlp", {"head": "cosine"}, "head must be one of linear, normalized, got 'cosine'"),
-        (
-            "mlp",
-            {"dtype": "int32"},
-            "dtype must be a floating type such as float32 or bfloat16, got 'int32'",
-        ),
-        (
-            "mlp",
-            {"dtype": "float17"},
-            "dtype must be a floating type such as float32 or bfloat16, got 'float17'",
-        ),
+        ("mlp", {"dtype": "int32"},
+         "dtype must be a floating type such as float32 or bfloat16, got 'int32'"),
+        ("mlp", {"dtype": "float17"},
+         "dtype must be a floating type such as float32 or bfloat16, got 'float17'"),
         ("small_cnn", {"norm": "layer"}, "norm must be one of batch, group, none, got 'layer'"),
         ("small_cnn", {"norm_epsilon": 0.0}, "norm_epsilon must be finite and > 0, got 0.0"),
         ("resnet8", {"stem": "mnist"}, "stem must be one of cifar, strided, imagenet, got 'mnist'"),
-        (
-            "resnet8",
-            {"widths": (4, 8)},
-            "widths must be one for each of stage_sizes=(1, 1, 1), got (4, 8)",
-        ),
-        (
-            "resnet8",
-            {"norm": "none", "zero_init": True},
-            "norm must be batch or group with zero_init=True, got 'none'",
-        ),
+        ("resnet8", {"widths": (4, 8)},
+         "widths must be one for each of stage_sizes=(1, 1, 1), got (4, 8)"),
+        ("resnet8", {"norm": "none", "zero_init": True},
+         "norm must be batch or group with zero_init=True, got 'none'"),
         ("wide_resnet", {"depth": 20}, "depth must be 6n + 4 for a whole number n >= 1, got 20"),
         ("vit", {"heads": 5}, "width must be a multiple of heads=5, got 192"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_option_is_refused_in_one_line(name, options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         models.create(name, 10, **options)

@@ -192,24 +192,18 @@ def test_variables_without_a_place_are_refused():
         ({"layer2.0.conv1.weight": None}, "tensor 'layer2.0.conv1.weight' is missing$"),
         ({"fc.bias": None, "bn1.bias": None}, "tensor 'bn1.bias' is missing .and 1 others of 7"),
         ({"layer5.0.conv1.weight": np.zeros(1)}, "tensor 'layer5.0.conv1.weight' is unexpected"),
-        (
-            {"conv1.weight": np.zeros((4, 1, 7, 7), np.float32)},
-            "tensor 'conv1.weight' has shape (4, 1, 7, 7), must have (4, 3, 7, 7)",
-        ),
-        (
-            {"fc.weight": np.zeros((CLASSES, 7), np.float32)},
-            "tensor 'fc.weight' has shape (3, 7), must have (3, 10)",
-        ),
-        (
-            {"fc.weight": np.zeros((9, 7), np.float32), "fc.bias": np.zeros(9, np.float32)},
-            "tensor 'fc.weight' has shape (9, 7), must have (9, 10)",
-        ),
+        ({"conv1.weight": np.zeros((4, 1, 7, 7), np.float32)},
+         "tensor 'conv1.weight' has shape (4, 1, 7, 7), must have (4, 3, 7, 7)"),
+        ({"fc.weight": np.zeros((CLASSES, 7), np.float32)},
+         "tensor 'fc.weight' has shape (3, 7), must have (3, 10)"),
+        ({"fc.weight": np.zeros((9, 7), np.float32), "fc.bias": np.zeros(9, np.float32)},
+         "tensor 'fc.weight' has shape (9, 7), must have (9, 10)"),
         ({"bn1.weight": np.full(4, np.nan, np.float32)}, "tensor 'bn1.weight' has a number that"),
         ({"bn1.bias": np.full(4, np.inf, np.float32)}, "tensor 'bn1.bias' has a number that"),
         ({"bn1.running_var": -np.ones(4, np.float32)}, "tensor 'bn1.running_var' has a negative"),
         ({"bn1.bias": np.zeros(4, np.int32)}, "tensor 'bn1.bias' has type int32, must be floating"),
     ],
-)
+)  # fmt: skip
 def test_a_tensor_that_does_not_fit_is_named_in_one_line(change, message):
     tensors = made_tensors(BASIC) | change
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}

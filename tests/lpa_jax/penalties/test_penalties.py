@@ -176,15 +176,12 @@ def test_unknown_names_and_options_are_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("domain", "message"),
     [
-        (
-            None,
-            r"batch\['domain'\] must be each example's domain in 0\.\.4 .* got None",
-        ),
+        (None, r"batch\['domain'\] must be each example's domain in 0\.\.4 .* got None"),
         (np.array([0, 1, 5]), r"batch\['domain'\] must be in 0\.\.4, got 5 at position 2"),
         (np.array([0, -1, 0]), r"batch\['domain'\] must be in 0\.\.4, got -1 at position 1"),
         (np.array([0.0, 1.0, 0.5]), r"batch\['domain'\] must be integers, got dtype float64"),
     ],
-)
+)  # fmt: skip
 def test_a_batch_with_bad_domains_is_refused_by_name(name, domain, message):
     penalty = penalties.create(name, **OPTIONS[name])
     batch = {"x": jnp.zeros((3, INPUTS)), "label": jnp.zeros(3, jnp.int32), "domain": domain}
