@@ -26,27 +26,8 @@ from lpa_jax.injection.functions import CutFunctions
 from lpa_jax.injection.staged import StagedNetwork
 
 __all__ = [
-    "INPUT",
-    "LOGITS",
-    "CutFunctions",
-    "Network",
-    "Pass",
-    "StagedNetwork",
-    "Tap",
-    "Variables",
-    "accumulate",
-    "activation_shapes",
-    "as_network",
-    "check_examples",
-    "check_layer",
-    "decode",
-    "encode",
-    "inject",
-    "model_state",
-    "names_of",
-    "nnx_submodule_paths",
-    "read_batch",
-    "run_perturbed",
-    "submodule_paths",
-    "with_batch_names",
-]
+    "INPUT", "LOGITS", "CutFunctions", "Network", "Pass", "StagedNetwork", "Tap", "Variables",
+    "accumulate", "activation_shapes", "as_network", "check_examples", "check_layer", "decode",
+    "encode", "inject", "model_state", "names_of", "nnx_submodule_paths", "read_batch",
+    "run_perturbed", "submodule_paths", "with_batch_names",
+]  # fmt: skip

@@ -22,21 +22,7 @@ from lpa_jax.losses.logit_adjustment import adjust_logits, logit_adjusted
 from lpa_jax.losses.sigmoid_cross_entropy import sigmoid_cross_entropy
 
 __all__ = [
-    "Loss",
-    "adjust_logits",
-    "balanced_softmax",
-    "class_balanced",
-    "create",
-    "cross_entropy",
-    "drw_stages",
-    "effective_number_weights",
-    "focal",
-    "label_smoothing",
-    "ldam",
-    "logit_adjusted",
-    "names",
-    "option_types",
-    "options",
-    "register",
-    "sigmoid_cross_entropy",
-]
+    "Loss", "adjust_logits", "balanced_softmax", "class_balanced", "create", "cross_entropy",
+    "drw_stages", "effective_number_weights", "focal", "label_smoothing", "ldam",
+    "logit_adjusted", "names", "option_types", "options", "register", "sigmoid_cross_entropy",
+]  # fmt: skip

@@ -77,27 +77,7 @@ def create(name: str, num_classes: int, **options: Any) -> StagedModel:
 
 
 __all__ = [
-    "MLP",
-    "WRN_16_8",
-    "WRN_28_10",
-    "ResNet",
-    "ResNet8",
-    "ResNet8Slim",
-    "ResNet18",
-    "ResNet20",
-    "ResNet32",
-    "ResNet34",
-    "ResNet50",
-    "ResNet56",
-    "ResNet110",
-    "SmallCNN",
-    "StagedModel",
-    "ViT",
-    "ViT_L16",
-    "ViT_S16",
-    "ViT_Ti16",
-    "WideResNet",
-    "create",
-    "names",
-    "pretrained",
-]
+    "MLP", "WRN_16_8", "WRN_28_10", "ResNet", "ResNet8", "ResNet8Slim", "ResNet18", "ResNet20",
+    "ResNet32", "ResNet34", "ResNet50", "ResNet56", "ResNet110", "SmallCNN", "StagedModel", "ViT",
+    "ViT_L16", "ViT_S16", "ViT_Ti16", "WideResNet", "create", "names", "pretrained",
+]  # fmt: skip

@@ -20,20 +20,7 @@ from lpa_jax.parallel.mapped_step import (
 )
 
 __all__ = [
-    "AXIS_NAME",
-    "MappedStep",
-    "PlacedBatch",
-    "batch_axis",
-    "check_batch",
-    "check_split",
-    "fsdp_shardings",
-    "in_auto_axes",
-    "map_step",
-    "mesh_step",
-    "must_block",
-    "pmap_step",
-    "pmapped",
-    "replicated_shardings",
-    "shard_batch",
-    "with_own_buffers",
-]
+    "AXIS_NAME", "MappedStep", "PlacedBatch", "batch_axis", "check_batch", "check_split",
+    "fsdp_shardings", "in_auto_axes", "map_step", "mesh_step", "must_block", "pmap_step",
+    "pmapped", "replicated_shardings", "shard_batch", "with_own_buffers",
+]  # fmt: skip

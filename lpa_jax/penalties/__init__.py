@@ -17,17 +17,6 @@ from lpa_jax.penalties.spectral_decoupling import spectral_decoupling
 from lpa_jax.penalties.vrex import vrex
 
 __all__ = [
-    "Observed",
-    "Penalty",
-    "coral",
-    "create",
-    "group_dro",
-    "irm",
-    "isda",
-    "names",
-    "option_types",
-    "options",
-    "register",
-    "spectral_decoupling",
-    "vrex",
-]
+    "Observed", "Penalty", "coral", "create", "group_dro", "irm", "isda", "names", "option_types",
+    "options", "register", "spectral_decoupling", "vrex",
+]  # fmt: skip

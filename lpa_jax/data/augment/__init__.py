@@ -71,15 +71,6 @@ def create(
 
 
 __all__ = [
-    "NAMES",
-    "Augmentation",
-    "color_jitter",
-    "compose",
-    "create",
-    "crop",
-    "cutout",
-    "flip",
-    "grayscale",
-    "none",
-    "random_resized_crop",
-]
+    "NAMES", "Augmentation", "color_jitter", "compose", "create", "crop", "cutout", "flip",
+    "grayscale", "none", "random_resized_crop",
+]  # fmt: skip
