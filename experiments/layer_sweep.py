@@ -57,9 +57,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("layer_radii", [], "Radii of single layers, such as input=0.05.")
     flags.DEFINE_integer(
-        "cka_images",
-        2000,
-        "Random evaluation images for CKA; its cost is their number squared.",
+        "cka_images", 2000, "Random evaluation images for CKA; its cost is their number squared."
     )
 
 

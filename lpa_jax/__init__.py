@@ -18,14 +18,7 @@ from lpa_jax.assignment import (
     by_frequency,
     custom,
 )
-from lpa_jax.injection import (
-    CutFunctions,
-    Network,
-    decode,
-    encode,
-    inject,
-    with_batch_names,
-)
+from lpa_jax.injection import CutFunctions, Network, decode, encode, inject, with_batch_names
 from lpa_jax.losses import cross_entropy
 from lpa_jax.penalties import Penalty
 from lpa_jax.perturbations import (

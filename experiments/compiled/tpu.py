@@ -35,11 +35,7 @@ CHIP_GIB = {
     "TPU v6 lite": 32,
 }
 # Where the arrays of the state are, by placement.
-PLACEMENTS = {
-    "pmap": None,
-    "mesh": parallel.replicated_shardings,
-    "fsdp": parallel.fsdp_shardings,
-}
+PLACEMENTS = {"pmap": None, "mesh": parallel.replicated_shardings, "fsdp": parallel.fsdp_shardings}
 # libtpu must neither ask a cloud which machine this is nor reserve devices nor write a log.
 _NO_DEVICE = {
     "TPU_SKIP_MDS_QUERY": "1",

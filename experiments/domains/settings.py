@@ -49,11 +49,7 @@ class DomainSettings(RunSettings):
     crop_scale: tuple[float, float] = changed(RunSettings, "crop_scale", (0.7, 1.0))
     jitter: tuple[float, float, float, float] = changed(RunSettings, "jitter", (0.3, 0.3, 0.3, 0.3))
     train_steps: int = setting(
-        300,
-        "Steps of training; DomainBed: 5000.",
-        low=1,
-        high=10**9,
-        instead_of=("epochs",),
+        300, "Steps of training; DomainBed: 5000.", low=1, high=10**9, instead_of=("epochs",)
     )
     batch_size: int = changed(
         RunSettings,

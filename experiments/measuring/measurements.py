@@ -307,8 +307,7 @@ def _accuracy(found: trained.Outputs) -> float:
 
 
 @partial(
-    jax.jit,
-    static_argnames=("network", "name", "layer", "counts", "radius", "assignment", "form"),
+    jax.jit, static_argnames=("network", "name", "layer", "counts", "radius", "assignment", "form")
 )
 def _probed(
     network, variables, batch, rng, *, name, layer, counts, radius, assignment, form="signed"

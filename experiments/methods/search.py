@@ -171,10 +171,7 @@ def part_space(name: str, hidden_layers: Sequence[str]) -> dict[str, Space]:
             **layer,
         },
         "mixup": {"alpha": LogUniform(0.05, 2.0)},
-        "rsc": {
-            "drop_f": Choice((0.1, 0.2, 0.33, 0.5)),
-            "drop_b": Choice((0.2, 0.33, 0.5, 1.0)),
-        },
+        "rsc": {"drop_f": Choice((0.1, 0.2, 0.33, 0.5)), "drop_b": Choice((0.2, 0.33, 0.5, 1.0))},
         "sam": {"rho": LogUniform(0.01, 0.5)},
         "label_smoothing": {"smoothing": LogUniform(0.01, 0.4)},
         "logit_adjusted": {"tau": LogUniform(0.3, 3.0)},

@@ -68,10 +68,7 @@ DEFAULTS = Tuned("the methods' defaults")
 
 
 def find(
-    hparams: str,
-    experiment: str,
-    settings: Any,
-    run_options: Sequence[str] = names.RUN_OPTIONS,
+    hparams: str, experiment: str, settings: Any, run_options: Sequence[str] = names.RUN_OPTIONS
 ) -> Tuned:
     """The hyperparameters that --hparams names.
 

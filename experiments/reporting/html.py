@@ -76,11 +76,7 @@ for (const button of document.querySelectorAll("th button")) {
 """
 
 
-def page(
-    sections: Sequence[Section],
-    runs: Sequence[Run],
-    problems: Sequence[Problem],
-) -> str:
+def page(sections: Sequence[Section], runs: Sequence[Run], problems: Sequence[Problem]) -> str:
     """The whole page.
 
     Args:

@@ -102,11 +102,7 @@ class Suggestions:
         def method(radius):
             traced = cold | {f"{name}.radius": radius}
             assembled = assemble(
-                f"{name}@{layer}",
-                traced,
-                layers=self._layers,
-                layer=None,
-                counts=self._task.counts,
+                f"{name}@{layer}", traced, layers=self._layers, layer=None, counts=self._task.counts
             )
             return assembled.perturbations[layer]
 

@@ -74,11 +74,7 @@ class Batches:
     """Training batches by step; made by `batches`."""
 
     def __init__(
-        self,
-        dataset: Examples,
-        stream: ExampleStream,
-        batch_size: int,
-        host_slice: tuple[int, int],
+        self, dataset: Examples, stream: ExampleStream, batch_size: int, host_slice: tuple[int, int]
     ):
         self._dataset = dataset
         self._stream = stream

@@ -24,14 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax import metrics, pgd
-from lpa_jax.injection import (
-    LOGITS,
-    Network,
-    Pass,
-    Variables,
-    activation_shapes,
-    read_batch,
-)
+from lpa_jax.injection import LOGITS, Network, Pass, Variables, activation_shapes, read_batch
 
 Array = jax.Array
 Batch = Mapping[str, Any]

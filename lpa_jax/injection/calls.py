@@ -55,10 +55,7 @@ def stream_key(rng: Array, name: str) -> Array:
 
 
 def module_call(
-    module: Any,
-    call: Call | None = None,
-    train_argument: str | None = FIND,
-    **arguments: Any,
+    module: Any, call: Call | None = None, train_argument: str | None = FIND, **arguments: Any
 ) -> ModuleCall:
     """The call that the options of `lpa_jax.inject` describe.
 

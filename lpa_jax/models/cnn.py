@@ -46,10 +46,7 @@ class SmallCNN(base.NormalizedModel):
         widths = dict(zip(self.stage_names, self.widths, strict=False))
         self.stages = {
             name: ConvNormRelu(width, self.primitives, name=name) for name, width in widths.items()
-        } | {
-            "pool": layers.global_average_pool,
-            "logits": self.classifier(),
-        }
+        } | {"pool": layers.global_average_pool, "logits": self.classifier()}
 
 
 class ConvNormRelu(nn.Module):

@@ -62,9 +62,6 @@ class Hidden(nn.Module):
         """dropout(relu(W x + b)), `[B, features]`."""
         x = jnp.reshape(x, (x.shape[0], -1))
         x = nn.Dense(
-            self.features,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.he_normal(),
-            name="dense",
+            self.features, dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name="dense"
         )(x)
         return layers.dropout(nn.relu(x), self.dropout, train)

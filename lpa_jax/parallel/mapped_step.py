@@ -225,11 +225,7 @@ def replicated_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def fsdp_shardings(
-    tree: Any,
-    mesh: jax.sharding.Mesh,
-    *,
-    axis_name: str | None = None,
-    min_size: int = 2**14,
+    tree: Any, mesh: jax.sharding.Mesh, *, axis_name: str | None = None, min_size: int = 2**14
 ) -> Any:
     """A sharding for every array of a tree: large ones are spread over the devices (FSDP).
 

@@ -1,14 +1,6 @@
 """Penalties: what is added to the training objective."""
 
-from lpa_jax.penalties.base import (
-    Observed,
-    Penalty,
-    create,
-    names,
-    option_types,
-    options,
-    register,
-)
+from lpa_jax.penalties.base import Observed, Penalty, create, names, option_types, options, register
 from lpa_jax.penalties.coral import coral
 from lpa_jax.penalties.group_dro import group_dro
 from lpa_jax.penalties.irm import irm

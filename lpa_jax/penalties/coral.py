@@ -5,13 +5,7 @@ import jax.numpy as jnp
 
 from lpa_jax import checks, pgd, tables
 from lpa_jax.penalties.base import Penalty, register
-from lpa_jax.penalties.common import (
-    check_vectors,
-    domains,
-    scatter_matrices,
-    stateless,
-    zero,
-)
+from lpa_jax.penalties.common import check_vectors, domains, scatter_matrices, stateless, zero
 
 Array = jax.Array
 

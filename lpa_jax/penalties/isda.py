@@ -5,12 +5,7 @@ import jax.numpy as jnp
 
 from lpa_jax import checks, pgd, tables
 from lpa_jax.penalties.base import Observed, Penalty, register
-from lpa_jax.penalties.common import (
-    batch_mean,
-    check_vectors,
-    scatter_matrices,
-    zero,
-)
+from lpa_jax.penalties.common import batch_mean, check_vectors, scatter_matrices, zero
 
 Array = jax.Array
 State = dict[str, Array]

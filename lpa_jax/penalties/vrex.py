@@ -2,13 +2,7 @@
 
 from lpa_jax import checks
 from lpa_jax.penalties.base import Penalty, register
-from lpa_jax.penalties.common import (
-    annealed,
-    domain_risks,
-    mean_where,
-    stateless,
-    zero,
-)
+from lpa_jax.penalties.common import annealed, domain_risks, mean_where, stateless, zero
 
 
 @register("vrex")

@@ -110,11 +110,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
         pytest.importorskip(package, reason=f"{package} is in the extra docs")
     build = ["-m", "mkdocs", "build", "--strict", "-f", CONFIG, "-d", tmp_path / "site"]
     done = subprocess.run(
-        [sys.executable, *build],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, *build], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")

@@ -58,10 +58,7 @@ def setups():
         "erm": (normalized(), {}, parallel.map_step),
         "cold lpa and lpl": (
             normalized(),
-            {
-                "hidden1": lpa(steps=2),
-                "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE),
-            },
+            {"hidden1": lpa(steps=2), "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE)},
             parallel.map_step,
         ),
         # More classes than examples: tables are compact, all hosts agree on their slots.

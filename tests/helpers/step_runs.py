@@ -65,10 +65,7 @@ RUNS = {
     ),
     "drawn": (
         MODEL,
-        {
-            ("input", "hidden2"): recording(fixed_lpa("free")),
-            "logits": recording(identity()),
-        },
+        {("input", "hidden2"): recording(fixed_lpa("free")), "logits": recording(identity())},
     ),
     "chain": (
         MODEL,

@@ -60,10 +60,7 @@ class NormalizedLayer(nn.Module):
             passes.value += 1
         x = nn.Dense(self.features, name="dense")(x.reshape(x.shape[0], -1))
         x = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=MOMENTUM,
-            axis_name=self.axis_name,
-            name="norm",
+            use_running_average=not train, momentum=MOMENTUM, axis_name=self.axis_name, name="norm"
         )(x)
         return layers.dropout(nn.relu(x), self.dropout, train)
 

@@ -31,11 +31,7 @@ def job(data_dir, tmp_path_factory):
     """A small finished job and what it printed; tests that change it take a copy."""
     workdir = tmp_path_factory.mktemp("domains") / "job"
     out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        drawn_texts.undrawn(),
-    ):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), drawn_texts.undrawn():
         message = call_by_name(
             data_dir, "domain_generalization", *TINY, *JOB, f"--workdir={workdir}"
         )

@@ -152,8 +152,7 @@ def test_an_option_reaches_its_part_only():
     options = methods.options_for("focal+sam", {}, {"focal.gamma": 3.0})
     assert options == {"focal.gamma": 3.0}
     with pytest.raises(
-        ValueError,
-        match=r"the option of focal in 'focal\.tau' must be one of gamma, got 'tau'",
+        ValueError, match=r"the option of focal in 'focal\.tau' must be one of gamma, got 'tau'"
     ):
         methods.options_for("focal", {}, {"focal.tau": 1})
     with pytest.raises(ValueError, match=r"--option: lpa\.layer must be text, got 3"):

@@ -178,8 +178,7 @@ def test_errors_are_turned_into_accuracies_and_matched_by_settings():
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{"epochs": 1}, {"evaluate_on": "validation"}, {"per_class": 50}],
+    "changed", [{"epochs": 1}, {"evaluate_on": "validation"}, {"per_class": 50}]
 )
 def test_figures_stand_beside_no_shorter_or_smaller_run_and_no_validation_accuracy(changed):
     wide = {"dataset": "cifar10", "profile": "none", "model": "wrn_28_10", "epochs": 240,

@@ -108,10 +108,7 @@ def test_pairs_without_a_common_seed_are_named_and_not_tested():
     made, left_out = paired.contrasts(values, pairs)
     (row,) = made.itertuples()
     assert row.method == "a - c" and row.difference == 0.25
-    assert left_out == [
-        "a - b: no common seed.",
-        "a - d: no run of d in this setting.",
-    ]
+    assert left_out == ["a - b: no common seed.", "a - d: no run of d in this setting."]
 
 
 def test_a_comparison_is_hopeless_only_if_no_outcome_could_be_significant():
