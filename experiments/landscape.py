@@ -64,8 +64,6 @@ PARTS = {
     "calibration": ("calibration",),
 }
 _FIRST_SEED_ONLY = "plane"
-# method -> seed -> result of a function of `measurements`
-Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def define_flags() -> None:
@@ -122,7 +120,7 @@ def _measure(name: str, load: Callable[[], trained.Model], how: Measuring) -> di
     return MEASUREMENTS[name][0](load(), how)
 
 
-def report(found: Mapping[str, Found], title: str, workdir: pathlib.Path) -> None:
+def report(found: Mapping[str, measured_tables.Found], title: str, workdir: pathlib.Path) -> None:
     """Prints the tables, and writes them and the figures."""
     figures = {
         "flatness": measured_figures.flatness,

@@ -183,10 +183,7 @@ def vector(name: str, values: ArrayLike, low: float = 0.0, *, open_low: bool = F
         _refuse(name, "a non-empty vector of numbers", f"shape {array.shape}")
     bad = np.flatnonzero(~(np.isfinite(array) & (array > low if open_low else array >= low)))
     if bad.size:
-        allowed = (
-            "finite" if low == -math.inf else f"finite and {'>' if open_low else '>='} {low:g}"
-        )
-        _refuse(name, allowed, f"{array[bad[0]]:g} at position {bad[0]}")
+        _refuse(name, _at_least(low, open_low), f"{array[bad[0]]:g} at position {bad[0]}")
     return array
 
 

@@ -36,20 +36,22 @@ class Comparison(NamedTuple):
     """Paired differences of a method to another.
 
     Attributes:
-      difference: their mean and its standard error.
-      low: lower end of the 95% bootstrap interval of the mean; NaN with fewer than 5 pairs.
-      high: upper end.
-      p_value: two-sided Wilcoxon signed-rank p-value; NaN with fewer than 5 pairs.
       pairs: number of seeds that both have.
-      higher: number of them in which the first method is above the second.
+      difference: mean of their differences.
+      difference_se: its standard error.
+      difference_low: lower end of its 95% bootstrap interval; NaN with fewer than 5 pairs.
+      difference_high: upper end.
+      p_value: two-sided Wilcoxon signed-rank p-value; NaN with fewer than 5 pairs.
+      higher: number of pairs in which the first method is above the second.
       each: the difference of every seed.
     """
 
-    difference: Estimate
-    low: float
-    high: float
-    p_value: float
     pairs: int
+    difference: float
+    difference_se: float
+    difference_low: float
+    difference_high: float
+    p_value: float
     higher: int
     each: tuple[float, ...]
 
@@ -69,22 +71,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 def compare_seeds(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Comparison:
     """Compares first - second over their common keys (seeds); all NaN without any.
 
-    >>> compare_seeds({0: 0.75, 1: 1.0}, {0: 0.5, 1: 0.25, 2: 0.1}).difference
-    Estimate(mean=0.5, error=0.25)
+    >>> compare_seeds({0: 0.75, 1: 1.0}, {0: 0.5, 1: 0.25, 2: 0.1})[:3]
+    (2, 0.5, 0.25)
     """
     common = [key for key in first if key in second]
     differences = np.array([first[key] - second[key] for key in common])
     tested = differences if len(common) >= FEWEST_PAIRS else differences[:0]
-    low, high = bootstrap_interval(tested)
-    return Comparison(
-        difference=estimate(differences),
-        low=low,
-        high=high,
-        p_value=wilcoxon_p(tested),
-        pairs=len(common),
-        higher=int((differences > RESOLUTION / 2).sum()),
-        each=tuple(differences.tolist()),
-    )
+    higher = int((differences > RESOLUTION / 2).sum())
+    numbers = (*estimate(differences), *bootstrap_interval(tested), wilcoxon_p(tested))
+    return Comparison(len(common), *numbers, higher, tuple(differences.tolist()))
 
 
 def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -216,23 +211,10 @@ def compare(
             row |= {"mean": mean, "se": error, "baseline": baseline}
             skipped = method == baseline or (tested is not None and measure not in tested)
             other = {} if skipped else found.get((measure, baseline), {})
-            rows.append(row | _numbers(compare_seeds(own, other)))
+            rows.append(row | compare_seeds(own, other)._asdict())
         corrected = holm([row["p_value"] for row in rows])
         records += [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
     return pd.DataFrame.from_records(records)
-
-
-def _numbers(comparison: Comparison) -> dict[str, float]:
-    return {
-        "pairs": comparison.pairs,
-        "difference": comparison.difference.mean,
-        "difference_se": comparison.difference.error,
-        "difference_low": comparison.low,
-        "difference_high": comparison.high,
-        "p_value": comparison.p_value,
-        "higher": comparison.higher,
-        "each": comparison.each,
-    }
 
 
 def parse_pairs(texts: Sequence[str]) -> tuple[Pair, ...]:
@@ -290,7 +272,7 @@ def contrasts(values: pd.DataFrame, pairs: Sequence[Pair]) -> tuple[pd.DataFrame
         elif not comparison.pairs:
             left_out.append(f"{name}: no common seed.")
         else:
-            rows.append({"method": name} | _numbers(comparison))
+            rows.append({"method": name} | comparison._asdict())
     corrected = holm([row["p_value"] for row in rows])
     rows = [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
     return pd.DataFrame.from_records(rows), left_out

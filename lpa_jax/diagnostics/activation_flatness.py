@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import metrics, pgd
+from lpa_jax import checks, metrics, pgd
 from lpa_jax.diagnostics import curvature
 from lpa_jax.diagnostics.curvature import Estimate
 from lpa_jax.diagnostics.objective import (
@@ -72,8 +72,7 @@ def activation_objective(
       >>> objective.gradient(jnp.zeros((2, 2))).tolist()  # softmax - onehot
       [[-0.5, 0.5], [0.5, -0.5]]
     """
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    checks.choice("level", level, LEVELS)
     activation, logits = first_batch_shapes(network, variables, batches, layer, LOGITS)
     if not jnp.issubdtype(activation.dtype, jnp.floating):
         raise ValueError(
@@ -150,8 +149,7 @@ def activation_flatness(
     Raises:
       ValueError: As `activation_objective`, or a value out of range.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    checks.choice("level", level, LEVELS)
     parts = [batches] if level == "class" else ([batch] for batch in batches)
     found = []
     for number, part in enumerate(parts):

@@ -34,11 +34,6 @@ class Reliability(NamedTuple):
         gaps = np.abs(self.accuracy[filled] - self.confidence[filled])
         return float(np.sum(self.count[filled] * gaps) / self.count.sum())
 
-    @property
-    def maximum_calibration_error(self) -> float:
-        """MCE = max_k |accuracy_k - confidence_k| over bins that hold examples."""
-        return float(np.nanmax(np.abs(self.accuracy - self.confidence)))
-
 
 def reliability(
     logits: ArrayLike, labels: ArrayLike, *, bins: int = 15, adaptive: bool = False

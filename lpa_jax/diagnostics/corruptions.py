@@ -23,7 +23,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from lpa_jax import checks
 from lpa_jax.data import augment
-from lpa_jax.data.augment.base import as_before, as_unit
+from lpa_jax.data.augment.base import as_before, as_unit, keys_of
 
 Array = jax.Array
 # (key, image [H, W, ch] in [0, 1], strength) -> image
@@ -62,20 +62,14 @@ def create(name: str, severity: int) -> augment.Augmentation:
       >>> int(brighter(jax.random.key(0), images, jnp.arange(2))[0, 0, 0, 0])  # 128 + 0.1 * 255
       154
     """
-    if name not in _TABLE:
-        raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
+    checks.choice("name", name, names())
     corrupt, strengths = _TABLE[name]
     checks.integer("severity", severity, 1, len(strengths))
     strength = strengths[severity - 1]
 
     def apply(rng, images, positions):
         unit = as_unit(images)
-        if jnp.shape(positions) != unit.shape[:1]:
-            raise ValueError(
-                f"positions must be one for each of {len(unit)} images, "
-                f"got shape {jnp.shape(positions)}"
-            )
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, positions)
+        keys = keys_of(rng, unit, jnp.asarray(positions))
         corrupted = jax.vmap(lambda key, image: corrupt(key, image, strength))(keys, unit)
         return as_before(jnp.clip(corrupted, 0.0, 1.0), images.dtype)
 

@@ -189,24 +189,3 @@ def check_finite(
         if not all(np.all(np.isfinite(leaf)) for leaf in jax.device_get(floats)):
             last = first_step + len(history) - 1
             raise NonFiniteLossError(f"the {name} are not finite after step {last}")
-
-
-def evaluate_batches(
-    eval_fn: Callable[[TrainState, Batch], Mapping[str, metrics.Pair]],
-    state: TrainState,
-    batches: Sequence[Batch],
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any] | None:
-    """Averages an evaluation step over all batches, each example counted once.
-
-    Returns:
-      Metrics by name: floats, and arrays for per-class metrics. None if `should_stop`, which is
-      called before every batch, returned True.
-    """
-    total = None
-    for number in range(len(batches)):
-        if should_stop():
-            return None
-        pairs = eval_fn(state, batches[number])
-        total = pairs if total is None else metrics.add(total, pairs)
-    return metrics.compute(total)

@@ -119,6 +119,13 @@ def site_key():
     return Perturbation("site_key", init, apply)
 
 
+def assert_batches_equal(a, b, name=""):
+    assert a.keys() == b.keys(), name
+    for key in a:
+        assert a[key].dtype == b[key].dtype, (name, key)
+        np.testing.assert_array_equal(a[key], b[key], err_msg=f"{name} {key}")
+
+
 def assert_trees_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 

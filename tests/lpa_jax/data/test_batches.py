@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lpa_jax import data
+from tests.helpers.toy import assert_batches_equal
 
 
 def _toy(size=10, labels=None):
@@ -21,13 +22,6 @@ def _examples(batch):
     return batch["image"][:, 0, 0, 0]
 
 
-def _assert_same(left, right):
-    assert left.keys() == right.keys()
-    for key in left:
-        assert left[key].dtype == right[key].dtype, key
-        np.testing.assert_array_equal(left[key], right[key], err_msg=key)
-
-
 @pytest.mark.parametrize("class_balanced", [False, True])
 def test_a_batch_depends_on_seed_and_step_only(class_balanced):
     def fresh(seed=3):
@@ -35,8 +29,8 @@ def test_a_batch_depends_on_seed_and_step_only(class_balanced):
 
     forwards, used = [fresh()[step] for step in range(12)], fresh()
     for step in (11, 0, 7, 7, 3, 11):
-        _assert_same(used[step], forwards[step])
-        _assert_same(fresh()[np.int64(step)], forwards[step])
+        assert_batches_equal(used[step], forwards[step])
+        assert_batches_equal(fresh()[np.int64(step)], forwards[step])
     other = [fresh(seed=4)[step] for step in range(12)]
     assert any((_examples(a) != _examples(b)).any() for a, b in zip(forwards, other, strict=True))
 
@@ -71,7 +65,7 @@ def test_host_slices_concatenate_to_the_global_batch():
         for step in (0, 1):
             parts = [create((host, 3))[step] for host in range(3)]
             whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            _assert_same(whole, create((0, 1))[step])
+            assert_batches_equal(whole, create((0, 1))[step])
             assert len(parts[0]["label"]) == 2, name
 
 
@@ -126,7 +120,7 @@ def test_grain_batches_equal_batches_in_memory():
     streamed, in_memory = data.grain_batches(_source(toy), 5, 4), data.batches(toy, 5, 4)
     assert isinstance(streamed, grain.MapDataset)
     for step in (7, 0, 2, 10**6):
-        _assert_same(streamed[step], in_memory[step])
+        assert_batches_equal(streamed[step], in_memory[step])
 
 
 def test_grain_batches_resume_at_a_step_with_threads():
@@ -135,7 +129,7 @@ def test_grain_batches_resume_at_a_step_with_threads():
     resumed = iter(data.grain_batches(_source(toy), 5, 4)[6:].to_iter_dataset(options))
     in_memory = data.batches(toy, 5, 4)
     for step in range(6, 16):
-        _assert_same(next(resumed), in_memory[step])
+        assert_batches_equal(next(resumed), in_memory[step])
 
 
 def test_grain_batches_transform_each_example():

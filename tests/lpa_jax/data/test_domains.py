@@ -10,6 +10,7 @@ import pytest
 from lpa_jax import data
 from lpa_jax.data import domain_mnist
 from lpa_jax.data.domain_folders import FOLDER_SETS
+from tests.helpers.toy import assert_batches_equal
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +148,6 @@ def _rows(dataset):
     ]
 
 
-def _assert_same(left, right):
-    assert left.keys() == right.keys()
-    for key in left:
-        assert left[key].dtype == right[key].dtype, key
-        np.testing.assert_array_equal(left[key], right[key], err_msg=key)
-
-
 def test_a_domain_batch_has_equally_many_of_each_domain_wherever_it_is_cut():
     batch = data.domain_batches(_toys(), 0, 4)[7]
     pixels = batch["image"][:, 0, 0, 0]
@@ -184,7 +178,7 @@ def test_domain_batches_depend_on_seed_and_step_only():
     train = data.domain_batches(_toys(), 3, 4)
     forwards = [train[step] for step in range(9)]
     for step in (8, 0, 5, 5):
-        _assert_same(data.domain_batches(_toys(), 3, 4)[step], forwards[step])
+        assert_batches_equal(data.domain_batches(_toys(), 3, 4)[step], forwards[step])
     other = data.domain_batches(_toys(), 4, 4)
     assert any((other[s]["image"] != forwards[s]["image"]).any() for s in range(9))
 
@@ -194,13 +188,13 @@ def test_host_slices_of_domain_batches_concatenate_to_the_global_batch():
     parts = [data.domain_batches(_toys(), 1, 4, host_slice=(host, 2)) for host in range(2)]
     for step in (0, 5):
         joined = {key: np.concatenate([part[step][key] for part in parts]) for key in whole[step]}
-        _assert_same(joined, whole[step])
+        assert_batches_equal(joined, whole[step])
 
 
 def test_sources_that_are_read_by_example_give_the_same_domain_batches():
     streamed = data.domain_batches([_rows(toy) for toy in _toys()], 1, 4)
     for step in (0, 5):
-        _assert_same(streamed[step], data.domain_batches(_toys(), 1, 4)[step])
+        assert_batches_equal(streamed[step], data.domain_batches(_toys(), 1, 4)[step])
 
 
 # DomainBed's folders
@@ -275,8 +269,8 @@ def test_domain_batches_of_folders_equal_those_in_memory_ahead_or_not(folders):
     read = data.domain_batches(files, 0, 2)
     ahead = data.read_ahead(read)
     for step in (3, 4, 0):
-        _assert_same(read[step], in_memory[step])
-        _assert_same(ahead[step], in_memory[step])
+        assert_batches_equal(read[step], in_memory[step])
+        assert_batches_equal(ahead[step], in_memory[step])
     assert ahead.steps_per_epoch == 3
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lpa_jax import data, files, metrics, models
 from lpa_jax.data import image_files, list_files
+from tests.helpers.toy import assert_batches_equal
 
 
 def _picture(width, height, seed=0):
@@ -208,11 +209,7 @@ def test_files_in_memory_and_read_as_asked_give_the_same_batches(tree):
     }
     for name, kind in kinds.items():
         for step in (0, 1):
-            left, right = kind(files)[step], kind(toy)[step]
-            assert left.keys() == right.keys()
-            for key in left:
-                assert left[key].dtype == right[key].dtype
-                np.testing.assert_array_equal(left[key], right[key], err_msg=f"{name} {key}")
+            assert_batches_equal(kind(files)[step], kind(toy)[step], name)
     streamed = data.grain_batches(files, 3, 4)[5]
     np.testing.assert_array_equal(streamed["image"], data.batches(toy, 3, 4)[5]["image"])
 

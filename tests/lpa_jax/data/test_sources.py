@@ -35,22 +35,20 @@ def _pixels(shape=(6, 5, 3)):
     return np.random.default_rng(0).integers(0, 256, (7, *shape), dtype=np.uint8)
 
 
+def _info_of(builder, keys=("image", "label"), **features):
+    features = tfds.features.FeaturesDict(features)
+    return tfds.core.DatasetInfo(builder=builder, features=features, supervised_keys=keys)
+
+
 class LpaTestPng(tfds.core.GeneratorBasedBuilder):
     """Seven PNG images, as cifar10 and its like store them; PIL encodes them without TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {
-            "id": tfds.features.Text(),
-            "image": tfds.features.Image(shape=(6, 5, 3)),
-            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-        )
+        image = tfds.features.Image(shape=(6, 5, 3))
+        label = tfds.features.ClassLabel(names=["cat", "dog"])
+        return _info_of(self, id=tfds.features.Text(), image=image, label=label)
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
@@ -67,15 +65,9 @@ class LpaTestRagged(LpaTestPng):
     """The same with one image turned on its side, and the label named first."""
 
     def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(num_classes=2),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("label", "image"),
-        )
+        image = tfds.features.Image(shape=(None, None, 3))
+        label = tfds.features.ClassLabel(num_classes=2)
+        return _info_of(self, ("label", "image"), image=image, label=label)
 
     def _images(self):
         first, *others = super()._images()
@@ -95,15 +87,8 @@ class LpaTestHidden(LpaTestPng):
     DTYPE = np.uint8
 
     def _info(self):
-        features = {
-            "image": tfds.features.Tensor(shape=(2, 2, 1), dtype=self.DTYPE),
-            "label": tfds.features.ClassLabel(num_classes=2),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-        )
+        image = tfds.features.Tensor(shape=(2, 2, 1), dtype=self.DTYPE)
+        return _info_of(self, image=image, label=tfds.features.ClassLabel(num_classes=2))
 
     def _split_generators(self, dl_manager):
         labelled = {split: self._generate_examples() for split in ("train", "validation")}

@@ -37,6 +37,11 @@ def fit(state, toy, epochs, **options):
     return list(trainer.train(state, ((0, STEP),), batches, epochs, **options))
 
 
+def evaluate(toy, state, size=4):
+    pairs = [EVALUATE(state, batch) for batch in data.evaluation_batches(toy, size)]
+    return lpa_jax.metrics.compute(functools.reduce(lpa_jax.metrics.add, pairs))
+
+
 def assert_same_state(one, other):
     one, other = (state.replace(rng=jax.random.key_data(state.rng)) for state in (one, other))
     jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -52,11 +57,8 @@ def test_training_two_epochs_equals_one_and_one_more(toy):
 
 
 def test_the_last_epoch_is_always_evaluated(toy):
-    batches = data.evaluation_batches(toy, 4)
-    evaluate = functools.partial(trainer.evaluate_batches, EVALUATE, batches=batches)
-    records = [
-        record for _, record in fit(fresh_state(toy), toy, 3, evaluate=evaluate, evaluate_every=2)
-    ]
+    options = {"evaluate": functools.partial(evaluate, toy), "evaluate_every": 2}
+    records = [record for _, record in fit(fresh_state(toy), toy, 3, **options)]
     assert [record.evaluation is not None for record in records] == [False, True, True]
     assert records[-1].step == 9
     assert records[-1].evaluation["per_class_accuracy"].shape == (3,)
@@ -72,10 +74,7 @@ def test_steps_within_an_epoch_can_be_watched(toy):
 
 def test_padded_evaluation_counts_each_example_once(toy):
     state = fresh_state(toy)
-    results = [
-        trainer.evaluate_batches(EVALUATE, state, data.evaluation_batches(toy, size))
-        for size in (4, 10)
-    ]
+    results = [evaluate(toy, state, size) for size in (4, 10)]
     assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"])
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
 
@@ -92,18 +91,16 @@ def test_a_stop_saves_and_ends_after_the_step(toy):
 
 
 def test_whatever_is_saved_goes_on_bit_for_bit(toy):
-    batches = data.evaluation_batches(toy, 4)
-    evaluate = functools.partial(trainer.evaluate_batches, EVALUATE, batches=batches)
+    options = {"evaluate": functools.partial(evaluate, toy), "evaluate_every": 2}
     saved = {}
 
     def save(state, totals):
         saved[int(state.step)] = state, totals
 
-    whole = fit(fresh_state(toy), toy, 3, evaluate=evaluate, evaluate_every=2, save=save,
-                should_save=lambda step: True)  # fmt: skip
+    whole = fit(fresh_state(toy), toy, 3, save=save, should_save=lambda step: True, **options)
     assert sorted(saved) == list(range(1, 10))
     for step, (state, totals) in saved.items():
-        resumed = fit(state, toy, 3, evaluate=evaluate, evaluate_every=2, totals=totals)
+        resumed = fit(state, toy, 3, totals=totals, **options)
         epochs_to_go = 3 - (step - 1) // 3
         assert len(resumed) == epochs_to_go
         for (ours, record), (wanted, expected) in zip(resumed, whole[-epochs_to_go:], strict=True):
@@ -114,17 +111,15 @@ def test_whatever_is_saved_goes_on_bit_for_bit(toy):
 
 
 def test_an_evaluation_that_was_stopped_is_made_when_training_goes_on(toy):
-    batches = data.evaluation_batches(toy, 4)
     saved = []
-    answers = iter([False, True])
     stopped = fit(
         fresh_state(toy), toy, 1,
-        evaluate=lambda s: trainer.evaluate_batches(EVALUATE, s, batches, answers.__next__),
+        evaluate=lambda state: None,
         save=lambda state, totals: saved.append((state, totals)),
     )  # fmt: skip
     assert stopped == [] and int(saved[0][0].step) == 3
-    evaluate = functools.partial(trainer.evaluate_batches, EVALUATE, batches=batches)
-    ((_, record),) = fit(saved[0][0], toy, 1, evaluate=evaluate, totals=saved[0][1])
+    again = functools.partial(evaluate, toy)
+    ((_, record),) = fit(saved[0][0], toy, 1, evaluate=again, totals=saved[0][1])
     assert record.evaluation is not None and record.step == 3
 
 
