@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import module_call
+from tests.helpers import lowering, module_call
 
+lowering.share_contexts()
 # Tracing makes and drops millions of small objects; 700 at a time is too few to look for cycles.
 gc.set_threshold(50_000, 5, 5)
 # The asserts that pytest rewrites are cached as well, 6 s of each worker.
