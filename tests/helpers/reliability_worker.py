@@ -80,6 +80,7 @@ def _program(batch_size):
 
     evaluate = parallel.map_step(lpa_jax.eval_step)
     rate = optax.cosine_decay_schedule(0.1, TOTAL_STEPS)
+    optimizer = optax.sgd(rate, momentum=0.9)  # the same for all states, or steps compile again
     example = {"image": np.zeros((batch_size, *toy.IMAGE), np.float32)}
     return types.SimpleNamespace(
         method="toy",
@@ -88,7 +89,7 @@ def _program(batch_size):
         init=lambda seed: parallel.with_own_buffers(
             lpa_jax.TrainState.create(
                 toy.NormalizedMLP(num_classes=toy.CLASSES, dropout=0.2),
-                optax.sgd(rate, momentum=0.9),
+                optimizer,
                 jax.random.key(seed),
                 example,
                 perturbations,
