@@ -20,22 +20,9 @@ os.environ["MPLBACKEND"] = "agg"
 
 # What the extra `experiments` installs, as it is imported.
 _PACKAGES = (
-    "PIL",
-    "absl",
-    "array_record",
-    "grain",
-    "importlib_resources",
-    "matplotlib",
-    "mlxtend",
-    "orbax",
-    "pandas",
-    "rich",
-    "safetensors",
-    "scipy",
-    "sklearn",
-    "tensorboardX",
-    "tensorflow_datasets",
-)
+    "PIL", "absl", "array_record", "grain", "importlib_resources", "matplotlib", "mlxtend", "orbax",
+    "pandas", "rich", "safetensors", "scipy", "sklearn", "tensorboardX", "tensorflow_datasets",
+)  # fmt: skip
 
 for _package in _PACKAGES:
     if importlib.util.find_spec(_package) is None:

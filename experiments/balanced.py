@@ -20,13 +20,11 @@ from experiments.runtime import main as entry_point
 
 
 def define_flags() -> None:
-    """Flags of this module."""
     compare.define_flags("balanced", profile="none")
     flags.FLAGS.set_default("assignment", "confidence")
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     compare.main("balanced", argv)
 
 

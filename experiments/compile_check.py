@@ -69,7 +69,6 @@ RAYS = ("shape", "mode", "topology", "dtype", "steps", "num_classes")
 
 
 def define_flags() -> None:
-    """Defines the flags of this module."""
     flags.DEFINE_list("topology", ["v5e:16x16"], "TPU slices, KIND:AxB or KIND:AxBxC.")
     flags.DEFINE_list("model", ["resnet32"], f"Networks: {', '.join(models.names())}.")
     flags.DEFINE_list("dtype", ["float32"], "Types of the computation: float32, bfloat16.")

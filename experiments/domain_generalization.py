@@ -54,7 +54,6 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Flags of this module."""
     domain_flags.define_flags("runs/domain_generalization")
     run_flags.define_seeds(about="; paired over methods")
     flags.DEFINE_integer("draws", 1, "Sets of hyperparameters of each method; 1: fixed ones.")
@@ -177,7 +176,6 @@ def compare(interrupts: Interrupts) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     entry_point.run(argv, compare)
 
 

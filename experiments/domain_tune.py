@@ -38,7 +38,6 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Flags of this module."""
     domain_flags.define_flags("runs/domain_tune")
     search_loop.define_flags(trials=12, seeds="100-100")
 
@@ -105,7 +104,6 @@ def tune(interrupts: Interrupts) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     entry_point.run(argv, tune)
 
 

@@ -110,7 +110,6 @@ def parts(platform: str) -> tuple[Part, ...]:
 
 
 def define_flags() -> None:
-    """Defines the flags of this module."""
     files.define_path("workdir", "runs/gpu_check", "Folder of the report and runs.", folder=True)
     files.define_path("data_dir", "~/tensorflow_datasets", "Where CIFAR-10 is prepared.")
     flags.DEFINE_integer(

@@ -67,7 +67,6 @@ _FIRST_SEED_ONLY = "plane"
 
 
 def define_flags() -> None:
-    """Defines the flags of this module."""
     trained.define_flags("landscape")
     flags.DEFINE_list("parts", list(PARTS), f"What to measure: {', '.join(PARTS)}.")
     fields.define(Measuring)
@@ -172,7 +171,6 @@ def run(interrupts: Interrupts) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     entry_point.run(argv, run)
 
 

@@ -48,7 +48,6 @@ ERM = methods.ERM
 
 
 def define_flags() -> None:
-    """Defines the flags of this module."""
     trained.define_flags("layer_sweep")
     FLAGS.set_default("methods", ["lpa"])
     FLAGS.set_default("num_seeds", 5)
@@ -224,7 +223,6 @@ def sweep(interrupts: Interrupts) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     entry_point.run(argv, sweep)
 
 

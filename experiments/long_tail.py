@@ -16,12 +16,10 @@ from experiments.runtime import main as entry_point
 
 
 def define_flags() -> None:
-    """Flags of this module."""
     compare.define_flags("long_tail", profile="exponential")
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     compare.main("long_tail", argv)
 
 

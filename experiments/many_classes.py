@@ -33,7 +33,6 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the flags of this module."""
     flags.DEFINE_enum("model", "resnet8", models.names(), "Network.")
     flags.DEFINE_string("layer", "stage3", "Injection point.")
     flags.DEFINE_list("classes", ["10", "100", "1000", "8142"], "Numbers of classes C.")

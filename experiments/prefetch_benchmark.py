@@ -41,7 +41,6 @@ Batches = data.Batches | data.Prefetched
 
 
 def define_flags() -> None:
-    """Defines the flags of this module."""
     flags.DEFINE_enum("model", "resnet8", models.names(), "Network.")
     flags.DEFINE_integer(
         "image_size", 32, "Height and width that a step sees.", lower_bound=1, upper_bound=2**12

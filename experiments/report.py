@@ -35,7 +35,6 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Flags of this module."""
     files.define_path("output", "runs/report", "Folder for what is written.", folder=True)
     flags.DEFINE_string("baseline", ERM, "Method that the others are compared to.")
     flags.DEFINE_list(
@@ -91,7 +90,6 @@ def make(
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     output = pathlib.Path(FLAGS.output)
     try:
         folders = [pathlib.Path(files.local_path(name)) for name in argv[1:]]

@@ -56,7 +56,6 @@ class Sweep(NamedTuple):
 
 
 def define_flags() -> None:
-    """Defines the flags of this module."""
     flags.DEFINE_string("experiment", "long_tail", "Experiment that jobs run.")
     flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to run.")
     run_flags.define_seeds(8)

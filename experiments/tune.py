@@ -41,7 +41,6 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Flags of this module."""
     flags.DEFINE_list("methods", ["erm", "lpl", "lpa", "lpa+lpl"], "Methods to tune.")
     search_loop.define_flags(trials=40, seeds="100-102")
     flags.DEFINE_enum(
@@ -227,7 +226,6 @@ def tune(interrupts: Interrupts) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
     entry_point.run(argv, tune)
 
 

@@ -156,13 +156,10 @@ def _options(setting: Setting) -> list[list[str]]:
     lines = [["method", "options"]]
     for method, runs in setting.runs.items():
         chosen = [run.config.get("options") or {} for run in runs]
-        texts = [f"{name}: {_values([o.get(name) for o in chosen])}" for name in _keys(chosen)]
+        names = sorted(set().union(*chosen))
+        texts = [f"{name}: {_values([o.get(name) for o in chosen])}" for name in names]
         lines.append([method, "; ".join(texts) or "none"])
     return lines
-
-
-def _keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
-    return sorted(set().union(*mappings))
 
 
 def _values(values: Sequence[Any]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lpa_jax.data import optional
 from lpa_jax.files import read_bytes
@@ -130,17 +131,17 @@ def convert(weights: Weights, model: StagedModel, image_shape: tuple[int, ...]) 
     if unexpected:
         raise ValueError(f"tensor {unexpected[0]!r} is unexpected: the model has no place for it")
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image))
     has_head = tensors["fc.bias"].shape == (model.num_classes,)
-    variables: dict[str, Any] = {}
+    variables = {}
     for name, place in places.items():
-        expected = _at(shapes, place).shape
+        expected = shapes[place].shape
         if name in _HEAD and not has_head:
             expected = (*expected[:-1], *tensors["fc.bias"].shape)
         array = _checked(name, tensors[name], expected)
         if name not in _HEAD or has_head:
-            _put(variables, place, array)
-    return variables
+            variables[place] = array
+    return unflatten_dict(variables)
 
 
 def _has_names(model: StagedModel) -> bool:
@@ -206,16 +207,3 @@ def _their_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
         height, width, below, above = shape
         return (above, below, height, width)
     return shape[::-1]
-
-
-def _at(tree: Mapping[str, Any], place: Place) -> Any:
-    for name in place:
-        tree = tree[name]
-    return tree
-
-
-def _put(tree: dict[str, Any], place: Place, value: np.ndarray) -> None:
-    *above, last = place
-    for name in above:
-        tree = tree.setdefault(name, {})
-    tree[last] = value

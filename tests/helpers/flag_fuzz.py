@@ -36,22 +36,8 @@ PATIENCE, LONGEST = 20, 300
 HUNG = (signal.SIGPROF, signal.SIGALRM)
 HUGE = str(10**25)
 NUMBERS = ("0", "-1", "1", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", HUGE, f"-{HUGE}")
-WORDS = (
-    "",
-    " ",
-    "x",
-    "erm",
-    "=",
-    ",",
-    "a=b",
-    "a.b=c",
-    "\n",
-    "é",
-    "../..",
-    "/",
-    "x" * 5000,
-    "9" * 5000,
-)
+WORDS = ("", " ", "x", "erm", "=", ",", "a=b", "a.b=c", "\n", "é", "../..", "/", "x" * 5000,
+         "9" * 5000)  # fmt: skip
 LISTS = ("0,0", "1,2,3,4,5", "nan,nan,nan,nan", "inf,inf", "1e308,1e308", f"{HUGE},{HUGE}", "a,,b")
 OPTIONS = ("lpa.radius=nan", f"lpa.steps={HUGE}", "lpa.layer=3", "lpa.mode=x", "lpa.radius=1e999",
            "lpl.steps=-1", "lpa.radius=[1]", "lpa.radius={}", "lpa.assignment=x", "lpa.ema=-1",

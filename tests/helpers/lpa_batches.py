@@ -1,5 +1,7 @@
 """Batches at an injection point for the tests of LPA and LPL, with what NumPy expects of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,14 +78,7 @@ class LogitBatch(Batch):
         return self.activations
 
     def site(self, dtype=jnp.float64):
-        return Site(
-            activation=jnp.asarray(self.activations, dtype),
-            targets=jnp.asarray(self.targets, dtype),
-            labels=jnp.asarray(self.labels),
-            decode=lambda h: h,
-            loss=reference.jax_cross_entropy,
-            rng=jax.random.key(0),
-        )
+        return dataclasses.replace(super().site(dtype), decode=lambda h: h)
 
 
 def confidence_signs(confidence, present):

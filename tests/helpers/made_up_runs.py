@@ -3,28 +3,16 @@
 import json
 import pathlib
 
-SETTINGS = {
-    "dataset": "digits",
-    "evaluate_on": "test",
-    "profile": "exponential",
-    "imbalance": 10.0,
-    "per_class": None,
-    "model": "mlp",
-    "epochs": 2,
-}
+SETTINGS = {"dataset": "digits", "evaluate_on": "test", "profile": "exponential", "imbalance": 10.0,
+            "per_class": None, "model": "mlp", "epochs": 2}  # fmt: skip
 
 
 def write(folder, method, seed, accuracy, *, options=None, settings=None, **result):
     """A complete run of three classes; its folder. `settings` and `result` add to the usual."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
-    config = {
-        "method": method,
-        "seed": seed,
-        "options": options or {},
-        "settings": SETTINGS | (settings or {}),
-        "train_counts": [30, 10, 3],
-    }
+    config = {"method": method, "seed": seed, "options": options or {},
+              "settings": SETTINGS | (settings or {}), "train_counts": [30, 10, 3]}  # fmt: skip
     usual = {
         "complete": True,
         "method": method,

@@ -4,4 +4,3 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-HELPERS = ROOT / "tests" / "helpers"

@@ -98,42 +98,14 @@ def direction(gradient, positions, norm):
     return ascent / size(ascent, "l2") if np.any(ascent) else ascent
 
 
-def class_perturbation(
-    gradient,
-    activations,
-    labels,
-    *,
-    sign,
-    radius,
-    steps=3,
-    step_size=1.5,
-    geometry="signed",
-    norm="l2",
-    shape="full",
-    min_cosine=0.0,
-    initial=None,
-):
+def class_perturbation(gradient, activations, labels, **options):
     """Perturbation of every class; gradient(i, h) is the gradient of example i's loss at h."""
-    feature_shape = activations.shape[1:]
-    positions = tuple(range(len(feature_shape) - 1)) if shape == "channel" else ()
-    row_shape = tuple(1 if axis in positions else n for axis, n in enumerate(feature_shape))
-    deltas = np.zeros((len(sign), *row_shape))
-    for c, (s, eps) in enumerate(zip(sign, radius, strict=True)):
-        members = np.flatnonzero(labels == c)
-        if members.size == 0 or s == 0:
-            continue
-        class_mean = sum(activations[i] for i in members) / members.size
-        class_mean = np.mean(class_mean, axis=positions, keepdims=True)
-        toward = {"signed": s * class_mean, "flipped": -s * class_mean, "free": None}[geometry]
-        delta = deltas[c] if initial is None else initial[c]
-        delta = project(delta, eps, toward, norm, min_cosine)
-        for _ in range(steps):
-            mean_gradient = sum(gradient(i, activations[i] + delta) for i in members) / members.size
-            ascent = direction(mean_gradient, positions, norm)
-            delta = delta + s * (step_size * eps / steps) * ascent
-            delta = project(delta, eps, toward, norm, min_cosine)
-        deltas[c] = delta
-    return deltas
+
+    def gradients(rows):
+        return np.array([gradient(i, h) for i, h in enumerate(rows)])
+
+    members = [[label] if label >= 0 else [] for label in labels]
+    return joint_perturbation(gradients, activations, members, **options)[0]
 
 
 def logit_perturbation(z, labels, *, sign, radius, steps, step_size):

@@ -159,20 +159,8 @@ def test_an_option_reaches_its_part_only():
         methods.options_for("lpa", {}, {"lpa.layer": 3})
 
 
-TRACED = (
-    "lpa+lpl",
-    "adversarial",
-    "dropout",
-    "gaussian_noise",
-    "manifold_mixup",
-    "mixup",
-    "sam",
-    "label_smoothing",
-    "focal",
-    "logit_adjusted",
-    "ldam_drw",
-    "isda",
-)
+TRACED = ("lpa+lpl", "adversarial", "dropout", "gaussian_noise", "manifold_mixup", "mixup", "sam",
+          "label_smoothing", "focal", "logit_adjusted", "ldam_drw", "isda")  # fmt: skip
 
 
 @pytest.mark.parametrize("method", TRACED)

@@ -19,7 +19,7 @@ from experiments.reporting import frame, runs, sections, tables
 from experiments.runtime import files
 from experiments.training.folder import write_measured
 from tests.helpers import drawn_texts, made_up_runs
-from tests.helpers.module_call import printed_rows
+from tests.helpers.module_call import printed_rows, run_main
 from tests.helpers.paths import ROOT
 
 FLAGS = flags.FLAGS
@@ -59,19 +59,9 @@ def command(capsys):
     """(*arguments) -> (exit message or None, standard output, standard error)."""
 
     def run(*arguments):
-        before = set(FLAGS)
-        report.define_flags()
         FLAGS.set_gnu_getopt(True)
-        try:
-            report.main(FLAGS(["report", *map(str, arguments)]))
-            message = None
-        except SystemExit as stop:
-            message = stop.code
-        finally:
-            for name in set(FLAGS) - before:
-                delattr(FLAGS, name)
-            FLAGS.set_gnu_getopt(False)
-            FLAGS.unparse_flags()
+        message = run_main(report, *map(str, arguments))
+        FLAGS.set_gnu_getopt(False)
         return message, *capsys.readouterr()
 
     return run

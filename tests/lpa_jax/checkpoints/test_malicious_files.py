@@ -13,7 +13,6 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from matplotlib.figure import Figure
 
 from experiments.reporting import style
@@ -23,7 +22,7 @@ from lpa_jax import data
 from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.checkpoints import manifest
 from lpa_jax.checkpoints.checkpoints import CheckpointError, Checkpoints
-from lpa_jax.data import sources
+from lpa_jax.data import builders, sources
 from lpa_jax.files import write_bytes
 
 
@@ -161,28 +160,16 @@ def test_in_place_of_a_split_a_list_or_an_image_nothing_planted_runs(tmp_path, p
         data.read_list(tmp_path / "list", tmp_path)[0]
 
 
-class LpaTestPlanted(tfds.core.GeneratorBasedBuilder):
+class LpaTestPlanted(builders.PackagedBuilder):
     """Three images; read from its files under another name, so that no code of it is known."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    IMAGE_SHAPE, NUM_CLASSES, DESCRIPTION, HOMEPAGE = (2, 2, 1), 2, "", ""
 
-    def _info(self):
-        features = {
-            "image": tfds.features.Tensor(shape=(2, 2, 1), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(num_classes=2),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-        )
+    def _arrays(self):
+        return np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, 0])
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(3):
-            yield i, {"image": np.full((2, 2, 1), i, np.uint8), "label": i % 2}
+        return {"train": self._generate_examples(*self._arrays(), np.arange(3))}
 
 
 @pytest.fixture(scope="module")
