@@ -10,68 +10,32 @@ DOMAINS = ("a", "b", "c")
 
 
 def record(step, inside, outside):
-    return {
-        "step": step,
-        "in": dict(zip(DOMAINS, inside, strict=True)),
-        "out": dict(zip(DOMAINS, outside, strict=True)),
+    parts = {"in": inside, "out": outside}
+    return {"step": step} | {
+        name: dict(zip(DOMAINS, of, strict=True)) for name, of in parts.items()
     }
+
+
+def network(held_out, draw, *checkpoints):
+    """Trained without some domains; of each checkpoint, what `record` takes."""
+    records = [record(10 * number, *parts) for number, parts in enumerate(checkpoints, 1)]
+    return Trained(frozenset(held_out), draw, records)
 
 
 # Two draws that were trained on b and c. Mean holdout accuracies of b and c, by draw and step:
 # 0.5, 0.7 and 0.6, 0.65. On the test domain's own holdout draw 1 is the best, after its last step.
 TESTING = [
-    Trained(
-        frozenset("a"),
-        0,
-        [
-            record(10, (0.11, 0.9, 0.9), (0.99, 0.4, 0.6)),
-            record(20, (0.12, 0.9, 0.9), (0.20, 0.6, 0.8)),
-        ],
-    ),
-    Trained(
-        frozenset("a"),
-        1,
-        [
-            record(10, (0.13, 0.9, 0.9), (0.30, 0.5, 0.7)),
-            record(20, (0.14, 0.9, 0.9), (0.40, 0.6, 0.7)),
-        ],
-    ),
+    network("a", 0, ((0.11, 0.9, 0.9), (0.99, 0.4, 0.6)), ((0.12, 0.9, 0.9), (0.20, 0.6, 0.8))),
+    network("a", 1, ((0.13, 0.9, 0.9), (0.30, 0.5, 0.7)), ((0.14, 0.9, 0.9), (0.40, 0.6, 0.7))),
 ]
 # Without a and b, and without a and c: the `in` accuracies of b and c there decide, by draw and
 # step (0.3 + 0.5) / 2, (0.2 + 0.2) / 2 and (0.8 + 0.1) / 2, (0.3 + 0.3) / 2.
+ONES, ZEROS = (1.0,) * 3, (0.0,) * 3
 PAIRS = [
-    Trained(
-        frozenset("ab"),
-        0,
-        [
-            record(10, (0.9, 0.3, 0.9), (1.0, 1.0, 1.0)),
-            record(20, (0.9, 0.2, 0.9), (1.0, 1.0, 1.0)),
-        ],
-    ),
-    Trained(
-        frozenset("ac"),
-        0,
-        [
-            record(10, (0.9, 0.9, 0.5), (1.0, 1.0, 1.0)),
-            record(20, (0.9, 0.9, 0.2), (1.0, 1.0, 1.0)),
-        ],
-    ),
-    Trained(
-        frozenset("ab"),
-        1,
-        [
-            record(10, (0.9, 0.8, 0.9), (0.0, 0.0, 0.0)),
-            record(20, (0.9, 0.3, 0.9), (0.0, 0.0, 0.0)),
-        ],
-    ),
-    Trained(
-        frozenset("ac"),
-        1,
-        [
-            record(10, (0.9, 0.9, 0.1), (0.0, 0.0, 0.0)),
-            record(20, (0.9, 0.9, 0.3), (0.0, 0.0, 0.0)),
-        ],
-    ),
+    network("ab", 0, ((0.9, 0.3, 0.9), ONES), ((0.9, 0.2, 0.9), ONES)),
+    network("ac", 0, ((0.9, 0.9, 0.5), ONES), ((0.9, 0.9, 0.2), ONES)),
+    network("ab", 1, ((0.9, 0.8, 0.9), ZEROS), ((0.9, 0.3, 0.9), ZEROS)),
+    network("ac", 1, ((0.9, 0.9, 0.1), ZEROS), ((0.9, 0.9, 0.3), ZEROS)),
 ]
 
 
@@ -98,11 +62,11 @@ def test_leave_one_domain_out_passes_over_draws_that_lack_a_pair():
 
 
 def test_a_diverged_draw_is_never_chosen():
-    trainings = [Trained(frozenset("a"), 7, []), *TESTING]
+    trainings = [network("a", 7), *TESTING]
     assert domain_selection.oracle(trainings, "a").draw == 1
     assert domain_selection.training_domain_validation(trainings, "a").draw == 0
     assert domain_selection.training_domain_validation(trainings[:1], "a") is None
-    pairs = [*PAIRS[:3], Trained(frozenset("ac"), 1, [])]
+    pairs = [*PAIRS[:3], network("ac", 1)]
     found = domain_selection.leave_one_domain_out([*TESTING, *pairs], "a", DOMAINS)
     assert found.draw == 0
 
