@@ -350,38 +350,22 @@ BAD_ARGUMENTS = [
     ({"norm": "l1"}, "norm must be one of l2, linf, got 'l1'"),
     ({"min_cosine": 1.5}, "min_cosine must be in [0, 1], got 1.5"),
     ({"min_cosine": np.nan}, "min_cosine must be in [0, 1], got nan"),
-    (
-        {"min_cosine": 0.3, "geometry": "free"},
-        "min_cosine must be 0 with geometry='free', which has no cone, got 0.3",
-    ),
+    ({"min_cosine": 0.3, "geometry": "free"},
+     "min_cosine must be 0 with geometry='free', which has no cone, got 0.3"),
     ({"shape": "pixel"}, "shape must be one of full, channel, got 'pixel'"),
-    (
-        {"activations": H.astype(np.int32)},
-        "activations must be a floating array [B, ...], got int32 (5, 3)",
-    ),
-    (
-        {"activations": np.float32(1.0)},
-        "activations must be a floating array [B, ...], got float32 ()",
-    ),
-    (
-        {"labels": LABELS[:4]},
-        "labels must have shape (5,) like the activations, got (4,)",
-    ),
+    ({"activations": H.astype(np.int32)},
+     "activations must be a floating array [B, ...], got int32 (5, 3)"),
+    ({"activations": np.float32(1.0)},
+     "activations must be a floating array [B, ...], got float32 ()"),
+    ({"labels": LABELS[:4]}, "labels must have shape (5,) like the activations, got (4,)"),
     ({"labels": LABELS.astype(np.float32)}, "labels must be integers, got dtype float32"),
-    (
-        {"sign": SIGN[:3]},
-        "sign and radius must both have shape [C], got (3,) and (4,)",
-    ),
+    ({"sign": SIGN[:3]}, "sign and radius must both have shape [C], got (3,) and (4,)"),
     ({"sign": 2 * SIGN}, f"sign must be -1, 0 or 1 for every class, got {(2 * SIGN).tolist()}"),
-    (
-        {"radius": np.array([1.0, 2.0, -0.5, 1.0])},
-        "radius must be finite and >= 0 for every class, got [1.0, 2.0, -0.5, 1.0]",
-    ),
-    (
-        {"sign": np.float32(1.0), "radius": np.float32(1.0)},
-        "sign and radius must both have shape [C], got () and ()",
-    ),
-]
+    ({"radius": np.array([1.0, 2.0, -0.5, 1.0])},
+     "radius must be finite and >= 0 for every class, got [1.0, 2.0, -0.5, 1.0]"),
+    ({"sign": np.float32(1.0), "radius": np.float32(1.0)},
+     "sign and radius must both have shape [C], got () and ()"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD_ARGUMENTS)

@@ -329,11 +329,8 @@ def test_adversarial_depends_on_the_global_batch_only():
         ("dropout", {"rate": float("nan")}, r"rate must be in \[0, 1\), got nan"),
         ("spatial_dropout", {"rate": -0.1}, r"rate must be in \[0, 1\), got -0.1"),
         ("spatial_dropout", {"block_size": 0}, "block_size must be a whole number >= 1, got 0"),
-        (
-            "spatial_dropout",
-            {"block_size": 2.5},
-            r"block_size must be a whole number >= 1, got 2\.5",
-        ),
+        ("spatial_dropout", {"block_size": 2.5},
+         r"block_size must be a whole number >= 1, got 2\.5"),
         ("gaussian_noise", {"sigma": -1.0}, "sigma must be finite and >= 0, got -1.0"),
         ("manifold_mixup", {"alpha": -1.0}, "alpha must be finite and >= 0, got -1.0"),
         ("mixstyle", {"alpha": float("inf")}, "alpha must be finite and >= 0, got inf"),
@@ -344,7 +341,7 @@ def test_adversarial_depends_on_the_global_batch_only():
         ("adversarial", {"norm": "l1"}, "norm must be one of l2, linf, got 'l1'"),
         ("adversarial", {"scale": "big"}, "scale must be one of relative, absolute, got 'big'"),
     ],
-)
+)  # fmt: skip
 def test_bad_option_is_refused_in_one_line(name, arguments, message):
     with pytest.raises(ValueError, match=rf"^{message}$"):
         perturbations.create(name, **arguments)

@@ -165,18 +165,12 @@ def test_smallest_of_several_radii_is_suggested():
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        (
-            rises_and_falls,
-            {"target": 0.4},
-            "not reached up to high=1000: .* 0.368 at most, at radius 1$",
-        ),
+        (rises_and_falls, {"target": 0.4},
+         "not reached up to high=1000: .* 0.368 at most, at radius 1$"),
         (jumps, {"target": 0.5}, "jumps over it, to 1, at radius 1$"),
         (jumps, {"target": 0.5, "low": 2.0}, "low=2 must be smaller: the loss changes by 1 there"),
-        (
-            lambda z, t: jnp.log(1.0 - z[:, 0]) * -1.0,
-            {"target": 50.0},
-            "the loss must be finite, but changes by",
-        ),
+        (lambda z, t: jnp.log(1.0 - z[:, 0]) * -1.0, {"target": 50.0},
+         "the loss must be finite, but changes by"),
         (rises_and_falls, {"group": "negative"}, "group='negative' has no class in the batch"),
         (lambda z, t: jnp.log(z[:, 0]), {}, "the loss must be finite, but is -inf without"),
         (rises_and_falls, {"group": "neutral"}, "group must be one of positive, negative, got"),
@@ -184,7 +178,7 @@ def test_smallest_of_several_radii_is_suggested():
         (rises_and_falls, {"low": 10.0, "high": 1.0}, "low must be smaller than high"),
         (rises_and_falls, {"mode": "free"}, "mode must be 'cold' to suggest a radius, got 'free'"),
     ],
-)
+)  # fmt: skip
 def test_suggestion_that_does_not_exist_is_refused(loss, options, message):
     with pytest.raises(ValueError, match=message):
         suggest_on_one_number(loss, **options)

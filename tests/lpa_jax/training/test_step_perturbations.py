@@ -194,28 +194,16 @@ LPA = lpa_jax.lpa(RADIUS)
 @pytest.mark.parametrize(
     ("perturbations", "message"),
     [
-        (
-            {"hiden1": LPA},
-            r"unknown layer 'hiden1'; .*, hidden2, logits \(did you mean 'hidden1'\?\)$",
-        ),
-        (
-            {("hidden1", "hiden2"): LPA},
-            r"unknown layer 'hiden2'; .*, hidden2, logits \(did you mean 'hidden2'\?\)$",
-        ),
-        (
-            {("input", "hidden1"): LPA, "hidden1": LPA},
-            r"layer 'hidden1' is named twice in perturbations; use perturbations.chain .*$",
-        ),
-        (
-            {("hidden1", "hidden1"): LPA},
-            r"layer 'hidden1' is named twice in perturbations",
-        ),
-        (
-            {"hidden1": 0.1},
-            r"perturbations\['hidden1'\] must be a Perturbation, got float$",
-        ),
+        ({"hiden1": LPA},
+         r"unknown layer 'hiden1'; .*, hidden2, logits \(did you mean 'hidden1'\?\)$"),
+        ({("hidden1", "hiden2"): LPA},
+         r"unknown layer 'hiden2'; .*, hidden2, logits \(did you mean 'hidden2'\?\)$"),
+        ({("input", "hidden1"): LPA, "hidden1": LPA},
+         r"layer 'hidden1' is named twice in perturbations; use perturbations.chain .*$"),
+        ({("hidden1", "hidden1"): LPA}, r"layer 'hidden1' is named twice in perturbations"),
+        ({"hidden1": 0.1}, r"perturbations\['hidden1'\] must be a Perturbation, got float$"),
     ],
-)
+)  # fmt: skip
 def test_bad_perturbations_are_refused_with_one_line(perturbations, message):
     with pytest.raises(ValueError, match=message) as error:
         lpa_jax.TrainState.create(MODEL, OPTIMIZER, jax.random.key(0), toy.batch(), perturbations)
