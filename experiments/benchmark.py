@@ -82,7 +82,8 @@ def define_flags() -> None:
         "against",
         None,
         ("torch",),
-        "Time erm and lpa against the same steps in PyTorch (mlp, ResNets of the CIFAR form).",
+        "Time erm and lpa against the same steps in PyTorch (mlp, small_cnn, WideResNets, ResNets "
+        "of the CIFAR form).",
     )
     flags.DEFINE_bool("jit", False, "With --against=torch: torch.compile compiles its networks.")
     files.define_path("csv", None, "CSV file to write the table to.")
@@ -210,7 +211,8 @@ def main(argv: list[str]) -> None:
         sys.exit(entry_point.refusal(error))
     print(
         f"{FLAGS.model}, synthetic batch {batch['image'].shape}, {FLAGS.num_classes} classes, "
-        f"{FLAGS.dtype}, {timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds",
+        f"{FLAGS.dtype}, {timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds, "
+        f"{timing.clock_name()}",
         flush=True,
     )
     if jax.config.jax_compilation_cache_dir:

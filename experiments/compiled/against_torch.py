@@ -1,9 +1,6 @@
 """Times training steps in turn with those of PyTorch, after checking that both compute the same."""
 
-import os
 import statistics
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,7 +58,7 @@ def load() -> None:
     """
     if torch is None:
         raise ValueError("--against=torch needs PyTorch, which is not installed: pip install torch")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(timing.cores())
 
 
 def measure(
@@ -92,7 +89,9 @@ def measure(
     for layout in ("default", "channels_last"):
         theirs = _torch_step(state, batch, case, rule, layout, compiled)
         ours = timing.timed(step, own_state, batch)
-        found[layout] = timing.in_turn(ours, _milliseconds(theirs), rounds, timing.WARM_UP_ROUNDS)
+        found[layout] = timing.in_turn(
+            ours, timing.milliseconds(theirs), rounds, timing.WARM_UP_ROUNDS
+        )
         if theirs.images.shape[1] != batch["image"].shape[-1]:
             break  # an MLP has no layouts
     layout = min(found, key=lambda name: statistics.median(found[name].second))
@@ -114,9 +113,9 @@ def _torch_step(state, batch, case, rule, layout, compiled):
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(torch.tensor(values[name]))
-    if "stem" in net:
+    if "pool" in net:
         images = images.permute(0, 3, 1, 2).contiguous()
-    if "stem" in net and layout == "channels_last":
+    if "pool" in net and layout == "channels_last":
         net, images = (x.to(memory_format=torch.channels_last) for x in (net, images))
     sign, multiplier = rule(
         jnp.zeros(model.num_classes), jnp.bincount(batch["label"], length=model.num_classes) > 0
@@ -162,12 +161,3 @@ def _check_first_step(state, batch, case, rule) -> None:
             f"first steps must agree to {TOLERANCE}, got losses {expected} and {loss}, gradients "
             f"that differ by {distance:.1e}"
         )
-
-
-def _milliseconds(step: Callable[[], float]) -> Callable[[], float]:
-    def milliseconds():
-        start = time.perf_counter()
-        step()
-        return 1e3 * (time.perf_counter() - start)
-
-    return milliseconds

@@ -1,15 +1,15 @@
 """What a compiled training step costs: FLOPs and their floor, memory."""
 
 import functools
-import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import lpa_jax
+from experiments.compiled import timing
+from experiments.compiled.timing import Compiled
 from lpa_jax import injection, models
 from lpa_jax.perturbations import Perturbation
 
@@ -19,7 +19,6 @@ RADIUS = 0.05
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 
 Batch = Mapping[str, jax.Array]
-Compiled = Any
 
 
 def make_state(
@@ -58,9 +57,10 @@ def compile_step(
 ) -> tuple[Compiled, float]:
     """Compiles a training step that donates its state; also the seconds that it took."""
     step = functools.partial(lpa_jax.lpa_step, perturbations=chosen)
-    start = time.perf_counter()
+    now = timing.clock()
+    start = now()
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    return compiled, time.perf_counter() - start
+    return compiled, now() - start
 
 
 def lower_gradient_pass(state: lpa_jax.TrainState, batch: Batch, layer: str) -> jax.stages.Lowered:

@@ -1,18 +1,41 @@
 """Times two programs in turn, so that a machine whose speed drifts slows both."""
 
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import lpa_jax
-from experiments.compiled.step_cost import Batch, Compiled
 
 WARM_UP_ROUNDS = 2
+Compiled = Any
+
+
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def clock() -> Callable[[], float]:
+    """The clock of the benchmarks, in seconds.
+
+    On one CPU core it is the CPU time of this process: the same as the wall time on an idle
+    machine, and on a busy one without the time of other programs. Otherwise it is the wall time.
+    """
+    one_core = cores() == 1 and jax.default_backend() == "cpu"
+    return time.process_time if one_core else time.perf_counter
+
+
+def clock_name() -> str:
+    """What `clock` measures: "CPU time" or "wall time"."""
+    return "CPU time" if clock() is time.process_time else "wall time"
 
 
 class Rounds(NamedTuple):
@@ -58,7 +81,7 @@ def in_turn(
 def time_steps(
     first: tuple[Compiled, lpa_jax.TrainState],
     second: tuple[Compiled, lpa_jax.TrainState],
-    batch: Batch,
+    batch: Mapping[str, jax.Array],
     rounds: int,
 ) -> Rounds:
     """Milliseconds of one training step of each, by round, in the same process.
@@ -68,19 +91,31 @@ def time_steps(
     return in_turn(timed(*first, batch), timed(*second, batch), rounds, WARM_UP_ROUNDS)
 
 
-def timed(step: Compiled, state: lpa_jax.TrainState, batch: Batch) -> Callable[[], float]:
+def timed(
+    step: Compiled, state: lpa_jax.TrainState, batch: Mapping[str, jax.Array]
+) -> Callable[[], float]:
     """A function that runs the next step from `state` and returns its milliseconds."""
     state = jax.tree.map(jnp.copy, state)  # steps donate their state; the caller keeps the original
+    jax.block_until_ready(state)
 
-    def milliseconds():
+    def run():
         nonlocal state
-        jax.block_until_ready(state)
-        start = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
-        return 1e3 * (time.perf_counter() - start)
 
-    return milliseconds
+    return milliseconds(run)
+
+
+def milliseconds(call: Callable[[], object]) -> Callable[[], float]:
+    """A function that calls `call` and returns the milliseconds that it took."""
+    now = clock()
+
+    def measured():
+        start = now()
+        call()
+        return 1e3 * (now() - start)
+
+    return measured
 
 
 def devices() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping, Sequence
 
@@ -41,17 +42,50 @@ class Block(nn.Module):
         return functional.relu(x + y)
 
 
-class Stem(nn.Module):
-    """A 3x3 convolution with batch norm and relu."""
+class PreactivationBlock(nn.Module):
+    """Norm, relu, 3x3 convolution, twice; a 1x1 convolution as shortcut where shapes differ."""
 
-    def __init__(self, channels: int, features: int):
+    def __init__(self, features_in: int, features: int, stride: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, features, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(features)
+        self.norm1 = nn.BatchNorm2d(features_in)
+        self.conv1 = nn.Conv2d(features_in, features, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(features)
+        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+        self.shortcut_conv = None
+        if stride > 1 or features_in != features:
+            self.shortcut_conv = nn.Conv2d(features_in, features, 1, stride, bias=False)
 
     def forward(self, x):
-        """`[B, channels, H, W]` to `[B, features, H, W]`."""
-        return functional.relu(self.norm(self.conv(x)))
+        """`[B, F, H, W]` to `[B, features, H/stride, W/stride]`."""
+        y = functional.relu(self.norm1(x))
+        if self.shortcut_conv is not None:
+            x = self.shortcut_conv(y)
+        return x + self.conv2(functional.relu(self.norm2(self.conv1(y))))
+
+
+class ConvNormRelu(nn.Module):
+    """A 3x3 convolution with norm and relu, or alone."""
+
+    def __init__(self, channels: int, features: int, stride: int, norm: nn.Module | None):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, features, 3, stride, 1, bias=False), norm
+
+    def forward(self, x):
+        """`[B, channels, H, W]` to `[B, features, H/stride, W/stride]`."""
+        x = self.conv(x)
+        return x if self.norm is None else functional.relu(self.norm(x))
+
+
+class Pool(nn.Module):
+    """Mean over space, behind norm and relu in pre-activation networks."""
+
+    def __init__(self, norm: nn.Module | None):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        """`[B, F, H, W]` to `[B, F]`."""
+        return (x if self.norm is None else functional.relu(self.norm(x))).mean((2, 3))
 
 
 class Hidden(nn.Module):
@@ -67,51 +101,79 @@ class Hidden(nn.Module):
 
 
 class Logits(nn.Module):
-    """The classifier, behind a mean over space where its input has space."""
+    """The classifier."""
 
     def __init__(self, features: int, num_classes: int):
         super().__init__()
         self.dense = nn.Linear(features, num_classes)
 
     def forward(self, x):
-        """`[B, F, H, W]` or `[B, F]` to `[B, C]`."""
-        return self.dense(x.mean((2, 3)) if x.ndim == 4 else x)
+        """`[B, F]` to `[B, C]`."""
+        return self.dense(x)
 
 
 def network(model: models.StagedModel, image_shape: Sequence[int]) -> nn.ModuleDict:
     """The same network, by stage.
 
     Args:
-      model: an MLP, or a ResNet of the CIFAR form with batch norm.
+      model: an MLP, a SmallCNN with group norm, a ResNet of the CIFAR form with batch norm, or a
+        WideResNet with batch norm and without dropout.
       image_shape: height, width and channels.
 
     Raises:
       ValueError: another network.
     """
-    stages: dict[str, nn.Module] = {}
-    if isinstance(model, models.MLP):
-        sizes = (int(np.prod(image_shape)), *model.hidden)
-        for index, name in enumerate(model.stage_names[:-1]):
-            stages[name] = Hidden(sizes[index], sizes[index + 1])
-        return nn.ModuleDict(stages | {"logits": Logits(sizes[-1], model.num_classes)})
-    cifar = ("basic", "pad", "cifar", "batch")
-    if (
-        not isinstance(model, models.ResNet)
-        or (model.block, model.shortcut, model.stem, model.norm) != cifar
-    ):
-        raise ValueError(
-            "--model must be mlp or a ResNet of the CIFAR form with --against=torch, got "
-            f"{type(model).__name__}"
-        )
-    stages["stem"], width = Stem(image_shape[-1], model.widths[0]), model.widths[0]
-    for index, (count, features) in enumerate(zip(model.stage_sizes, model.widths, strict=True)):
+    match model:
+        case models.MLP(dropout=0.0):
+            stages, width = _mlp(model, image_shape)
+        case models.SmallCNN(norm="group"):
+            stages, width = _small_cnn(model, image_shape[-1])
+        case models.ResNet(block="basic", shortcut="pad", stem="cifar", norm="batch"):
+            stem = ConvNormRelu(
+                image_shape[-1], model.widths[0], 1, nn.BatchNorm2d(model.widths[0])
+            )
+            stages, width = _residual(model.stage_sizes, model.widths, model.widths[0], Block)
+            stages = {"stem": stem, **stages, "pool": Pool(None)}
+        case models.WideResNet(norm="batch", dropout=0.0):
+            counts, widths = [(model.depth - 4) // 6] * 3, [n * model.width for n in (16, 32, 64)]
+            stages, width = _residual(counts, widths, 16, PreactivationBlock)
+            stem = ConvNormRelu(image_shape[-1], 16, 1, None)
+            stages = {"stem": stem, **stages, "pool": Pool(nn.BatchNorm2d(width))}
+        case _:
+            raise ValueError(
+                "--model must be mlp, small_cnn, a WideResNet or a ResNet of the CIFAR form with "
+                f"--against=torch, got {type(model).__name__}"
+            )
+    return nn.ModuleDict(stages | {"logits": Logits(width, model.num_classes)})
+
+
+def _mlp(model, image_shape):
+    """Stages below the classifier, and the features of the last; so do the next two."""
+    sizes = (int(np.prod(image_shape)), *model.hidden)
+    stages = {
+        name: Hidden(*sizes[index : index + 2]) for index, name in enumerate(model.stage_names[:-1])
+    }
+    return stages, sizes[-1]
+
+
+def _small_cnn(model, channels):
+    stages, width = {}, channels
+    for index, features in enumerate(model.widths):
+        norm = nn.GroupNorm(math.gcd(model.groups, features), features)
+        stages[f"stage{index + 1}"], width = ConvNormRelu(width, features, 2, norm), features
+    return stages | {"pool": Pool(None)}, width
+
+
+def _residual(counts, widths, width, block):
+    stages = {}
+    for index, (count, features) in enumerate(zip(counts, widths, strict=True)):
         blocks = nn.Sequential()
         for number in range(count):
             stride = 2 if index > 0 and number == 0 else 1
-            blocks.add_module(f"block{number + 1}", Block(width, features, stride))
+            blocks.add_module(f"block{number + 1}", block(width, features, stride))
             width = features
         stages[f"stage{index + 1}"] = blocks
-    return nn.ModuleDict(stages | {"logits": Logits(width, model.num_classes)})
+    return stages, width
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
