@@ -19,7 +19,11 @@ than the rest.
 
 With `--against=torch` each method is timed against the same step in PyTorch, which the user
 installs (`pip install torch`): the same weights, batch, layer, K and optimizer. Both first steps
-are compared (rtol 1e-4). PyTorch's faster memory layout counts.
+are compared (rtol 1e-4). PyTorch's faster memory layout counts. With `--folder=PATH` as well, only
+reading a folder of images is timed, against torchvision's `ImageFolder` and `DataLoader`.
+
+On one CPU core (`taskset -c 0`) all times are CPU times, which other programs on the machine do not
+lengthen. Otherwise they are wall times.
 
 The defaults (ResNet-20, batch 128, all layers, 36 rows of 11 rounds) take about 15 minutes on two
 idle CPU cores, a quarter of it for compilation.
@@ -36,7 +40,7 @@ import pandas as pd
 from absl import flags
 
 import lpa_jax
-from experiments.compiled import against_torch, step_cost, timing
+from experiments.compiled import against_torch, folder_reading, step_cost, timing
 from experiments.compiled.cases import Case, make_cases
 from experiments.methods import build, names
 from experiments.reporting import screen
@@ -86,6 +90,7 @@ def define_flags() -> None:
         "of the CIFAR form).",
     )
     flags.DEFINE_bool("jit", False, "With --against=torch: torch.compile compiles its networks.")
+    files.define_path("folder", None, "With --against=torch: class folders of images to read.")
     files.define_path("csv", None, "CSV file to write the table to.")
 
 
@@ -166,8 +171,13 @@ def measured(
     """Yields one row per case, measured against what --against names."""
     if not FLAGS.against:
         yield from measure(state, batch, cases, FLAGS.rounds)
-    for case in cases if FLAGS.against else ():
-        yield against_torch.measure(state, batch, case, assignment(), FLAGS.rounds, FLAGS.jit)
+        return
+    for case in cases:
+        if FLAGS.folder:
+            sizes = FLAGS.image_size, FLAGS.batch_size
+            yield folder_reading.measure(FLAGS.folder, *sizes, FLAGS.rounds)
+        else:
+            yield against_torch.measure(state, batch, case, assignment(), FLAGS.rounds, FLAGS.jit)
 
 
 def assignment() -> lpa_jax.Assignment:
@@ -176,8 +186,8 @@ def assignment() -> lpa_jax.Assignment:
     return build.assignment(assignment=FLAGS.assignment, counts=counts)
 
 
-def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
-    """State, batch and cases from the flags.
+def set_up() -> tuple[lpa_jax.TrainState | None, step_cost.Batch, list[Case]]:
+    """State, batch and cases from the flags; a folder needs neither state nor batch.
 
     Raises:
       ValueError: naming the flag or option that is out of range.
@@ -187,6 +197,8 @@ def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
         raise ValueError("--methods must name at least one method, got none")
     if FLAGS.csv is not None:
         files.check_writable("csv", FLAGS.csv)
+    if FLAGS.folder and not FLAGS.against:
+        raise ValueError("--folder needs --against=torch")
     if FLAGS.against and FLAGS.dtype != "float32":
         raise ValueError(f"--dtype must be float32 with --against, got {FLAGS.dtype!r}")
     # Without a type the network computes in that of its input, as a check in float64 needs.
@@ -198,6 +210,8 @@ def set_up() -> tuple[lpa_jax.TrainState, step_cost.Batch, list[Case]]:
     if FLAGS.against:
         against_torch.load()
     cases = make_cases(FLAGS.methods, layers, steps, assignment())
+    if FLAGS.folder:
+        return None, {}, [Case("read", FLAGS.folder, 0, {})]
     return *step_cost.make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels), cases
 
 
@@ -210,9 +224,9 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(entry_point.refusal(error))
     print(
-        f"{FLAGS.model}, synthetic batch {batch['image'].shape}, {FLAGS.num_classes} classes, "
-        f"{FLAGS.dtype}, {timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds, "
-        f"{timing.clock_name()}",
+        f"{FLAGS.folder or FLAGS.model}, batch {FLAGS.batch_size}, images {FLAGS.image_size}x"
+        f"{FLAGS.image_size}x{FLAGS.channels}, {FLAGS.num_classes} classes, {FLAGS.dtype}, "
+        f"{timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds, {timing.clock_name()}",
         flush=True,
     )
     if jax.config.jax_compilation_cache_dir:

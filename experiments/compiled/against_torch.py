@@ -95,10 +95,14 @@ def measure(
         if theirs.images.shape[1] != batch["image"].shape[-1]:
             break  # an MLP has no layouts
     layout = min(found, key=lambda name: statistics.median(found[name].second))
-    times = found[layout]
+    return row(case.method, case.layer, case.passes, layout, found[layout])
+
+
+def row(method: str, layer: str, steps: int, layout: str, times: timing.Rounds) -> Row:
+    """The row of our milliseconds and PyTorch's, by round."""
     spread = [f(ms) for ms in times for f in (statistics.median, min, max)]
     ratio = statistics.median(one / other for one, other in zip(*times, strict=True))
-    return Row(case.method, case.layer, case.passes, layout, *spread, ratio)
+    return Row(method, layer, steps, layout, *spread, ratio)
 
 
 def _torch_step(state, batch, case, rule, layout, compiled):

@@ -1,6 +1,7 @@
 """Times two programs in turn, so that a machine whose speed drifts slows both."""
 
 import os
+import resource
 import statistics
 import sys
 import time
@@ -26,16 +27,22 @@ def cores() -> int:
 def clock() -> Callable[[], float]:
     """The clock of the benchmarks, in seconds.
 
-    On one CPU core it is the CPU time of this process: the same as the wall time on an idle
-    machine, and on a busy one without the time of other programs. Otherwise it is the wall time.
+    On one CPU core it is the CPU time of this process and of its children that have ended: about
+    the wall time of an idle machine, and on a busy one without the time of other programs.
+    Otherwise it is the wall time.
     """
     one_core = cores() == 1 and jax.default_backend() == "cpu"
-    return time.process_time if one_core else time.perf_counter
+    return _cpu_seconds if one_core else time.perf_counter
 
 
 def clock_name() -> str:
     """What `clock` measures: "CPU time" or "wall time"."""
-    return "CPU time" if clock() is time.process_time else "wall time"
+    return "CPU time" if clock() is _cpu_seconds else "wall time"
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Rounds(NamedTuple):

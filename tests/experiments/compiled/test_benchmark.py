@@ -1,11 +1,13 @@
 """The timing benchmark: what it prints, the FLOP floor against hand counts, what it refuses."""
 
 import csv
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import PIL.Image
 import pytest
 from absl import flags
 
@@ -38,7 +40,7 @@ def test_a_run_prints_one_parsable_row_a_case_and_writes_the_same_numbers(
     monkeypatch.setenv("COLUMNS", "200")
     message, out, err = run(*TINY, "--methods=erm,lpa,lpa:free", f"--csv={path}")
     assert message is None
-    assert "[3/3] lpa:free hidden2 0:" in err and "synthetic" in out
+    assert "[3/3] lpa:free hidden2 0:" in err and "batch 8, images 4x4x1" in out
     header, *printed = printed_rows(out)
     assert header[:3] == ["method", "layer", "steps"]
     assert [tuple(cells[:3]) for cells in printed] == [
@@ -162,6 +164,7 @@ def test_each_number_belongs_to_its_measurement_whichever_came_first():
             "patch must divide the image size",
         ),
         (["--dtype=int8"], "--dtype=int8"),
+        (["--folder=tests"], "--folder needs --against=torch"),
     ],
 )
 def test_bad_input_gets_one_line_that_names_it_and_nothing_is_written(
@@ -183,8 +186,28 @@ def test_without_pytorch_the_command_that_installs_it_is_named(run, monkeypatch)
     assert message == expected and not out
 
 
-def test_pytorch_takes_the_same_steps(run):
+@pytest.mark.parametrize("network", [(), ("--model=small_cnn", "--layers=stage2")])
+def test_pytorch_takes_the_same_steps(run, network):
     pytest.importorskip("torch")
-    message, out, _ = run(*TINY, "--against=torch", "--methods=erm,lpa")
+    message, out, _ = run(*TINY, *network, "--against=torch", "--methods=erm,lpa")
     assert message is None
     assert [cells[0] for cells in printed_rows(out)[-2:]] == ["erm", "lpa"]
+
+
+def test_a_folder_is_read_by_both(run, tmp_path):
+    pytest.importorskip("torchvision")
+    for name in ("a/1", "a/2", "b/1"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (6, 5), (len(name), 2, 3)).save(path)
+    message, out, _ = run(*TINY, "--against=torch", f"--folder={tmp_path}", "--batch_size=2")
+    assert message is None
+    assert printed_rows(out)[-1][0] == "read"
+
+
+@pytest.mark.parametrize(("cores", "expected"), [({0}, "CPU time"), ({0, 1}, "wall time")])
+def test_on_one_core_cpu_time_is_measured(monkeypatch, cores, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: cores, raising=False)
+    assert timing.clock_name() == expected
+    elapsed = timing.milliseconds(lambda: time.sleep(0.05))()
+    assert (elapsed < 40) == (expected == "CPU time")
