@@ -40,7 +40,7 @@ def measure(folder: str, image_size: int, batch_size: int, rounds: int) -> again
             folder, transforms.Compose([resize, transforms.PILToTensor()])
         )
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError("must hold class folders, each with at least one image") from error
     paths = [os.path.relpath(path, folder) for path, _ in theirs.samples]
     ours = data.open_image_files(
         "folder", folder, paths, theirs.targets, len(theirs.classes),
