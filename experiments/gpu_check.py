@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
             with report.open("a", encoding="utf-8") as file:
                 file.write(f"\n## {part.name}: {outcome}\n\n```\n{text}\n```\n")
     except OSError as error:
-        sys.exit(entry_point.refusal(f"--workdir: {error}"))
+        sys.exit(entry_point.refusal(error))
     if bad:
         sys.exit(entry_point.refusal(f"{', '.join(bad)} did not end well; see {report}"))
 

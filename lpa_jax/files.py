@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and one run at a time in a folder."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 
 LOCK = "lock"
+KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -98,7 +100,7 @@ def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
 
     Raises:
       LockedError: Another process holds the folder.
-      OSError: The folder cannot be written to, or its `lock` is a symbolic link.
+      OSError: The folder cannot be written to, or its `lock` is no regular file.
 
     Example:
       >>> with tempfile.TemporaryDirectory() as folder, hold(folder), hold(folder, patience=0):
@@ -109,9 +111,13 @@ def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    if os.path.lexists(lock) and not stat.S_ISREG(mode := lock.lstat().st_mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "a device or socket")
+        raise OSError(errno.EINVAL, f"must be a regular file, got {kind}", str(lock))
     # Never through a link: what it points to would be overwritten.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(folder / LOCK, flags, 0o644)
+    descriptor = os.open(lock, flags, 0o644)
     itself = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + patience
@@ -135,7 +141,7 @@ def refuse_if_held(folder: str | os.PathLike) -> None:
 
     Call it before work that a later `hold` would make useless.
     """
-    if pathlib.Path(folder, LOCK).exists():
+    if os.path.lexists(pathlib.Path(folder, LOCK)):
         with hold(folder):
             pass
 

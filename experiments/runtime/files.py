@@ -8,7 +8,7 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,18 +85,38 @@ def local_path(text: str) -> str:
 
 
 def check_folders() -> None:
-    """Refuses flags for folders to write to that name files, or places below files.
+    """Refuses flags for folders to write to that name anything else.
 
     Raises:
       ValueError: naming the flag.
     """
+    for name, path in _folders():
+        there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise ValueError(f"--{name} must name a folder, got {FLAGS[name].value!r}")
+        # JAX does without a compilation cache that it cannot write.
+        if not FLAGS[name].parser.optional and not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"--{name} must name a folder that can be written to, got {FLAGS[name].value!r}"
+            )
+
+
+def explained(error: OSError) -> str:
+    """What the system says of a file, after the flag of the folder that it lies in."""
+    if isinstance(error.filename, str):
+        place = pathlib.Path(error.filename).absolute()
+        for name, path in _folders():
+            if place.is_relative_to(path) or path.is_relative_to(place):
+                return f"--{name}: {place}: {error.strerror}"
+    return str(error)
+
+
+def _folders() -> Iterator[tuple[str, pathlib.Path]]:
+    """Flags for folders to write to that are set, with their absolute paths."""
     for name in FLAGS:
         flag = FLAGS[name]
         if isinstance(flag.parser, _PathParser) and flag.parser.folder and flag.value:
-            path = pathlib.Path(flag.value).absolute()
-            there = next(place for place in (path, *path.parents) if os.path.lexists(place))
-            if not there.is_dir():
-                raise ValueError(f"--{name} must name a folder, got {flag.value!r}")
+            yield name, pathlib.Path(flag.value).absolute()
 
 
 def check_writable(flag: str, path: str) -> None:

@@ -96,7 +96,8 @@ def _keep_memory() -> None:
 
 def refusal(error: Exception | str) -> str:
     """The line that a command ends with; messages quote whatever was typed."""
-    text = " ".join(str(error).split())
+    said = files.explained(error) if isinstance(error, OSError) else str(error)
+    text = " ".join(said.split())
     return f"error: {text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + '...'}"
 
 

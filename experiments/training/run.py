@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from experiments.methods.names import parse, part_options
 from experiments.training.folder import USUAL, Names, RunFolder
 from experiments.training.log import Logging, RunLog
 from experiments.training.program import Program
@@ -15,6 +16,7 @@ from experiments.training.saving import Saving
 from experiments.training.task import Task
 from lpa_jax import metrics, multihost, parallel
 from lpa_jax.data.prefetch import Prefetched
+from lpa_jax.injection import LOGITS
 from lpa_jax.training import loop
 from lpa_jax.training.interrupts import InterruptedRunError
 from lpa_jax.training.step import TrainState
@@ -146,7 +148,7 @@ def run(
             ):
                 row = job.row(state, record)
                 log.write(record.step, row, **_details(logging, state, record))
-                for layer, line in leaks(row).items():
+                for layer, line in leaks(row, program.method).items():
                     if layer not in leaking:
                         say(f"epoch {record.epoch}: {line}")
                     leaking.add(layer)
@@ -181,10 +183,10 @@ def evaluate(
     return job.evaluation(metrics.compute(totals))
 
 
-def leaks(row: Mapping[str, Any]) -> dict[str, str]:
+def leaks(row: Mapping[str, Any], method: str) -> dict[str, str]:
     """A warning for each layer at which the network reads the label from the perturbation.
 
-    >>> leaks({"effect/stage2/accuracy_change/negative": 0.9})["stage2"][:49]
+    >>> leaks({"effect/stage2/accuracy_change/negative": 0.9}, "lpa")["stage2"][:49]
     'warning: at stage2 the perturbation of negative c'
     """
     found = {}
@@ -193,12 +195,21 @@ def leaks(row: Mapping[str, Any]) -> dict[str, str]:
         if sign and gain is not None and gain > LEAKING:
             radius = row.get(f"effect/{layer}/radius/{sign}")
             there = "" if radius is None else f" ({radius:.3g} there)"
+            sparing = "".join(f" or set {option}=0.5" for option in _probabilities(method, layer))
             found[layer] = (
                 f"warning: at {layer} the perturbation of {sign} classes tells the network the "
                 f"label: {100 * gain:.0f} % more training examples are correct with it than "
-                f"without; lower its radius{there} or set lpa.probability=0.5"
+                f"without; lower its radius{there}{sparing}"
             )
     return found
+
+
+def _probabilities(method: str, layer: str) -> list[str]:
+    """Options of the method that leave some examples as they are at a layer."""
+    parts = [part for part in parse(method) if layer in (part.layer or layer).split("|")]
+    at_logits = [part for part in parts if part.name == "lpl" and layer == LOGITS]
+    names = [part.name for part in at_logits or parts]
+    return [f"{name}.probability" for name in names if "probability" in part_options(name)]
 
 
 def _details(logging: Logging, state: TrainState, record: loop.EpochRecord) -> dict[str, Any]:

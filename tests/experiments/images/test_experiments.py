@@ -19,6 +19,7 @@ from experiments.methods import build as assembly
 from experiments.reporting import runs
 from experiments.training import flags as run_flags
 from experiments.training.program import Program
+from experiments.training.run import leaks
 from lpa_jax import models, parallel
 from tests.helpers.commands import parsed
 from tests.helpers.module_call import call_by_name
@@ -148,6 +149,21 @@ def test_a_label_that_leaks_is_said_once_with_layer_and_radius(run, tmp_path):
     assert "at input the perturbation of negative classes" in line and " there) or set" in line
     result = json.loads((tmp_path / "runs/lpa/seed_0/result.json").read_text())
     assert result["curve"][-1]["effect/input/accuracy_change/negative"] > 0.2
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "options"),
+    [
+        ("lpa", "hidden1", ["lpa.probability"]),
+        ("lpl", "logits", []),
+        ("lpa+lpl", "logits", []),
+        ("lpa+lpl", "hidden1", ["lpa.probability"]),
+        ("lpa@hidden1|hidden2+lpl", "hidden2", ["lpa.probability"]),
+    ],
+)
+def test_the_warning_of_a_label_that_leaks_names_options_of_the_method(method, layer, options):
+    line = leaks({f"effect/{layer}/accuracy_change/negative": 0.9}, method)[layer]
+    assert re.findall(r"[a-z]+\.probability", line) == options and "lower its radius" in line
 
 
 def test_a_method_may_draw_its_layer_anew_in_every_step(run, tmp_path):
