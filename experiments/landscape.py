@@ -103,7 +103,7 @@ def measure(
                 if name == _FIRST_SEED_ONLY and seed != places[0][0]:
                     continue
                 progress.part(number, name)
-                trained.go_on(interrupts)
+                trained.stop_if_asked(interrupts)
                 fields = {field: getattr(how, field) for field in MEASUREMENTS[name][1]}
                 try:
                     found[name][method][seed] = models.measured(

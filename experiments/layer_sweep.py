@@ -170,7 +170,7 @@ def measure(
             settings = {"cka_images": FLAGS.cka_images, "references": references}
             for number, layer in enumerate(layers):
                 progress.part(number, f"similarity at {layer}")
-                trained.go_on(interrupts)
+                trained.stop_if_asked(interrupts)
                 placed = place(method, layer)
                 values[placed][seed] = found.measured(
                     placed, seed, "layer_sweep", settings,

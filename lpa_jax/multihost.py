@@ -1,6 +1,6 @@
 """Many hosts: how processes find each other, and which part of a batch belongs to which.
 
-Everything else about several hosts lies in the mapped step (`lpa_jax.parallel`), which is the same
+Everything else about several hosts is in the mapped step (`lpa_jax.parallel`), which is the same
 on one host and on many: the mapped axis runs over the devices of all of them.
 """
 

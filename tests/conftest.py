@@ -107,3 +107,17 @@ def run(data_dir, capsys):
         return message, captured.out, captured.err
 
     return run_and_capture
+
+
+@pytest.fixture
+def refusal(run, tmp_path):
+    """(module, *flags) -> the one line that refuses them; nothing is printed or written."""
+
+    def refused(name, *arguments):
+        workdir = tmp_path / "refused"
+        message, out, _ = run(name, f"--workdir={workdir}", *arguments)
+        assert message is not None and "\n" not in message.strip() and not out
+        assert not workdir.exists()
+        return message
+
+    return refused

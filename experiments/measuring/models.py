@@ -181,7 +181,7 @@ def train_or_load(
     return Models(settings, options, {seed: source.task(seed) for seed in seeds}, workdir, results)
 
 
-def go_on(interrupts: Interrupts) -> None:
+def stop_if_asked(interrupts: Interrupts) -> None:
     """Raises InterruptedRunError if a signal came; called between measurements."""
     if interrupts():
         raise InterruptedRunError("stopped, and what was measured is kept")

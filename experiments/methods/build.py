@@ -254,7 +254,7 @@ def _loss_stages(name, own, counts, epochs, head) -> tuple[tuple[int, losses.Los
         return ((0, losses.create(name, counts, **own)),)
     switch = own.pop("switch", DRW_SWITCH)
     if not 0 < switch < 1:
-        raise ValueError(f"ldam_drw.switch must lie in (0, 1), got {switch!r}")
+        raise ValueError(f"ldam_drw.switch must be in (0, 1), got {switch!r}")
     return losses.drw_stages(counts, max(1, round(switch * epochs)), **own)
 
 

@@ -1,4 +1,6 @@
-"""What JSON files of ours hold: types, finite numbers and sizes, checked where a file is read.
+"""What the JSON files that the experiments write hold: types, finite numbers and sizes.
+
+Checked where a file is read.
 
 A schema is a `Kind`; a list with the schema of its members, and `...` after it if there must be
 one; a tuple of alternatives, of which None is null; or a dictionary of fields. `?` at the end of a
@@ -16,7 +18,7 @@ import numpy as np
 
 from lpa_jax.files import read_bytes
 
-# The largest file of ours, the compiled programs of `compile_check`, has some megabytes.
+# The largest of these files, the compiled programs of `compile_check`, has some megabytes.
 MOST_BYTES = 2**28
 _MOST_DEPTH, _MOST_LETTERS = 64, 10**5
 _LARGEST = float(np.finfo(np.float32).max)

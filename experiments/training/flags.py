@@ -69,7 +69,7 @@ def say(line: str) -> None:
 
 
 def warn(batch_size: int, size: int, options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Says what is allowed and hardly meant.
+    """Prints a line for each setting that is allowed but probably a mistake.
 
     Args:
       batch_size: examples in a step.

@@ -251,7 +251,7 @@ def test_only_what_a_changed_flag_decides_is_measured_again(job, monkeypatch):
 
 def test_a_signal_stops_between_measurements():
     with pytest.raises(InterruptedRunError, match="what was measured is kept"):
-        trained.go_on(lambda: True)
+        trained.stop_if_asked(lambda: True)
 
 
 def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
