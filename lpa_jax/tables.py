@@ -147,6 +147,30 @@ def class_counts(
     return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
 
 
+def spread_over_classes(labels: Array, size: int) -> Array:
+    """Positions of `size` examples: the first of every class, then the second of every class, ...
+
+    So the smaller classes are whole and all others equally large, up to one example. Examples with
+    label -1 come last.
+
+    Args:
+      labels: [B], integers >= -1.
+      size: M <= B.
+
+    Returns:
+      [M]; examples that are equally early in their classes in the order of the batch.
+
+    Example:
+      >>> spread_over_classes(jnp.array([0, 0, 0, 0, 2, -1, 1, 2]), 5).tolist()
+      [0, 4, 6, 1, 7]
+    """
+    order = jnp.argsort(labels, stable=True)
+    by_class = labels[order]
+    earlier = jnp.arange(labels.shape[0]) - jnp.searchsorted(by_class, by_class)
+    earlier = jnp.where(by_class < 0, labels.shape[0], earlier)
+    return order[jnp.lexsort((order, earlier))][:size]
+
+
 def counted_rows(labels: Array) -> Array:
     """Whether a row counts, [N, ...] -> [N]: not if its label, or all of several, are -1."""
     counted = labels >= 0
@@ -189,6 +213,10 @@ class BatchClasses(NamedTuple):
             counts = counts if axis_name is None else jax.lax.psum(counts, axis_name)
             return SeveralClasses(members, counts, axis_name)
         return cls(labels, class_counts(labels, num_classes, axis_name, dtype), axis_name)
+
+    def part(self, chosen: Array) -> "BatchClasses":
+        """The classes of the examples at the positions `chosen`, [M] on every device."""
+        return self.of(self.labels[chosen], len(self.counts), self.axis_name, self.counts.dtype)
 
     def means(self, values: Array) -> Array:
         """Class means of `values` [B, ...] over the global batch: a table.

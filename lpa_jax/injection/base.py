@@ -116,7 +116,8 @@ def run_perturbed(
 
     A tap is called as `tap(activation, decode)`. `decode` runs the network above that layer, with
     the taps below in force and those above not; it leaves the model state alone, and no gradient
-    reaches the parameters through it.
+    reaches the parameters through it. `decode(activation, chosen)` runs it for the examples at the
+    positions `chosen` [M] alone.
 
     Args:
       network: A cut network.
@@ -136,10 +137,14 @@ def run_perturbed(
 
     def tap_at(layer):
         def tap(activation):
-            below = jax.lax.stop_gradient(dict(pinned))
+            whole = frozen.inputs, jax.lax.stop_gradient(dict(pinned))
 
-            def decode(activation):
-                return network.run(frozen, {**below, layer: activation}, LOGITS)[0]
+            def decode(activation, chosen=None):
+                inputs, below = whole
+                if chosen is not None:
+                    inputs, below = jax.tree.map(lambda values: values[chosen], whole)
+                given = frozen._replace(inputs=inputs)
+                return network.run(given, {**below, layer: activation}, LOGITS)[0]
 
             pinned[layer] = taps[layer](activation, decode)
             return pinned[layer]

@@ -8,6 +8,7 @@ interface.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Site:
         perturbation `by_label`; for all others labels are [B, *P], targets and logits [B, *P, C].
       decode: [B, *S] -> logits [B, C], the network above the injection point. It never updates
         running statistics, sees the same dropout masks as the training pass, and no gradient
-        reaches the parameters through it.
+        reaches the parameters through it. `decode(activation, chosen)` is that of a part.
       loss: (logits, targets) -> [B], the training loss.
       rng: A key for this site, step and device.
       axis_name: Mapped axis over which the global batch is spread, or None.
@@ -72,6 +73,13 @@ class Site:
             raise ValueError(
                 f"{name} needs one label an example, [B], got labels of shape {self.labels.shape}"
             )
+
+    def part(self, chosen: Array) -> "Site":
+        """The site of the examples at the positions `chosen`, [M]; dropout masks are others."""
+        taken = {name: getattr(self, name)[chosen] for name in ("activation", "targets", "labels")}
+        domain = None if self.domain is None else self.domain[chosen]
+        decode = functools.partial(self.decode, chosen=chosen)
+        return dataclasses.replace(self, **taken, domain=domain, decode=decode)
 
     def losses_and_logits(self, activation: Array) -> tuple[Array, Array]:
         """Per-example losses [B] and logits [B, C] of the network fed with `activation`."""

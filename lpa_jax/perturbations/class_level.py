@@ -33,6 +33,7 @@ def class_level(
     mode: str = "cold",
     radius_target: float | None = None,
     probability: float = 1.0,
+    examples: float = 1.0,
     memory_limit: int | None = None,
     description: str = "",
 ) -> Perturbation:
@@ -46,6 +47,8 @@ def class_level(
     choice("mode", mode, MODES)
     choice("scale", scale, SCALES)
     number("probability", probability, high=1.0, open_low=True)
+    number("examples", examples, high=1.0, open_low=True)
+    require(mode == "cold" or examples == 1, "examples", f"1 with mode={mode!r}", examples)
     if memory_limit is not None:
         number("memory_limit", memory_limit)
     if radius_target is not None:
@@ -64,6 +67,7 @@ def class_level(
         mode=mode,
         radius_target=radius_target,
         probability=probability,
+        examples=examples,
         memory_limit=memory_limit,
     )
     update = method.update if mode == "free" else None
@@ -126,6 +130,7 @@ class _ClassLevel:
     mode: str
     radius_target: float | None
     probability: float
+    examples: float
     memory_limit: int | None
 
     def init(self, activation: jax.ShapeDtypeStruct, num_classes: int) -> State:
@@ -143,14 +148,19 @@ class _ClassLevel:
         return state
 
     def apply(self, state: State, site: Site) -> Applied:
-        activation = jax.lax.stop_gradient(site.activation)
-        classes = _count(site)
-        rows = _rows(site, classes, may_be_by_example=self.mode == "cold")
+        classes, chosen = _count(site), self._chosen(site)
+        rows = _rows(site, classes, may_be_by_example=self.mode == "cold" and chosen is None)
+        # Gradients and confidences are those of `part`, class means and norms of the whole batch.
+        part, of_rows, outputs = site, rows.classes, _count_outputs(site, classes)
+        if chosen is not None:
+            part, of_rows, outputs = site.part(chosen), of_rows.part(chosen), classes.part(chosen)
+            classes = outputs
+        activation = jax.lax.stop_gradient(part.activation)
         gradient_at = functools.partial(
             pgd.class_gradient,
-            site.losses_and_logits,
+            part.losses_and_logits,
             activation,
-            rows.classes,
+            of_rows,
             shape=self.options.shape,
         )
         first_gradient, logits = None, None
@@ -159,8 +169,7 @@ class _ClassLevel:
             self._check_memory(activation, rows.classes.counts.shape[0])
             first_gradient, logits = gradient_at(delta=None)
         elif self.mode == "carry" and self.assignment.uses_confidence:
-            logits = site.decode(activation)
-        outputs = _count_outputs(site, classes)
+            logits = part.decode(activation)
         state = self._observe(state, outputs, logits)
         sign, radius, present = self._signs_and_radii(state, site, classes, outputs, logits)
 
@@ -183,17 +192,26 @@ class _ClassLevel:
             aux["radius_scale"] = state["radius_scale"]
             adapted = targeting.adapt(
                 state["radius_scale"],
-                site,
+                part,
                 outputs,
                 sign,
-                unperturbed=site.decode(activation) if logits is None else logits,
-                perturbed=perturbed,
+                unperturbed=part.decode(activation) if logits is None else logits,
+                perturbed=perturbed if chosen is None else perturbed[chosen],
                 target=self.radius_target,
                 negative_scale=self.negative_scale,
             )
             state = {**state, "radius_scale": adapted}
         reached = self._on_some(site, perturbed)
         return Applied(reached, site.targets, jax.lax.stop_gradient(state), aux)
+
+    def _chosen(self, site: Site) -> Array | None:
+        """Positions of the examples that PGD runs on, [M]; None for all."""
+        size = math.ceil(self.examples * site.labels.shape[0])
+        if size == site.labels.shape[0]:
+            return None
+        plain = not site.several and site.output_labels is None
+        require(plain, "examples", "1 unless an example has one label", self.examples)
+        return tables.spread_over_classes(site.labels, size)
 
     def _on_some(self, site: Site, perturbed: Array) -> Array:
         """The perturbed activation of each example with `probability`, else its own."""

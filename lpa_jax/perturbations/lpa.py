@@ -24,6 +24,7 @@ def lpa(
     min_cosine: float = 0.0,
     radius_target: float | None = None,
     probability: float = 1.0,
+    examples: float = 1.0,
     memory_limit: int | None = 2**30,
 ) -> Perturbation:
     r"""Learning to Perturb Activations: h~_i = h_i + delta_{y_i}, with delta_c learned by PGD.
@@ -73,6 +74,13 @@ def lpa(
         of a class share delta, which all of them learn. Below 1, the label cannot be read from
         the perturbation of every example, which is why contraction otherwise fails at radii where
         expansion helps.
+      examples: Share of a device's batch on which the passes of PGD run, in (0, 1]: the first
+        example of every class, then the second of every class, and so on, so that rare classes
+        are whole. All examples of a class get its delta. Class means and the scale are those of
+        the whole batch, the confidence is that of the part. A class without an example in the
+        part is not perturbed. Batch norms above the layer normalise the part by its own
+        statistics, and dropout masks are not those of the training pass. Below 1 it needs
+        `"cold"` and one label an example.
       memory_limit: Largest table in bytes on a device: `"carry"` and `"free"` keep one of all C
         perturbations, `"cold"` sums gradients in one of min(C, global batch) rows. None for no
         limit.
@@ -106,6 +114,7 @@ def lpa(
         negative_scale=negative_scale,
         radius_target=radius_target,
         probability=probability,
+        examples=examples,
         memory_limit=memory_limit,
         description=description,
     )

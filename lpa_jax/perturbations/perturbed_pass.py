@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lpa_jax.checks import require
 from lpa_jax.injection import Tap
 from lpa_jax.labels import Labels, rows_of_positions
 from lpa_jax.perturbations.base import Applied, Perturbation, Site, State
@@ -98,7 +99,8 @@ class PerturbedPass:
             targets = jnp.reshape(self.targets, (*labels.lead, labels.num_classes))
             return dataclasses.replace(site, labels=labels.values, targets=targets)
 
-        def decode_rows(rows):
+        def decode_rows(rows, chosen=None):
+            require(chosen is None, "examples", "1 unless an example has one label", "less")
             logits = decode(jnp.reshape(rows, activation.shape))
             return jnp.reshape(logits, (-1, labels.num_classes))
 

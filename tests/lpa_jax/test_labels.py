@@ -412,6 +412,9 @@ def test_what_has_no_meaning_for_such_labels_is_refused_in_one_line():
     refused("several", {"hidden": lpa_jax.rsc()}, tokens)
     for method in (lpa_jax.manifold_mixup(), lpa_jax.rsc()):
         refused("tokens", {"hidden": method}, tokens)
+    for kind in ("several", "tokens"):
+        part = {"hidden": lpa_jax.lpa(examples=0.5)}
+        refused(kind, part, "examples must be 1 unless an example has one label, got")
     refused("tokens", {}, "must have shape", labels=TOKENS[:, :3])
     with pytest.raises(ValueError, match="labels must be 0, 1 or -1 for several classes"):
         lpa_jax.class_perturbation(

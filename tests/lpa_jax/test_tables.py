@@ -1,4 +1,4 @@
-"""Norms of rows: accurate from the smallest to the largest, however they are computed."""
+"""Norms of rows of every size, and the part of a batch that is spread over its classes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,3 +18,19 @@ def test_norms_of_rows_of_every_size_are_accurate(norms, width):
     expected = np.linalg.norm(rows.astype(np.float64), axis=1)
     np.testing.assert_allclose(norms(jnp.asarray(rows)), expected, rtol=1e-6)
     np.testing.assert_array_equal(norms(jnp.array([[0.0, 0.0], [1.0, jnp.nan]])), [0.0, np.nan])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_part_spread_over_the_classes_takes_one_more_of_each_class_in_turn(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(7, p=[0.5, 0.2, 0.1, 0.1, 0.05, 0.05, 0.0], size=40) - seed % 2
+    turns, waiting = [], [i for i in range(40) if labels[i] >= 0]
+    while waiting:
+        seen = set()
+        turn = [i for i in waiting if not (labels[i] in seen or seen.add(labels[i]))]
+        turns += turn
+        waiting = [i for i in waiting if i not in turn]
+    expected = turns + [i for i in range(40) if labels[i] < 0]
+    for size in (1, 9, 20, 40):
+        chosen = tables.spread_over_classes(jnp.asarray(labels), size)
+        np.testing.assert_array_equal(chosen, expected[:size])

@@ -200,8 +200,11 @@ def test_decode_sees_the_taps_below_where_the_network_skips():
     variables = network.init(jax.random.key(0), IMAGES)
     seen = {}
 
+    chosen = jnp.array([2, 0])
+
     def second(h, decode):
         seen["second"] = decode(h)
+        seen["part"] = decode(h[chosen], chosen)
         return 2.0 * h
 
     taps = {"first": lambda h, decode: seen.setdefault("first", h + 1.0), "second": second}
@@ -209,6 +212,7 @@ def test_decode_sees_the_taps_below_where_the_network_skips():
     kernel, bias = (variables["params"]["second"][key] for key in ("kernel", "bias"))
     above = seen["first"] @ kernel + bias[None]
     np.testing.assert_allclose(seen["second"], seen["first"] + above, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen["part"], seen["second"][chosen], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(logits, seen["first"] + 2.0 * above, rtol=1e-5, atol=1e-6)
 
 

@@ -280,3 +280,37 @@ def test_a_batch_spread_over_a_mapped_axis_is_one_batch(mode, num_classes):
     for shard in range(2):
         on_shard = jax.tree.map(lambda leaf, shard=shard: leaf[shard], rest)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), on_shard, expected)
+
+
+@pytest.mark.parametrize(("devices", "part"), [(1, [0, 1, 2, 4, 6]), (2, [0, 2, 4, 5, 6, 7])])
+def test_a_part_of_the_examples_gives_gradients_and_confidence_for_all(devices, part, x64):
+    batch = Batch(4, np.array([1, 1, 0, 1, 3, 1, 0, 1, 0, 1], np.int32))
+    perturbation = lpa(0.5, assignment=assignment.by_confidence(kappa=1.0), examples=0.5)
+    site = batch.site()
+
+    def apply(h, targets, labels):
+        arrays = {"activation": h, "targets": targets, "labels": labels, "axis_name": "i"}
+        here = dataclasses.replace(site, **arrays, decode=lambda h, chosen: site.decode(h))
+        applied = perturbation.apply({}, here)
+        return applied.activation, dict(applied.aux)
+
+    arrays = (site.activation, site.targets, site.labels)
+    shards = [a.reshape(devices, -1, *a.shape[1:]) for a in arrays]
+    activation, aux = jax.jit(jax.vmap(apply, axis_name="i"))(*shards)
+
+    confidence = reference.class_confidence(batch.logits[part], batch.labels[part])
+    sign = confidence_signs(confidence, batch.present())
+    deviation = np.abs(confidence - confidence[batch.present()].mean())
+    radius = 0.5 * (1 + deviation) * expected_scale(batch, "relative", "l2", "full")
+    delta = reference.class_perturbation(
+        # The direction of a mean gradient does not depend on the number of examples.
+        lambda i, h: (i in part) * batch.numpy_gradient(i, h),
+        batch.activations,
+        batch.labels,
+        sign=sign,
+        radius=radius,
+    )
+    seen = np.reshape(activation, batch.activations.shape) - batch.activations
+    np.testing.assert_allclose(seen, delta[batch.labels], rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(aux["sign"][-1], sign)
+    np.testing.assert_allclose(aux["radius"][-1], np.where(sign != 0, radius, 0), rtol=1e-9)

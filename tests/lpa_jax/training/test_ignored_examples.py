@@ -83,6 +83,11 @@ def test_a_step_is_that_of_the_examples_that_count(name):
         assert_equal(steps(padded(mark), PLANS[name], step=step), expected)
 
 
+def test_a_part_takes_those_that_count_first():
+    part = {"hidden1": lpa_jax.lpa(0.3, assignment=RULE, radius_target=0.1, examples=0.6)}
+    assert_equal(steps(padded("mask"), part), steps(whole(), PLANS["cold"]))
+
+
 @pytest.mark.parametrize("mode", variants(("cold", "carry", "free"), slow=("carry",)))
 def test_with_more_classes_than_examples_too(mode):
     plan = {"hidden1": lpa_jax.lpa(0.3, mode=mode, assignment=lpa_jax.all_positive())}
