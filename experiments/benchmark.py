@@ -46,7 +46,7 @@ from experiments.methods import build, names
 from experiments.reporting import screen
 from experiments.runtime import files
 from experiments.runtime import main as entry_point
-from lpa_jax import injection, models, perturbations
+from lpa_jax import checks, injection, models, perturbations
 from lpa_jax.perturbations.lpa import MODES
 
 FLAGS = flags.FLAGS
@@ -64,6 +64,7 @@ def define_flags() -> None:
         f"{', '.join(perturbations.names())}; lpa:MODE is lpa in mode {', '.join(MODES)}.",
     )
     flags.DEFINE_list("steps", ["1", "3", "5"], "PGD steps, for methods that take a number.")
+    flags.DEFINE_float("examples", 1.0, "Share of the batch on which PGD of a cold lpa runs.")
     flags.DEFINE_enum(
         "assignment",
         "frequency",
@@ -157,7 +158,8 @@ def measure(
             step, seconds = step_cost.compile_step(own_state, batch, case.perturbations)
         times = timing.time_steps((erm, state), (step, own_state), batch, rounds)
         erm_flops, step_flops = step_cost.flops(erm), step_cost.flops(step)
-        floor = step_cost.floor_ratio(erm_flops, pass_flops(case.layer), case.passes)
+        passes = case.passes * case.examples
+        floor = step_cost.floor_ratio(erm_flops, pass_flops(case.layer), passes)
         spread = [f(ms) for ms in times for f in (statistics.median, min, max)]
         yield Row(
             case.method, case.layer, case.passes, *spread, times.ratio, floor, times.ratio / floor,
@@ -193,12 +195,15 @@ def set_up() -> tuple[lpa_jax.TrainState | None, step_cost.Batch, list[Case]]:
       ValueError: naming the flag or option that is out of range.
     """
     steps = timing.whole_numbers("steps", FLAGS.steps, low=1, high=names.MOST_STEPS)
+    checks.number("--examples", FLAGS.examples, high=1.0, open_low=True)
     if not FLAGS.methods:
         raise ValueError("--methods must name at least one method, got none")
     if FLAGS.csv is not None:
         files.check_writable("csv", FLAGS.csv)
     if FLAGS.folder and not FLAGS.against:
         raise ValueError("--folder needs --against=torch")
+    if FLAGS.against and FLAGS.examples != 1:
+        raise ValueError(f"--examples must be 1 with --against, got {FLAGS.examples:g}")
     if FLAGS.against and FLAGS.dtype != "float32":
         raise ValueError(f"--dtype must be float32 with --against, got {FLAGS.dtype!r}")
     # Without a type the network computes in that of its input, as a check in float64 needs.
@@ -209,7 +214,7 @@ def set_up() -> tuple[lpa_jax.TrainState | None, step_cost.Batch, list[Case]]:
         injection.check_layer(model.layers, layer)
     if FLAGS.against:
         against_torch.load()
-    cases = make_cases(FLAGS.methods, layers, steps, assignment())
+    cases = make_cases(FLAGS.methods, layers, steps, assignment(), FLAGS.examples)
     if FLAGS.folder:
         return None, {}, [Case("read", FLAGS.folder, 0, {})]
     return *step_cost.make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels), cases

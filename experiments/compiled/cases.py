@@ -20,12 +20,14 @@ class Case(NamedTuple):
       layer: injection point, "-" for ERM.
       passes: K, gradient passes above the layer before the training pass.
       perturbations: by layer, as `lpa_step` takes them.
+      examples: share of the batch on which these passes run.
     """
 
     method: str
     layer: str
     passes: int
     perturbations: Mapping[str, Perturbation]
+    examples: float = 1.0
 
 
 def make_cases(
@@ -33,22 +35,26 @@ def make_cases(
     layers: Sequence[str],
     steps: Sequence[int],
     assignment: lpa_jax.Assignment,
+    examples: float = 1.0,
 ) -> list[Case]:
     """Every method at every layer, with every number of PGD steps if it takes one.
+
+    PGD of a cold `lpa` runs on the share `examples` of the batch.
 
     Raises:
       ValueError: unknown method or mode.
     """
     return [
-        Case(method, layer, passes, {} if perturbation is None else {layer: perturbation})
+        Case(method, layer, passes, {} if perturbation is None else {layer: perturbation}, share)
         for method in methods
         for layer in (["-"] if method == ERM else layers)
-        for passes, perturbation in _variants(method, steps, assignment)
+        for share in [examples if method in ("lpa", "lpa:cold") else 1.0]
+        for passes, perturbation in _variants(method, steps, assignment, share)
     ]
 
 
 def _variants(
-    method: str, steps: Sequence[int], assignment: lpa_jax.Assignment
+    method: str, steps: Sequence[int], assignment: lpa_jax.Assignment, examples: float
 ) -> list[tuple[int, Perturbation | None]]:
     """(K, perturbation) for every number of steps to measure `method` with."""
     if method == ERM:
@@ -64,6 +70,7 @@ def _variants(
     fixed: dict[str, Any] = {"mode": mode} if mode else {}
     fixed |= {"radius": step_cost.RADIUS} if "radius" in takes else {}
     fixed |= {"assignment": assignment} if "assignment" in takes else {}
+    fixed |= {"examples": examples} if examples != 1 else {}
     create = functools.partial(perturbations.create, name, **fixed)
     if "steps" not in takes:
         return [(0, create())]

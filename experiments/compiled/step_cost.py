@@ -92,7 +92,7 @@ def memory_mb(compiled: Compiled) -> float:
     return (memory.argument_size_in_bytes + own) / 1e6
 
 
-def floor_ratio(erm_flops: float, gradient_pass_flops: float, passes: int) -> float:
+def floor_ratio(erm_flops: float, gradient_pass_flops: float, passes: float) -> float:
     """FLOPs of ERM and `passes` gradient passes above the layer, relative to those of ERM.
 
     >>> floor_ratio(300.0, 100.0, passes=3)

@@ -87,9 +87,12 @@ def bias_free_mlp():
     )
 
 
-@pytest.mark.parametrize(("layer", "first_above", "steps"), [("hidden", 1, 3), ("input", 0, 1)])
+@pytest.mark.parametrize(
+    ("layer", "first_above", "steps", "examples"),
+    [("hidden", 1, 3, 1), ("hidden", 1, 3, 0.25), ("input", 0, 1, 1)],
+)
 def test_the_floor_is_that_of_the_matmuls_and_the_compiled_step_reaches_it(
-    layer, first_above, steps
+    layer, first_above, steps, examples
 ):
     labels = jnp.arange(BATCH) % WIDTHS[-1]
     batch = {"image": jnp.ones((BATCH, SIDE, SIDE, 1)), "label": labels}
@@ -104,9 +107,11 @@ def test_the_floor_is_that_of_the_matmuls_and_the_compiled_step_reaches_it(
     assert step_cost.flops(erm) == pytest.approx(plain, rel=0.05)
     assert step_cost.flops(gradient_pass) == pytest.approx(2 * above, rel=0.05)
 
-    floor = step_cost.floor_ratio(step_cost.flops(erm), step_cost.flops(gradient_pass), steps)
-    assert floor == pytest.approx(1 + steps * 2 * above / plain, rel=0.02)
-    perturbations = {layer: lpa_jax.lpa(0.1, steps, assignment=lpa_jax.all_positive())}
+    passes = steps * examples
+    floor = step_cost.floor_ratio(step_cost.flops(erm), step_cost.flops(gradient_pass), passes)
+    assert floor == pytest.approx(1 + passes * 2 * above / plain, rel=0.02)
+    rule = lpa_jax.all_positive()
+    perturbations = {layer: lpa_jax.lpa(0.1, steps, assignment=rule, examples=examples)}
     own_state = step_cost.with_perturbations(state, batch, perturbations)
     step, _ = step_cost.compile_step(own_state, batch, perturbations)
     assert step_cost.flops(step) / step_cost.flops(erm) == pytest.approx(floor, rel=0.05)
@@ -153,6 +158,8 @@ def test_each_number_belongs_to_its_measurement_whichever_came_first():
             "--methods: MODE in lpa:MODE must be one of cold, carry, free, got 'lpa:warm'",
         ),
         (["--methods="], "--methods must name at least one method"),
+        (["--examples=0"], "--examples must be in (0, 1], got 0.0"),
+        (["--examples=0.5", "--against=torch"], "--examples must be 1 with --against, got 0.5"),
         (["--methods=mixstyle"], "mixstyle at hidden2: mixstyle needs an activation"),
         (["--layers=stage1"], "unknown layer 'stage1'; the injection points are: input, hidden1"),
         (["--steps=1,x"], "--steps must be whole numbers in 1..1000, got '1,x'"),
