@@ -18,7 +18,7 @@ from experiments.jobs import jobs, run_job
 from experiments.reporting import runs
 from experiments.runtime import main as entry_point
 from lpa_jax.files import hold
-from tests.helpers import made_up_runs
+from tests.helpers import made_up_runs, module_call
 
 FLAGS = flags.FLAGS
 
@@ -28,18 +28,11 @@ def call(*arguments):
 
     Signal handlers are put back.
     """
-    before, handler = set(FLAGS), signal.getsignal(signal.SIGTERM)
-    sweep.define_flags()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        sweep.main(FLAGS(["sweep", *arguments]))
-    except SystemExit as stop:
-        return stop.code
+        return module_call.run_main(sweep, *arguments)
     finally:
         signal.signal(signal.SIGTERM, handler)
-        for name in set(FLAGS) - before:
-            delattr(FLAGS, name)
-        FLAGS.unparse_flags()
-    return None
 
 
 def fake_start(script):
@@ -92,7 +85,7 @@ def test_a_sweep_names_the_job_that_failed(tmp_path, data_dir, capfd):
     workdir = tmp_path / "sweep"
     message = sweep_of("erm,lpa@hidden9", workdir, data_dir)
     out, err = capfd.readouterr()
-    assert message == 1, err
+    assert message == "1", err
     good, bad = (workdir / "jobs" / "imbalance=10" / m / "0" for m in ("erm", "lpa@hidden9"))
     assert jobs.is_done(good) and not jobs.is_done(bad)
     assert "unknown layer 'hidden9'" in (bad / "log.txt").read_text()
@@ -109,14 +102,11 @@ def test_a_sweep_names_the_job_that_failed(tmp_path, data_dir, capfd):
 
 def test_a_flag_of_the_jobs_in_the_wrong_place_is_told_where_it_goes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep", "--dataset=cifar10"])
-    before = set(FLAGS)
     try:
         with pytest.raises(SystemExit) as stop:
             entry_point.start(sweep.define_flags, sweep.main, sweep.HINT)
     finally:
-        for name in set(FLAGS) - before:
-            delattr(FLAGS, name)
-        FLAGS.unparse_flags()
+        module_call.forget_flags()
     assert stop.value.code == (
         "error: Unknown command line flag 'dataset'; flags of the jobs go after --, as in: sweep "
         "--num_seeds=8 -- --dataset=cifar10"
@@ -222,7 +212,7 @@ def test_flags_of_jobs_are_refused_before_any_starts(experiment, arguments, expe
 # Done, interrupted, running
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, "130"), (signal.SIGTERM, "143")])
 def test_a_sweep_that_is_told_to_stop_says_so_and_exits_as_documented(
     tmp_path, monkeypatch, unchecked, capsys, number, status
 ):

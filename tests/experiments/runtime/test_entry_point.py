@@ -9,7 +9,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from absl import flags
 
 import experiments
 from experiments import domain_generalization, long_tail
@@ -19,8 +18,7 @@ from lpa_jax.checkpoints import checkpoints as checkpoint
 from lpa_jax.files import LockedError
 from lpa_jax.training import loop as trainer
 from lpa_jax.training.interrupts import SIGNALS, InterruptedRunError, Interrupts
-
-FLAGS = flags.FLAGS
+from tests.helpers.module_call import forget_flags
 
 
 def end_of(work):
@@ -144,14 +142,11 @@ def started(monkeypatch, module, *arguments):
     monkeypatch.setattr(console, "install", lambda: None)
     monkeypatch.setattr(entry_point, "_keep_memory", lambda: None)
     monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    before = set(FLAGS)
     try:
         with pytest.raises(SystemExit) as stop:
             entry_point.start(module.define_flags, module.main)
     finally:
-        for name in set(FLAGS) - before:
-            delattr(FLAGS, name)
-        FLAGS.unparse_flags()
+        forget_flags()
     return stop.value.code
 
 
