@@ -143,7 +143,8 @@ class Trainings:
 
     def place(self, training: Training) -> pathlib.Path:
         """Folder of a training."""
-        options_key = f"options_{zlib.crc32(_text(training.options).encode()):08x}"
+        text = json.dumps(files.plain(training.options), sort_keys=True)
+        options_key = f"options_{zlib.crc32(text.encode()):08x}"
         domains = f"without_{','.join(training.held_out)}"
         return self._folder / training.method / domains / f"seed_{training.seed}" / options_key
 
@@ -266,7 +267,3 @@ def _summary(outcome: Mapping[str, Any], training: Training) -> str:
         return outcome["diverged"]
     accuracy = holdout_accuracy(outcome["records"][-1], training.held_out)
     return f"validation accuracy {100 * accuracy:.2f} %"
-
-
-def _text(options: Mapping[str, Any]) -> str:
-    return json.dumps(files.plain(options), sort_keys=True)

@@ -51,6 +51,12 @@ NUMBER = Kind("a finite number", _is_number)
 SHARE = Kind("a number between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1)
 TEXT = Kind("printable text", lambda v: isinstance(v, str) and v.isprintable() and len(v) <= 1000)
 OBJECT = {...: ANY}
+_SHAPES = {
+    list: Kind("a list", lambda value: isinstance(value, list)),
+    dict: Kind("an object", lambda value: isinstance(value, dict) and all(map(_is_text, value))),
+}
+_UNKNOWN = Kind("a known field", lambda value: False)
+_MISSING = object()
 
 
 def read(path: pathlib.Path, schema: Any) -> Any | None:
@@ -98,8 +104,7 @@ def problem(value: Any, schema: Any, name: str = "", depth: int = 0) -> str | No
         return None if value is None else "null"
     if schema is ANY:
         schema = _schema_of(value)
-    kind = {list: Kind("a list", _is_list), dict: Kind("an object", _is_object)}.get(type(schema))
-    kind = schema if kind is None else kind
+    kind = _SHAPES.get(type(schema), schema)
     if depth > _MOST_DEPTH:
         return f"{name[:80]} must not be nested so deeply"
     if not kind.holds(value):
@@ -112,17 +117,6 @@ def problem(value: Any, schema: Any, name: str = "", depth: int = 0) -> str | No
         _items(value, schema, name) if isinstance(schema, list) else _fields(value, schema, name)
     )
     return next((p for part in parts if (p := problem(*part, depth + 1)) is not None), None)
-
-
-_MISSING = object()
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, value))
 
 
 def _schema_of(value: Any) -> Any:
@@ -149,9 +143,6 @@ def _fields(value: dict, schema: dict, name: str) -> Iterator[tuple[Any, Any, st
     for field in sorted(value.keys() - named.keys()):
         begun = (key for key in named if key.endswith("*") and field.startswith(key[:-1]))
         yield value[field], schema.get(next(begun, ...), _UNKNOWN), above + field
-
-
-_UNKNOWN = Kind("a known field", lambda value: False)
 
 
 def _short(value: Any) -> str:
