@@ -14,7 +14,7 @@ from experiments.measuring.settings import Batches, Measuring
 from experiments.methods import names as methods
 from experiments.methods.build import assemble
 from experiments.training.task import LARGEST_EVALUATION_BATCH, evaluation_batches
-from lpa_jax import diagnostics, metrics, pgd, tables
+from lpa_jax import diagnostics, metrics, tables
 from lpa_jax.diagnostics import corruptions
 from lpa_jax.injection import INPUT, LOGITS, Pass
 
@@ -335,4 +335,4 @@ def _gains(network, variables, inputs, delta, *, layer):
 @partial(jax.jit, static_argnames=("network", "layer"))
 def _mean_norm(network, variables, inputs, *, layer):
     h, _ = network.run(Pass(variables, inputs), {}, layer)
-    return jnp.mean(tables.row_norms(h.astype(pgd.perturbation_dtype(h))))
+    return jnp.mean(tables.row_norms(tables.at_least_float32(h)))

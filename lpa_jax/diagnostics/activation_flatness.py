@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import checks, metrics, pgd
+from lpa_jax import checks, metrics, tables
 from lpa_jax.diagnostics import curvature
 from lpa_jax.diagnostics.curvature import Estimate
 from lpa_jax.diagnostics.objective import (
@@ -92,7 +92,7 @@ def activation_objective(
         ReadBatches(network, batches),
         rows=rows,
         dimension=math.prod(activation.shape[1:]),
-        dtype=pgd.perturbation_dtype(activation),
+        dtype=tables.perturbation_dtype(activation),
         num_classes=logits.shape[-1],
     )
 
@@ -184,4 +184,4 @@ class _ActivationLosses:
         pinned = {self.layer: (h.astype(shift.dtype) + table[row]).astype(h.dtype)}
         losses, counted = batch_losses(self.network, self.loss, variables, batch, pinned)
         rows = shift.shape[0]
-        return pgd.class_sums(losses, row, rows), pgd.class_sums(counted, row, rows)
+        return tables.class_sums(losses, row, rows), tables.class_sums(counted, row, rows)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import checks, pgd, tables
+from lpa_jax import checks, tables
 from lpa_jax.checks import is_known
 from lpa_jax.injection import Network, Pass, Variables, check_layer
 
@@ -53,7 +53,7 @@ def random_directions(rng: Array, delta: Array) -> Array:
       [5.0, 0.0]
     """
     delta = jnp.asarray(delta)
-    normal = jax.random.normal(rng, delta.shape, pgd.perturbation_dtype(delta))
+    normal = jax.random.normal(rng, delta.shape, tables.perturbation_dtype(delta))
     return tables.over_classes(tables.row_norms(delta), normal) * tables.unit_rows(normal)
 
 

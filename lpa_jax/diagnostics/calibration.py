@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks
 
 
 class Reliability(NamedTuple):
@@ -127,6 +127,6 @@ def _log_probabilities(logits, labels):
         )
     if not np.isfinite(logits).all():
         raise ValueError("logits must be finite, got nan or infinity")
-    pgd.check_labels(labels, logits.shape[1])
+    checks.check_labels(labels, logits.shape[1])
     logits = logits - logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), labels

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from lpa_jax import metrics, pgd, tables
+from lpa_jax import metrics, tables
 from lpa_jax.diagnostics.objective import (
     Batch,
     Objective,
@@ -75,7 +75,7 @@ def weight_objective(
         ReadBatches(network, batches),
         rows=1,
         dimension=flat.shape[0],
-        dtype=pgd.perturbation_dtype(flat),
+        dtype=tables.perturbation_dtype(flat),
         lead=(),
         num_classes=logits.shape[-1],
     )

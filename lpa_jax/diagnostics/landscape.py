@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from lpa_jax import checks, pgd
+from lpa_jax import checks, tables
 from lpa_jax.diagnostics.flatness import filter_norms
 from lpa_jax.diagnostics.objective import Objective
 
@@ -60,7 +60,7 @@ def filter_normalized_directions(rng: Array, params: Any, count: int = 2) -> Arr
     for key in jax.random.split(rng, count):
         random = unravel(jax.random.normal(key, (size,), dtype))
         rows.append(ravel_pytree(jax.tree.map(direction, params, random))[0])
-    return jnp.stack(rows).astype(pgd.perturbation_dtype(rows[0]))
+    return jnp.stack(rows).astype(tables.perturbation_dtype(rows[0]))
 
 
 def loss_slice(

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import metrics, pgd
+from lpa_jax import checks, metrics
 from lpa_jax.injection import LOGITS, Network, Pass, Variables, activation_shapes, read_batch
 
 Array = jax.Array
@@ -114,7 +114,7 @@ def objective_over(
         for batch in batches:
             kept = {name: batch[name] for name in _FIELDS if name in batch}
             if num_classes is not None:
-                pgd.check_labels(kept["label"], num_classes)
+                checks.check_labels(kept["label"], num_classes)
             part = function(row_losses, variables, *arguments, kept)
             total = part if total is None else metrics.add(total, part)
         return total

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd, tables
+from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Observed, Penalty
 
 Array = jax.Array
@@ -71,8 +71,8 @@ class Risks(NamedTuple):
 def domain_risks(observed: Observed, num_domains: int, name: str) -> Risks:
     """The risks l_d that penalty `name` asks for; raises as `domains` does."""
     domain = domains(observed, num_domains, name)
-    counts = pgd.class_counts(domain, num_domains, observed.axis_name)
-    means = pgd.class_means(observed.losses, domain, counts, observed.axis_name)
+    counts = tables.class_counts(domain, num_domains, observed.axis_name)
+    means = tables.class_means(observed.losses, domain, counts, observed.axis_name)
     return Risks(means, counts > 0)
 
 

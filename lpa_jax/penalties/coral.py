@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd, tables
+from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Penalty, register
 from lpa_jax.penalties.common import check_vectors, domains, scatter_matrices, stateless, zero
 
@@ -53,8 +53,8 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
         domain = domains(observed, num_domains, "coral")
         features = observed.features[layer]
         features = tables.at_least_float32(features)
-        counts = pgd.class_counts(domain, num_domains, observed.axis_name)
-        means = pgd.class_means(features, domain, counts, observed.axis_name)
+        counts = tables.class_counts(domain, num_domains, observed.axis_name)
+        means = tables.class_means(features, domain, counts, observed.axis_name)
         scatter = scatter_matrices(
             features - means[domain], domain, num_domains, observed.axis_name
         )

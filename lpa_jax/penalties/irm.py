@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd, tables
+from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Observed, Penalty, register
 from lpa_jax.penalties.common import annealed, domains, mean_where, stateless, zero
 
@@ -51,8 +51,8 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
     def value(observed):
         domain = domains(observed, num_domains, "irm")
         half = 2 * domain + _places(domain, num_domains, observed.axis_name) % 2
-        counts = pgd.class_counts(half, 2 * num_domains, observed.axis_name)
-        slopes = pgd.class_means(_slopes(observed), half, counts, observed.axis_name)
+        counts = tables.class_counts(half, 2 * num_domains, observed.axis_name)
+        slopes = tables.class_means(_slopes(observed), half, counts, observed.axis_name)
         squares = jnp.prod(jnp.reshape(slopes, (num_domains, 2)), axis=1)
         both = jnp.all(jnp.reshape(counts, (num_domains, 2)) > 0, axis=1)
         return annealed(weight, anneal_steps, observed.step) * mean_where(both, squares)

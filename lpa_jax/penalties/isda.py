@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import checks, pgd, tables
+from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Observed, Penalty, register
 from lpa_jax.penalties.common import batch_mean, check_vectors, scatter_matrices, zero
 
@@ -90,12 +90,12 @@ def _observe(state: State, observed: Observed, layer: str) -> State:
     """The statistics of every class with this batch's examples added."""
     labels, axis_name = observed.labels, observed.axis_name
     features = jax.lax.stop_gradient(observed.features[layer]).astype(state["mean"].dtype)
-    counts = pgd.class_counts(labels, state["count"].shape[0], axis_name)
-    means = pgd.class_means(features, labels, counts, axis_name)
+    counts = tables.class_counts(labels, state["count"].shape[0], axis_name)
+    means = tables.class_means(features, labels, counts, axis_name)
     centred = features - means[labels]
     shift = means - state["mean"]
     if state["covariance"].ndim == 2:
-        covariance = pgd.class_means(centred**2, labels, counts, axis_name)
+        covariance = tables.class_means(centred**2, labels, counts, axis_name)
         between = shift**2
     else:
         scatter = scatter_matrices(centred, labels, counts.shape[0], axis_name)
