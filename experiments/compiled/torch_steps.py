@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -28,9 +30,9 @@ class Block(nn.Module):
     def __init__(self, features_in: int, features: int, stride: int):
         super().__init__()
         self.stride, self.pad = stride, features - features_in
-        self.conv1 = nn.Conv2d(features_in, features, 3, stride, 1, bias=False)
+        self.conv1 = _conv(features_in, features, stride)
         self.norm1 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+        self.conv2 = _conv(features, features)
         self.norm2 = nn.BatchNorm2d(features)
 
     def forward(self, x):
@@ -48,9 +50,9 @@ class PreactivationBlock(nn.Module):
     def __init__(self, features_in: int, features: int, stride: int):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(features_in)
-        self.conv1 = nn.Conv2d(features_in, features, 3, stride, 1, bias=False)
+        self.conv1 = _conv(features_in, features, stride)
         self.norm2 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+        self.conv2 = _conv(features, features)
         self.shortcut_conv = None
         if stride > 1 or features_in != features:
             self.shortcut_conv = nn.Conv2d(features_in, features, 1, stride, bias=False)
@@ -63,117 +65,71 @@ class PreactivationBlock(nn.Module):
         return x + self.conv2(functional.relu(self.norm2(self.conv1(y))))
 
 
-class ConvNormRelu(nn.Module):
-    """A 3x3 convolution with norm and relu, or alone."""
-
-    def __init__(self, channels: int, features: int, stride: int, norm: nn.Module | None):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, features, 3, stride, 1, bias=False), norm
-
-    def forward(self, x):
-        """`[B, channels, H, W]` to `[B, features, H/stride, W/stride]`."""
-        x = self.conv(x)
-        return x if self.norm is None else functional.relu(self.norm(x))
-
-
-class Pool(nn.Module):
-    """Mean over space, behind norm and relu in pre-activation networks."""
-
-    def __init__(self, norm: nn.Module | None):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x):
-        """`[B, F, H, W]` to `[B, F]`."""
-        return (x if self.norm is None else functional.relu(self.norm(x))).mean((2, 3))
-
-
-class Hidden(nn.Module):
-    """relu(W x + b), which flattens its input."""
-
-    def __init__(self, features_in: int, features: int):
-        super().__init__()
-        self.dense = nn.Linear(features_in, features)
-
-    def forward(self, x):
-        """`[B, ...]` to `[B, features]`."""
-        return functional.relu(self.dense(x.flatten(1)))
-
-
-class Logits(nn.Module):
-    """The classifier."""
-
-    def __init__(self, features: int, num_classes: int):
-        super().__init__()
-        self.dense = nn.Linear(features, num_classes)
-
-    def forward(self, x):
-        """`[B, F]` to `[B, C]`."""
-        return self.dense(x)
-
-
 def network(model: models.StagedModel, image_shape: Sequence[int]) -> nn.ModuleDict:
     """The same network, by stage.
 
     Args:
-      model: an MLP, a SmallCNN with group norm, a ResNet of the CIFAR form with batch norm, or a
-        WideResNet with batch norm and without dropout.
+      model: an MLP or a WideResNet without dropout, a SmallCNN, or a ResNet of the CIFAR form; with
+        their default norms.
       image_shape: height, width and channels.
 
     Raises:
       ValueError: another network.
     """
+    channels = image_shape[-1]
     match model:
         case models.MLP(dropout=0.0):
-            stages, width = _mlp(model, image_shape)
+            widths = int(np.prod(image_shape)), *model.hidden
+            dense = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+            hidden = [_stage(flat=nn.Flatten(), dense=layer, relu=nn.ReLU()) for layer in dense]
+            stages = dict(zip(model.stage_names, hidden, strict=False))
         case models.SmallCNN(norm="group"):
-            stages, width = _small_cnn(model, image_shape[-1])
+            widths, stages = model.widths, {}
+            for index, pair in enumerate(itertools.pairwise((channels, *widths))):
+                norm = nn.GroupNorm(math.gcd(model.groups, pair[1]), pair[1])
+                stage = _stage(conv=_conv(*pair, 2), norm=norm, relu=nn.ReLU())
+                stages[model.stage_names[index]] = stage
+            stages["pool"] = _pool()
         case models.ResNet(block="basic", shortcut="pad", stem="cifar", norm="batch"):
-            stem = ConvNormRelu(
-                image_shape[-1], model.widths[0], 1, nn.BatchNorm2d(model.widths[0])
-            )
-            stages, width = _residual(model.stage_sizes, model.widths, model.widths[0], Block)
-            stages = {"stem": stem, **stages, "pool": Pool(None)}
+            widths, wide = model.widths, model.widths[0]
+            norm = nn.BatchNorm2d(wide)
+            stages = {"stem": _stage(conv=_conv(channels, wide), norm=norm, relu=nn.ReLU())}
+            stages |= _blocks(Block, model.stage_sizes, (wide, *widths)) | {"pool": _pool()}
         case models.WideResNet(norm="batch", dropout=0.0):
-            counts, widths = [(model.depth - 4) // 6] * 3, [n * model.width for n in (16, 32, 64)]
-            stages, width = _residual(counts, widths, 16, PreactivationBlock)
-            stem = ConvNormRelu(image_shape[-1], 16, 1, None)
-            stages = {"stem": stem, **stages, "pool": Pool(nn.BatchNorm2d(width))}
+            widths = 16, *(features * model.width for features in (16, 32, 64))
+            stages = {"stem": _stage(conv=_conv(channels, 16))}
+            stages |= _blocks(PreactivationBlock, 3 * [(model.depth - 4) // 6], widths)
+            stages["pool"] = _pool(norm=nn.BatchNorm2d(widths[-1]), relu=nn.ReLU())
         case _:
             raise ValueError(
                 "--model must be mlp, small_cnn, a WideResNet or a ResNet of the CIFAR form with "
                 f"--against=torch, got {type(model).__name__}"
             )
-    return nn.ModuleDict(stages | {"logits": Logits(width, model.num_classes)})
+    logits = _stage(dense=nn.Linear(widths[-1], model.num_classes))
+    return nn.ModuleDict(stages | {"logits": logits})
 
 
-def _mlp(model, image_shape):
-    """Stages below the classifier, and the features of the last; so do the next two."""
-    sizes = (int(np.prod(image_shape)), *model.hidden)
-    stages = {
-        name: Hidden(*sizes[index : index + 2]) for index, name in enumerate(model.stage_names[:-1])
-    }
-    return stages, sizes[-1]
+def _stage(**modules):
+    return nn.Sequential(collections.OrderedDict(modules))
 
 
-def _small_cnn(model, channels):
-    stages, width = {}, channels
-    for index, features in enumerate(model.widths):
-        norm = nn.GroupNorm(math.gcd(model.groups, features), features)
-        stages[f"stage{index + 1}"], width = ConvNormRelu(width, features, 2, norm), features
-    return stages | {"pool": Pool(None)}, width
+def _pool(**modules):
+    return _stage(**modules, mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten())
 
 
-def _residual(counts, widths, width, block):
+def _conv(features_in, features, stride=1):
+    return nn.Conv2d(features_in, features, 3, stride, 1, bias=False)
+
+
+def _blocks(block, counts, widths):
+    """The stages of a residual network, of `counts` blocks; widths are those in and out."""
     stages = {}
-    for index, (count, features) in enumerate(zip(counts, widths, strict=True)):
-        blocks = nn.Sequential()
-        for number in range(count):
-            stride = 2 if index > 0 and number == 0 else 1
-            blocks.add_module(f"block{number + 1}", block(width, features, stride))
-            width = features
-        stages[f"stage{index + 1}"] = blocks
-    return stages, width
+    for index, (count, pair) in enumerate(zip(counts, itertools.pairwise(widths), strict=True)):
+        first = block(*pair, 2 if index > 0 else 1)
+        others = (block(pair[1], pair[1], 1) for _ in range(1, count))
+        named = {f"block{number + 1}": each for number, each in enumerate((first, *others))}
+        stages[f"stage{index + 1}"] = _stage(**named)
+    return stages
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
