@@ -231,7 +231,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{FLAGS.folder or FLAGS.model}, batch {FLAGS.batch_size}, images {FLAGS.image_size}x"
         f"{FLAGS.image_size}x{FLAGS.channels}, {FLAGS.num_classes} classes, {FLAGS.dtype}, "
-        f"{timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds, {timing.clock_name()}",
+        f"{timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds, {timing.clock()[0]}",
         flush=True,
     )
     if jax.config.jax_compilation_cache_dir:

@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
         sys.exit(entry_point.refusal(error))
     screen.show(
         f"{FLAGS.model} at {FLAGS.layer}, batch {FLAGS.batch_size}, {FLAGS.steps} cold steps, "
-        f"{timing.devices()}, {FLAGS.rounds} rounds\n"
+        f"{timing.devices()}, {FLAGS.rounds} rounds, {timing.clock()[0]}\n"
     )
     headers = [name.replace("_mb", " MB").replace("_ms", " ms").replace("_", " ")
                for name in Row._fields]  # fmt: skip

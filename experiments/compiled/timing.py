@@ -24,20 +24,16 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def clock() -> Callable[[], float]:
-    """The clock of the benchmarks, in seconds.
+def clock() -> tuple[str, Callable[[], float]]:
+    """Name and function of the benchmarks' clock, in seconds.
 
     On one CPU core it is the CPU time of this process and of its children that have ended: about
     the wall time of an idle machine, and on a busy one without the time of other programs.
     Otherwise it is the wall time.
     """
-    one_core = cores() == 1 and jax.default_backend() == "cpu"
-    return _cpu_seconds if one_core else time.perf_counter
-
-
-def clock_name() -> str:
-    """What `clock` measures: "CPU time" or "wall time"."""
-    return "CPU time" if clock() is _cpu_seconds else "wall time"
+    if cores() == 1 and jax.default_backend() == "cpu":
+        return "CPU time", _cpu_seconds
+    return "wall time", time.perf_counter
 
 
 def _cpu_seconds() -> float:
@@ -115,7 +111,7 @@ def timed(
 
 def milliseconds(call: Callable[[], object]) -> Callable[[], float]:
     """A function that calls `call` and returns the milliseconds that it took."""
-    now = clock()
+    _, now = clock()
 
     def measured():
         start = now()

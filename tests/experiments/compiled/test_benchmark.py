@@ -215,6 +215,6 @@ def test_a_folder_is_read_by_both(run, tmp_path):
 @pytest.mark.parametrize(("cores", "expected"), [({0}, "CPU time"), ({0, 1}, "wall time")])
 def test_on_one_core_cpu_time_is_measured(monkeypatch, cores, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: cores, raising=False)
-    assert timing.clock_name() == expected
+    assert timing.clock()[0] == expected
     elapsed = timing.milliseconds(lambda: time.sleep(0.05))()
     assert (elapsed < 40) == (expected == "CPU time")
