@@ -158,7 +158,7 @@ def spread_over_classes(labels: Array, size: int) -> Array:
       size: M <= B.
 
     Returns:
-      [M]; examples that are equally early in their classes in the order of the batch.
+      [M], in this order; one turn is in the order of the batch.
 
     Example:
       >>> spread_over_classes(jnp.array([0, 0, 0, 0, 2, -1, 1, 2]), 5).tolist()

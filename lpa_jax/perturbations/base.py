@@ -38,7 +38,7 @@ class Site:
         perturbation `by_label`; for all others labels are [B, *P], targets and logits [B, *P, C].
       decode: [B, *S] -> logits [B, C], the network above the injection point. It never updates
         running statistics, sees the same dropout masks as the training pass, and no gradient
-        reaches the parameters through it. `decode(activation, chosen)` is that of a part.
+        reaches the parameters through it. `decode(activation, chosen)` runs a part, see `part`.
       loss: (logits, targets) -> [B], the training loss.
       rng: A key for this site, step and device.
       axis_name: Mapped axis over which the global batch is spread, or None.
@@ -75,7 +75,7 @@ class Site:
             )
 
     def part(self, chosen: Array) -> "Site":
-        """The site of the examples at the positions `chosen`, [M]; dropout masks are others."""
+        """The site of the examples at the positions `chosen`, [M]; dropout masks are its own."""
         taken = {name: getattr(self, name)[chosen] for name in ("activation", "targets", "labels")}
         domain = None if self.domain is None else self.domain[chosen]
         decode = functools.partial(self.decode, chosen=chosen)
