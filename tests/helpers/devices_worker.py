@@ -95,7 +95,7 @@ SETUPS = {
             "input": lpa_jax.lpa(0.3, mode="carry", assignment=CONFIDENCE),
             "hidden2": lpa_jax.lpa(0.3, mode="free", assignment=CONFIDENCE),
         },
-        (0, 1, 8),
+        (0, 8),
         augment=augment,
     ),
     "more classes than examples": Setup(
@@ -144,9 +144,12 @@ def all_runs():
 
 
 def moved():
-    """A run that is saved and read twice: after a step on 8 devices, and after one with FSDP."""
+    """A run that is saved and read twice: after a step on 8 devices, and after one with FSDP.
+
+    It ends on one device.
+    """
     setup = SETUPS["carried and free lpa"]
-    steps = [step_of(setup, 8), step_of(setup, 4, fsdp=True), step_of(setup, 2)]
+    steps = [step_of(setup, 8), step_of(setup, 4, fsdp=True), step_of(setup, 0)]
 
     def step(state, batch):
         done = int(state.step)

@@ -67,7 +67,6 @@ def setups():
             {
                 "hidden1": lpa(mode="carry"),
                 "hidden2": lpa(mode="free"),
-                "logits": lpa_jax.lpl(0.3, steps=1, assignment=CONFIDENCE),
             },
             parallel.map_step,
         ),
@@ -168,6 +167,7 @@ def main(task, coordinator, processes, process, *rest):
         with distributed.session(distributed.Hosts(**hosts)):
             loop(*fail_at or [-1])
         return
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with distributed.session(distributed.Hosts(**hosts)):
         file, *names = rest
         np.savez(file, **results(*names))

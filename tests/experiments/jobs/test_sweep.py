@@ -71,7 +71,8 @@ def sweep_of(methods, workdir, data_dir):
     )  # fmt: skip
 
 
-def test_a_sweep_runs_its_jobs_and_reports_them(tmp_path, data_dir, capfd):
+def test_a_sweep_runs_its_jobs_and_reports_them(tmp_path, data_dir, capfd, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     message = sweep_of("erm", tmp_path / "sweep", data_dir)
     out, err = capfd.readouterr()
     assert message is None, err
