@@ -45,18 +45,17 @@ def shares(batch, devices):
 
 
 @pytest.mark.parametrize(("num_classes", "geometry", "norm", "shape"), OPTIONS)
-def test_contract_07_few_examples_a_device(num_classes, geometry, norm, shape, x64):
+@pytest.mark.parametrize("devices", [6, pytest.param(3, marks=pytest.mark.slow)])
+def test_contract_07_few_examples_a_device(num_classes, geometry, norm, shape, devices, x64):
+    """Classes 0 and 3 are spread over several devices."""
     batch = Batch(num_classes=num_classes)
     options = {"geometry": geometry, "norm": norm, "shape": shape}
     perturbation = lpa(0.5, steps=2, assignment=signs(num_classes), **options)
     whole = jax.jit(lambda: perturbation.apply({}, batch.site()).activation)()
     assert np.max(np.abs(whole - batch.activations)) > 0.05
-    for devices in (3, 6):  # classes 0 and 3 are spread over several
-        apply = jax.jit(jax.vmap(one_device(perturbation, batch), axis_name=AXIS))
-        spread = apply(*shares(batch, devices))
-        np.testing.assert_allclose(
-            spread.reshape(whole.shape), whole, rtol=1e-9, atol=1e-12, err_msg=f"{devices} devices"
-        )
+    apply = jax.jit(jax.vmap(one_device(perturbation, batch), axis_name=AXIS))
+    spread = apply(*shares(batch, devices))
+    np.testing.assert_allclose(spread.reshape(whole.shape), whole, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_classes", [CLASSES, MANY])
