@@ -203,7 +203,7 @@ def legend(table: Lines, by_thirds: bool | None = None) -> list[str]:
     few = any("(" in cell for line in body for cell in line[1:])
     for name in header:
         if name.startswith("vs ") or name == "difference":
-            other = name[3:] or "the second"
+            other = "the second method" if name == "difference" else name.removeprefix("vs ")
             each = f"; that of each seed where there are fewer than {paired.FEWEST_PAIRS}"
             lines.append(
                 f"{name}: mean difference to {other} over seeds that both have (same data, same "

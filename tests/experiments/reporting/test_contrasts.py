@@ -73,6 +73,8 @@ def test_every_form_of_the_report_has_the_contrasts(made):
     assert len(list(figures)) == 1, "the setting without lpl has no such figure"
     text = (output / "report.md").read_text(encoding="utf-8")
     assert "- lpa - lpl: no run of lpl in this setting." in text
+    assert "- vs erm: mean difference to erm over seeds" in text
+    assert "- difference: mean difference to the second method over seeds" in text
 
 
 @pytest.mark.parametrize(
