@@ -11,7 +11,7 @@ from lpa_jax.perturbations.class_level import SCALES
 
 @register("adversarial")
 def adversarial(
-    radius: float = 0.1,
+    radius: float = 0.03,
     steps: int = 1,
     *,
     step_size: float = 1.5,
@@ -28,7 +28,8 @@ def adversarial(
     loss flows through delta. At the injection point `input` this is adversarial training.
 
     Args:
-      radius: eps before scaling, >= 0. 0 is no perturbation, bitwise.
+      radius: eps before scaling, >= 0. 0 is no perturbation, bitwise. The default is that of `lpa`,
+        so that both compare at the same radius.
       steps: PGD steps, each one forward and one backward pass above the injection point. 0 is no
         perturbation, bitwise.
       step_size: Path length of all steps together, in radii.

@@ -131,7 +131,7 @@ def test_a_state_prints_as_a_short_summary():
 def test_every_method_prints_as_the_call_that_makes_it():
     text = "lpa(radius=0.1, steps=3, assignment=by_confidence(kappa=0.0, ema=0.0), mode='cold', "
     assert str(lpa_jax.lpa(radius=0.1)).startswith(text)
-    assert str(lpa_jax.lpa(mode="free")).startswith("lpa(radius=0.1, steps=1, ")
+    assert str(lpa_jax.lpa(mode="free")).startswith("lpa(radius=0.03, steps=1, ")
     assert str(lpa_jax.lpa(radius=0)).startswith("lpa(radius=0, steps=3, ")
     text = "by_frequency(counts=[3.0, 1.0], split=0.4, kappa=0.0)"
     assert str(lpa_jax.by_frequency([3, 1])) == text
