@@ -18,7 +18,7 @@ FILES = [path for path in RESULTS.rglob("*") if path.is_file()]
 PAGES = sorted(RESULTS.rglob("README.md"))
 # What the pages leave to the reader: methods, imbalance, images a class, epochs, a cosine, flags.
 CHOICES = {"M": "erm,lpa", "R": "100", "N": "20", "EPOCHS": "2", "K": "0.1", "D": "",
-           "O": "lpa.examples=0.25", "SIGNS": "all_negative"}  # fmt: skip
+           "O": "lpa.examples=0.25", "T": "0.2", "SIGNS": "all_negative"}  # fmt: skip
 DRAWN = [*RESULTS.rglob("*.svg"), *(DOCS / "figures").glob("*.svg")]
 TRAINED = DOCS / "figures" / "two_classes.svg"  # by a script of its own
 
