@@ -29,7 +29,8 @@ FLAGS = flags.FLAGS
 
 TINY = IMAGES.tiny
 JOB = ("--methods=erm,lpa+lpl,dropout@hidden2", "--num_seeds=2", "--class_geometry_batches=2",
-       "--tensorboard=full", "--option=lpa.radius_target=0.2", "--steps=1")  # fmt: skip
+       "--tensorboard=full", "--option=lpa.radius_target=0.2", "--steps=1",
+       "--radius=0.1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
