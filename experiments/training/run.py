@@ -17,6 +17,7 @@ from experiments.training.task import Task
 from lpa_jax import metrics, multihost, parallel
 from lpa_jax.data.prefetch import Prefetched
 from lpa_jax.injection import LOGITS
+from lpa_jax.perturbations import radius_target
 from lpa_jax.training import loop
 from lpa_jax.training.interrupts import InterruptedRunError
 from lpa_jax.training.step import TrainState
@@ -122,7 +123,7 @@ def run(
     length, batches = program.length, task.train_batches(program.settings, seed)
     evaluated = task.evaluation_batches()
     log_folder = folder if multihost.is_first_host() else None
-    record, leaking = None, set()
+    record, warned = None, set()
     with (
         RunLog(log_folder, restored.notes.get("rows", ()), logging) as log,
         Prefetched(batches, program.place) as batches,
@@ -148,10 +149,10 @@ def run(
             ):
                 row = job.row(state, record)
                 log.write(record.step, row, **_details(logging, state, record))
-                for layer, line in leaks(row, program.method).items():
-                    if layer not in leaking:
+                for about, line in (leaks(row, program.method) | unreached_targets(row)).items():
+                    if about not in warned:
                         say(f"epoch {record.epoch}: {line}")
-                    leaking.add(layer)
+                    warned.add(about)
                 if record.evaluation is not None:
                     run_folder.score(state, job.score(record.evaluation), notes())
                 on_epoch(record)
@@ -200,6 +201,24 @@ def leaks(row: Mapping[str, Any], method: str) -> dict[str, str]:
                 f"warning: at {layer} the perturbation of {sign} classes tells the network the "
                 f"label: {100 * gain:.0f} % more training examples are correct with it than "
                 f"without; lower its radius{there}{sparing}"
+            )
+    return found
+
+
+def unreached_targets(row: Mapping[str, Any]) -> dict[str, str]:
+    """A warning for each layer and sign at which `radius_target` has no larger radius to give.
+
+    >>> list(unreached_targets({"effect/stage2/radius_scale/positive": 100.0}))
+    ['effect/stage2/radius_scale/positive']
+    """
+    found = {}
+    for name, scale in row.items():
+        layer, _, sign = name.removeprefix("effect/").partition("/radius_scale/")
+        if sign and scale is not None and scale >= radius_target.BOUND * (1 - 1e-4):
+            found[name] = (
+                f"warning: at {layer} the radius of {sign} classes has grown to its limit, "
+                f"{radius_target.BOUND:.0f} times the radius that was set, and the loss still "
+                "changes by less than radius_target; lower radius_target"
             )
     return found
 

@@ -19,7 +19,7 @@ from experiments.methods import build as assembly
 from experiments.reporting import runs
 from experiments.training import flags as run_flags
 from experiments.training.program import Program
-from experiments.training.run import leaks
+from experiments.training.run import leaks, unreached_targets
 from lpa_jax import models, parallel
 from tests.helpers.commands import parsed
 from tests.helpers.module_call import call_by_name
@@ -150,6 +150,18 @@ def test_a_label_that_leaks_is_said_once_with_layer_and_radius(run, tmp_path):
     assert "at input the perturbation of negative classes" in line and " there) or set" in line
     result = json.loads((tmp_path / "runs/lpa/seed_0/result.json").read_text())
     assert result["curve"][-1]["effect/input/accuracy_change/negative"] > 0.2
+
+
+def test_a_target_that_no_radius_reaches_is_said_once(run, tmp_path):
+    arguments = ("--methods=lpa", "--layer=hidden1", "--assignment=all_positive", "--steps=1",
+                 "--radius=1e-6", "--option=lpa.radius_target=9", "--epochs=8",
+                 "--evaluate_every=4", "--num_seeds=1")  # fmt: skip
+    message, _, err = run("balanced", *TINY, *arguments, f"--workdir={tmp_path}")
+    assert message is None
+    (line,) = [line for line in err.splitlines() if "lower radius_target" in line]
+    assert "at hidden1 the radius of positive classes" in line and "100 times" in line
+    row = {"effect/pool/radius_scale/positive": 99.0, "effect/pool/radius_scale/negative": None}
+    assert unreached_targets(row) == {}
 
 
 @pytest.mark.parametrize(
