@@ -126,9 +126,7 @@ def test_figures_over_layers_and_of_classes(rng, checked):
 ONE = pytest.param(("erm",), id="one", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    "methods", [pytest.param(ONE, marks=pytest.mark.slow), pytest.param(FEW, id="four")]
-)
+@pytest.mark.parametrize("methods", [ONE, pytest.param(FEW, id="four")])
 def test_figures_of_what_was_measured(methods, rng, checked):
     steps = [-1.0, -0.5, 0.0, 0.5, 1.0]
 
