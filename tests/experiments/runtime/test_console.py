@@ -84,7 +84,11 @@ def test_a_signal_saves_and_has_its_exit_status_whatever_the_console_is(redirect
     line = f'{{ "$PY" -c "$PROGRAM" & echo $! > pid; wait $!; echo $? > status; }} {redirect}'
     environment = {**os.environ, "PY": sys.executable, "PROGRAM": PROGRAM, "PYTHONPATH": str(ROOT)}
     # Jobs in the background of a shell without job control ignore SIGINT.
-    shell = subprocess.Popen(["bash", "-mc", line], cwd=tmp_path, env=environment)
+    # A session under nohup ignores SIGHUP, and so would the run.
+    shell = subprocess.Popen(
+        ["bash", "-mc", line], cwd=tmp_path, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
     while not (tmp_path / "ready").exists():
         assert shell.poll() is None
         time.sleep(0.05)
