@@ -3,7 +3,7 @@
 import abc
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -191,9 +191,8 @@ def leaks(row: Mapping[str, Any], method: str) -> dict[str, str]:
     'warning: at stage2 the perturbation of negative c'
     """
     found = {}
-    for name, gain in row.items():
-        layer, _, sign = name.removeprefix("effect/").partition("/accuracy_change/")
-        if sign and gain is not None and gain > LEAKING:
+    for layer, sign, gain in _effects(row, "accuracy_change"):
+        if gain > LEAKING:
             radius = row.get(f"effect/{layer}/radius/{sign}")
             there = "" if radius is None else f" ({radius:.3g} there)"
             sparing = "".join(f" or set {option}=0.5" for option in _probabilities(method, layer))
@@ -212,15 +211,22 @@ def unreached_targets(row: Mapping[str, Any]) -> dict[str, str]:
     ['effect/stage2/radius_scale/positive']
     """
     found = {}
-    for name, scale in row.items():
-        layer, _, sign = name.removeprefix("effect/").partition("/radius_scale/")
-        if sign and scale is not None and scale >= radius_target.BOUND * (1 - 1e-4):
-            found[name] = (
+    for layer, sign, scale in _effects(row, "radius_scale"):
+        if scale >= radius_target.BOUND * (1 - 1e-4):
+            found[f"effect/{layer}/radius_scale/{sign}"] = (
                 f"warning: at {layer} the radius of {sign} classes has grown to its limit, "
                 f"{radius_target.BOUND:.0f} times the radius that was set, and the loss still "
                 "changes by less than radius_target; lower radius_target"
             )
     return found
+
+
+def _effects(row: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, float]]:
+    """(layer, sign, value) of each logged effect of a name."""
+    for field, value in row.items():
+        layer, _, sign = field.removeprefix("effect/").partition(f"/{name}/")
+        if sign and value is not None:
+            yield layer, sign, value
 
 
 def _probabilities(method: str, layer: str) -> list[str]:
