@@ -151,10 +151,11 @@ class _ClassLevel:
         classes, chosen = _count(site), self._chosen(site)
         rows = _rows(site, classes, may_be_by_example=self.mode == "cold" and chosen is None)
         # Gradients and confidences are those of `part`, class means and norms of the whole batch.
-        part, of_rows, outputs = site, rows.classes, _count_outputs(site, classes)
-        if chosen is not None:
-            part, of_rows, outputs = site.part(chosen), of_rows.part(chosen), classes.part(chosen)
-            classes = outputs
+        if chosen is None:
+            part, of_rows, outputs = site, rows.classes, _count_outputs(site, classes)
+        else:
+            part, of_rows = site.part(chosen), rows.classes.part(chosen)
+            classes = outputs = classes.part(chosen)
         activation = jax.lax.stop_gradient(part.activation)
         gradient_at = functools.partial(
             pgd.class_gradient,
