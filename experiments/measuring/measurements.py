@@ -204,13 +204,18 @@ def _classes(model: Model, how: Measuring, layer: str, form: str) -> dict[str, n
     return metrics.compute(total)
 
 
+_CLASS_MEASURES = (
+    "norm_ratio", "loss_change", "cosine", "radius", "log_odds_change", "shared_shift", "lpl_cosine"
+)  # fmt: skip
+
+
 def _by_sign(found: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Means over the classes of a sign, each class with the same weight."""
     means = {}
     for group, sign in (("positive", 1), ("negative", -1)):
         # The sign may change between batches: that of the most images counts.
         chosen = np.sign(np.nan_to_num(found["sign"])) == sign
-        for name in ("norm_ratio", "loss_change", "cosine", "radius"):
+        for name in _CLASS_MEASURES:
             known = found[name][chosen & np.isfinite(found[name])]
             means[f"{name} {group}"] = known.mean() if known.size else float("nan")
     return means

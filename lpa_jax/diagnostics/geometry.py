@@ -38,6 +38,8 @@ class Observation(NamedTuple):
       correct_before: Whether decode(h_i) ranks the label first, [B]; None if an example has several
         classes, or if it was not recorded.
       correct_after: Whether decode(h~_i) does, [B], or None.
+      logits_before, logits_after: decode(h_i) and decode(h~_i), [B, C], or None if they were not
+        recorded.
     """
 
     before: Array
@@ -48,6 +50,8 @@ class Observation(NamedTuple):
     radius: Array | None
     correct_before: Array | None = None
     correct_after: Array | None = None
+    logits_before: Array | None = None
+    logits_after: Array | None = None
 
     @property
     def delta(self) -> Array:
@@ -137,6 +141,8 @@ def observe(
                 radius=_stated(applied.aux, "radius"),
                 correct_before=_correct(site, logits_before),
                 correct_after=_correct(site, logits_after),
+                logits_before=tables.at_least_float32(logits_before),
+                logits_after=tables.at_least_float32(logits_after),
             )
             return activation
 
@@ -247,7 +253,18 @@ def class_geometry(
         loss_change = mean_{i in B_c} loss(h~_i) - loss(h_i)
         sign, radius = s_c and eps_c as the method used them
 
-    with hbar_c the mean of h_i over the class's members in this batch.
+    with hbar_c the mean of h_i over the class's members in this batch. If the observation has the
+    logits z_i of one label an example, also
+
+        log_odds_change = mean_{i in B_c} log_odds(z~_i) - log_odds(z_i)
+        shared_shift    = ||mean_{i in B_c} d_i||^2 / mean_{i in B_c} ||d_i||^2
+        lpl_cosine      = cos(mean_{i in B_c} d_i, mean_{i in B_c} softmax(z_i) - e_c)
+
+    with log_odds(z) = log(p_c / (1 - p_c)) and d_i the shift of the logits z~_i - z_i less its mean
+    over the C logits, which softmax ignores. `shared_shift` tells how far a perturbation of an
+    activation acts as one of logits does, by the same shift for all members of a class (1), or on
+    each example in its own way, as an augmentation does (0, or 1 / |B_c| for independent shifts).
+    `lpl_cosine` compares that shift with the gradient that LPL ascends.
 
     Args:
       observation: From `observe`, or made from activations and losses before and after.
@@ -258,7 +275,8 @@ def class_geometry(
     Returns:
       (sum, count) pairs of vectors [C]. The count is 0 for absent classes, for `sign` and `radius`
       of a method without them; examples with h_i = 0 (`norm_ratio`) and with delta_i or hbar_c
-      zero (`cosine`) are not counted. `metrics.compute` turns a count of 0 into nan.
+      zero (`cosine`) are not counted, nor classes whose logits did not move (`shared_shift`,
+      `lpl_cosine`). `metrics.compute` turns a count of 0 into nan.
 
     Raises:
       ValueError: Activations, losses, labels and mask that do not fit together, or (unless traced)
@@ -298,7 +316,7 @@ def class_geometry(
         return values * counts, counts
 
     norm_ratio, known = _norm_ratio(observation)
-    return {
+    found = {
         "norm_ratio": pair(norm_ratio, weight * known),
         "cosine": pair(tables.inner_products(direction, mean_direction), moved),
         "delta_norm": pair(tables.row_norms(observation.delta)),
@@ -306,6 +324,46 @@ def class_geometry(
         "sign": stated(observation.sign),
         "radius": stated(observation.radius),
     }
+    logits = observation.logits_before
+    if logits is not None and logits.shape == (*labels.shape, num_classes):
+        found |= _logit_shift(logits, observation.logits_after, labels, weight)
+    return found
+
+
+def _logit_shift(
+    before: Array, after: Array, labels: Array, weight: Array
+) -> dict[str, metrics.Pair]:
+    """What `class_geometry` says about the shift of the logits [B, C]."""
+    num_classes = before.shape[1]
+    # Rows that do not count may hold anything.
+    counted = weight[:, None] != 0
+    before, after = jnp.where(counted, before, 0.0), jnp.where(counted, after, 0.0)
+    counts = tables.class_sums(weight, labels, num_classes)
+
+    def mean(rows):
+        sums = tables.class_sums(rows * tables.over_classes(weight, rows), labels, num_classes)
+        return sums / tables.over_classes(jnp.maximum(counts, 1), sums)
+
+    shift = after - before
+    shift -= jnp.mean(shift, axis=1, keepdims=True)
+    mean_shift, mean_square = mean(shift), mean(jnp.sum(shift**2, axis=1))
+    moved = counts * (mean_square > 0)
+    shared = jnp.sum(mean_shift**2, axis=1) / jnp.where(mean_square > 0, mean_square, 1.0)
+    gradient = mean(jax.nn.softmax(before) - jax.nn.one_hot(labels, num_classes))
+    cosine = tables.inner_products(tables.unit_rows(mean_shift), tables.unit_rows(gradient))
+    change = mean(_log_odds(after, labels) - _log_odds(before, labels))
+    return {
+        "log_odds_change": (change * counts, counts),
+        "shared_shift": (shared * moved, moved),
+        "lpl_cosine": (cosine * moved, moved),
+    }
+
+
+def _log_odds(logits: Array, labels: Array) -> Array:
+    """log(p / (1 - p)) of the label, [B]."""
+    own = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    label = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
+    return label - jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=1)
 
 
 class Agreement(NamedTuple):

@@ -44,6 +44,8 @@ def class_level(
     """
     number("radius", radius)
     number("negative_scale", negative_scale)
+    rule = isinstance(assignment, Assignment)
+    require(rule, "assignment", "an Assignment such as all_positive()", assignment)
     choice("mode", mode, MODES)
     choice("scale", scale, SCALES)
     number("probability", probability, high=1.0, open_low=True)

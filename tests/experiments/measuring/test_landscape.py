@@ -175,8 +175,7 @@ def test_probes_take_their_signs_by_the_rule_of_the_training(options, rule, job,
 
 
 def test_a_sign_that_changed_between_batches_belongs_to_the_group_that_more_images_were_in():
-    names = ("norm_ratio", "loss_change", "cosine", "radius")
-    found = {name: np.array([1.0, 2.0, 4.0]) for name in names}
+    found = {name: np.array([1.0, 2.0, 4.0]) for name in measurements._CLASS_MEASURES}
     means = measurements._by_sign({**found, "sign": np.array([0.33, -1.0, 0.1])})
     assert means["norm_ratio positive"] == 2.5 and means["radius negative"] == 2.0
 
@@ -204,6 +203,7 @@ def test_geometry_has_every_form_from_input_to_logits_by_sign_and_by_class(job):
     assert list(found["classes"]) == ["signed", "free"]
     classes = {name: np.array(v, float) for name, v in found["classes"]["free"]["logits"].items()}
     rare = np.nan_to_num(classes["sign"]) == 1
+    np.testing.assert_allclose(classes["shared_shift"][np.isfinite(classes["sign"])], 1, atol=1e-4)
     mean = np.nanmean(classes["norm_ratio"][rare])
     assert found["values"]["free at logits: norm_ratio positive"] == pytest.approx(mean)
     with (job / "geometry_classes.csv").open() as file:

@@ -52,6 +52,48 @@ def test_class_geometry_is_the_mean_over_members_computed_one_by_one():
     assert values["sign"].tolist()[:3] == [1, -1, 1] and values["radius"].tolist()[:3] == [0, 1, 2]
 
 
+def test_the_shift_of_the_logits_is_what_numpy_finds_class_by_class():
+    before, after = np.random.default_rng(1).normal(size=(2, 6, toy.CLASSES)).astype(np.float32)
+    after[2] = np.nan  # does not count
+    seen = observation(logits_before=before, logits_after=after)
+    mask = np.array([1, 1, 0, 1, 1, 1])
+    values = metrics.compute(class_geometry(seen, LABELS, toy.CLASSES, mask=mask))
+
+    def softmax(z):
+        return np.exp(z) / np.exp(z).sum()
+
+    def log_odds(z, c):
+        return np.log(softmax(z)[c] / (1 - softmax(z)[c]))
+
+    for c in range(3):
+        members = [i for i in range(6) if LABELS[i] == c and mask[i]]
+        shifts = np.array([after[i] - before[i] - (after[i] - before[i]).mean() for i in members])
+        shared = np.square(shifts.mean(0)).sum() / np.square(shifts).sum(1).mean()
+        gradient = np.mean([softmax(before[i]) for i in members], 0) - np.eye(toy.CLASSES)[c]
+        cosine = shifts.mean(0) @ gradient
+        cosine /= np.linalg.norm(shifts.mean(0)) * np.linalg.norm(gradient)
+        change = np.mean([log_odds(after[i], c) - log_odds(before[i], c) for i in members])
+        found = [values[name][c] for name in ("shared_shift", "lpl_cosine", "log_odds_change")]
+        np.testing.assert_allclose(found, [shared, cosine, change], rtol=1e-4)
+    still = seen._replace(logits_after=before)
+    values = metrics.compute(class_geometry(still, LABELS, toy.CLASSES))
+    assert np.isnan(values["shared_shift"]).all() and np.isnan(values["lpl_cosine"]).all()
+    assert values["log_odds_change"].tolist()[:3] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("layer", ["hidden1", "logits"])
+def test_one_shift_of_the_logits_is_shared_by_all_members_alone_at_the_logits(
+    layer, network, variables
+):
+    lpa = {layer: lpa_jax.lpa(0.5, assignment=lpa_jax.all_positive())}
+    seen = observe(network, variables, toy.batch(LABELS), lpa, rng=jax.random.key(1))[layer]
+    values = metrics.compute(class_geometry(seen, LABELS, toy.CLASSES))
+    shared = values["shared_shift"][[0, 1]]  # of class 2 there is a single member
+    assert (shared > 0.9999).all() == (layer == "logits")
+    assert values["shared_shift"][2] == pytest.approx(1)
+    assert (values["log_odds_change"][:3] < 0).all() and (values["lpl_cosine"][:3] > 0).all()
+
+
 def test_absent_classes_and_unstated_signs_are_nan():
     values = metrics.compute(class_geometry(observation(), LABELS, toy.CLASSES))
     assert all(np.isnan(values[name][3]) for name in values)

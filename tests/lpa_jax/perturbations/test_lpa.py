@@ -248,6 +248,8 @@ def test_what_is_remembered_besides_delta():
         (lpa, {"probability": 0.0}, "probability must be in (0, 1], got 0.0"),
         (lpa, {"examples": 1.5}, "examples must be in (0, 1], got 1.5"),
         (lpa, {"mode": "carry", "examples": 0.5}, "examples must be 1 with mode='carry', got 0.5"),
+        (lpa, {"assignment": 7}, "assignment must be an Assignment such as all_positive(), got 7"),
+        (lpl, {"assignment": 7}, "assignment must be an Assignment such as all_positive(), got 7"),
         (lpa, {"mode": "warm"}, "mode must be one of cold, carry, free, got 'warm'"),
         (lpa, {"scale": "rms"}, "scale must be one of relative, absolute, got 'rms'"),
         (lpa, {"steps": -1}, "steps must be a whole number >= 0, got -1"),
