@@ -6,8 +6,8 @@ Random search (ranges: `experiments.search`): in each trial a method draws its o
 `--seeds` long-tailed subsets; the trial with the highest mean validation accuracy is chosen. The
 validation images are carved from the training split; test images are never opened. Finished trials
 are kept in `--workdir` and skipped when the command is given again; several workers share the work
-with --worker=0..n-1 --num_workers=n. Four methods, 40 trials of 3 seeds: about 20 minutes on 2 CPU
-cores.
+with --worker=0..n-1 --num_workers=n. With --finalists only the best trials of the first seed train
+on the others. Four methods, 40 trials of 3 seeds: about 20 minutes on 2 CPU cores.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from experiments.training import flags as run_flags
 from experiments.training import run, search_loop, suggested_radii
 from experiments.training.folder import DATA
 from experiments.training.program import Programs
+from experiments.training.search_loop import Trial
 from experiments.training.suggested_radii import Suggestions
 from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 from lpa_jax.training.loop import NonFiniteLossError
@@ -51,6 +52,13 @@ def define_flags() -> None:
         "within a factor of 10 around the one that lpa_jax.suggest_radius finds after a short ERM "
         "warm-up on the first seed.",
     )
+    flags.DEFINE_integer(
+        "finalists",
+        None,
+        "Trials of every method, the best of the first seed, that train on the other seeds as well "
+        "and of which one is chosen; unset: all.",
+        lower_bound=1,
+    )
     files.define_path("workdir", "runs/tune", "Folder of the trials.", folder=True)
     image_flags.define()
     fields.define(method_flags.Searching)
@@ -64,7 +72,7 @@ OUTCOME = {
     "trial": schema.WHOLE,
     "options": schema.OBJECT,
     "score": (schema.SHARE, None),
-    "accuracies": [schema.SHARE],
+    "accuracies": [(schema.SHARE, None)],
 }
 
 
@@ -107,20 +115,24 @@ class Search:
         ranges = method_flags.searched_space()
         return search.draw(method, number, layers, FLAGS.search_seed, ranges)
 
-    def train(self, method: str, number: int, path: pathlib.Path, progress: RunProgress) -> None:
-        """Trains a draw with every seed and writes the outcome; a diverged draw scores null.
+    def train(
+        self, method: str, number: int, path: pathlib.Path, seeds: int, progress: RunProgress
+    ) -> None:
+        """Trains a draw with the first seeds and writes the outcome; a diverged draw scores null.
 
-        A draw that a worker with another --num_workers has finished meanwhile is not trained.
+        Seeds that it has trained with before are not repeated, nor is a draw that a worker with
+        another --num_workers has finished meanwhile.
 
         Raises:
           InterruptedRunError: a signal came; nothing is kept of the draw.
         """
-        if self.find(method, number, path) is not None:
+        if self.find(method, number, path, seeds) is not None:
             return
         options = self.options(method, number)
-        accuracies = []
+        earlier = self.find(method, number, path, 1)
+        accuracies = list(earlier["accuracies"]) if earlier else []
         try:
-            for seed, task in self.tasks.items():
+            for seed, task in list(self.tasks.items())[len(accuracies) : seeds]:
                 progress.start(f"{method} trial {number} seed {seed}")
                 program = self.programs.program(method, options, task)
                 result = run.run(
@@ -135,29 +147,35 @@ class Search:
                 progress.finish(f"validation accuracy {100 * accuracies[-1]:.2f} %")
         except NonFiniteLossError as error:
             progress.finish(str(error))
-            accuracies = []
+            accuracies.append(None)
         except InterruptedRunError:
             raise InterruptedRunError("stopped, and finished trials are kept") from None
         files.write_json(path, _outcome(method, number, options, accuracies))
 
-    def find(self, method: str, number: int, path: pathlib.Path) -> dict[str, Any] | None:
-        """The outcome of a draw; None if it is missing, damaged or of another draw."""
+    def find(
+        self, method: str, number: int, path: pathlib.Path, seeds: int
+    ) -> dict[str, Any] | None:
+        """The outcome of a draw; None if it is missing, of fewer seeds, damaged or of another."""
         found = schema.read_or_say(path, OUTCOME, run_flags.say)
         if found is None:
             return None
         # Suggested radii would have to be measured again.
         options = self.options(method, number) if self.suggestions is None else found["options"]
         expected = files.plain(_outcome(method, number, options, found["accuracies"]))
-        if len(found["accuracies"]) not in (0, len(self.tasks)) or found != expected:
+        if len(found["accuracies"]) > len(self.tasks) or found != expected:
             run_flags.say(f"{path} is of another trial: it will be written again")
             return None
-        return found
+        accuracies = found["accuracies"][:seeds]
+        if len(accuracies) < seeds and found["score"] is not None:
+            return None
+        return _outcome(method, number, options, accuracies)
 
 
 def _outcome(
-    method: str, number: int, options: Mapping[str, Any], accuracies: list[float]
+    method: str, number: int, options: Mapping[str, Any], accuracies: list[float | None]
 ) -> dict[str, Any]:
-    score = float(np.mean(accuracies)) if accuracies else None
+    """What the file of a draw holds; the last accuracy of a draw that diverged is None."""
+    score = float(np.mean(accuracies)) if accuracies and None not in accuracies else None
     return {"method": method, "trial": number, "options": options, "score": score,
             "accuracies": accuracies}  # fmt: skip
 
@@ -182,6 +200,8 @@ def describe(settings: Settings, seeds: list[int], digests: Mapping[str, str]) -
         "search_seed": FLAGS.search_seed,
         "fixed_options": method_flags.explicit_options() | method_flags.explicit_run_options(),
     }
+    if FLAGS.finalists is not None:
+        setting["finalists"] = FLAGS.finalists
     if FLAGS.search_layers:
         setting["search_layers"] = FLAGS.search_layers
     if FLAGS.space:
@@ -198,6 +218,8 @@ def tune(interrupts: Interrupts) -> None:
     if settings.evaluate_on != "validation":
         raise ValueError("--evaluate_on must be validation: test images choose nothing")
     search_loop.check_flags()
+    if FLAGS.finalists is not None and len(run_flags.seeds()) < 2:
+        raise ValueError("--finalists needs at least two seeds in --seeds, got one")
     image_flags.prepare_data()
     workdir = pathlib.Path(FLAGS.workdir)
     source = TaskSource(settings)
@@ -209,20 +231,30 @@ def tune(interrupts: Interrupts) -> None:
         first = min(tasks)
         suggestions = Suggestions(settings, tasks[first], first, setting["fixed_options"])
     shared = Search(settings, tasks, Programs(settings), interrupts, suggestions)
-    trials = []
-    for number in range(FLAGS.trials):
-        for method in FLAGS.methods:
-            path = workdir / "trials" / method / f"{number:04d}.json"
-            lock = workdir / "locks" / method / path.stem
-            find = functools.partial(shared.find, method, number, path)
-            train = functools.partial(shared.train, method, number, path)
-            trials.append(search_loop.Trial(method, number, None, lock, find, train))
-    todo = search_loop.missing(trials)
-    for trial in todo:  # before anything is written
-        shared.check(trial.method, trial.number)
-    progress = RunProgress(len(todo) * len(tasks), settings.epochs, FLAGS.quiet)
-    search_loop.run(workdir, todo, progress, interrupts, setting)
-    search_loop.finish(trials, setting)
+
+    def trial(method: str, number: int, seeds: int) -> Trial:
+        path = workdir / "trials" / method / f"{number:04d}.json"
+        lock = workdir / "locks" / method / path.stem
+        place = (method, number, path, seeds)
+        find, train = (functools.partial(do, *place) for do in (shared.find, shared.train))
+        return Trial(method, number, None, lock, find, train)
+
+    def train(trials: list[Trial], runs: int) -> None:
+        todo = search_loop.missing(trials)
+        for one in todo:  # before anything is written
+            shared.check(one.method, one.number)
+        progress = RunProgress(len(todo) * runs, settings.epochs, FLAGS.quiet)
+        search_loop.run(workdir, todo, progress, interrupts, setting)
+
+    seeds = 1 if FLAGS.finalists else len(tasks)
+    trials = [trial(m, n, seeds) for n in range(FLAGS.trials) for m in FLAGS.methods]
+    train(trials, seeds)
+    finals = []
+    if FLAGS.finalists:
+        best = search_loop.finalists(trials, FLAGS.finalists)
+        finals = [trial(one.method, one.number, len(tasks)) for one in best]
+        train(finals, len(tasks) - 1)
+    search_loop.finish(trials, setting, finals)
 
 
 def main(argv: list[str]) -> None:

@@ -145,7 +145,28 @@ def _held(workdir: pathlib.Path, folder: pathlib.Path) -> contextlib.AbstractCon
     return run_folder.held(folder)
 
 
-def finish(trials: Sequence[Trial], setting: Mapping[str, Any]) -> None:
+def finalists(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The trials of every method with the highest scores; none if a trial is missing.
+
+    Args:
+      trials: all trials, of all workers.
+      count: how many of each method; those that diverged are left out.
+    """
+    outcomes = [trial.find() for trial in trials]
+    if None in outcomes:
+        return []
+    scored: dict[str, list[tuple[float, Trial]]] = {}
+    for trial, found in zip(trials, outcomes, strict=True):
+        if found["score"] is not None:
+            scored.setdefault(trial.method, []).append((found["score"], trial))
+    # Sorting is stable: of equal scores the first trial counts.
+    ranked = (sorted(own, key=lambda pair: -pair[0])[:count] for own in scored.values())
+    return [trial for own in ranked for _, trial in own]
+
+
+def finish(
+    trials: Sequence[Trial], setting: Mapping[str, Any], finals: Sequence[Trial] = ()
+) -> None:
     """Prints the choice of every method and writes it to --output, if no trial is missing.
 
     Writes the options and the score of every trial to `trials.csv` in --workdir.
@@ -153,21 +174,28 @@ def finish(trials: Sequence[Trial], setting: Mapping[str, Any]) -> None:
     Args:
       trials: all trials, of all workers.
       setting: how was searched, for the record.
+      finals: if any, the trials to choose from, as they are after further training.
 
     Raises:
       ValueError: every trial of a method diverged.
     """
+    last = {(trial.method, trial.number): trial for trial in finals}
+    trials = [last.get((trial.method, trial.number), trial) for trial in trials]
     outcomes = [trial.find() for trial in trials]
     if None in outcomes:
         print("Trials of other workers are missing; run any worker again when they are done.")
         return
-    files.write_text(pathlib.Path(FLAGS.workdir) / TABLE, table(trials, outcomes))
+    files.write_text(pathlib.Path(FLAGS.workdir) / TABLE, table(trials, outcomes, bool(last)))
     chosen = {}
     for method in dict.fromkeys(trial.method for trial in trials):
-        of_method = [number for number, trial in enumerate(trials) if trial.method == method]
+        of_method = [
+            place
+            for place, trial in enumerate(trials)
+            if trial.method == method and (not last or (method, trial.number) in last)
+        ]
         entry = choose([(trials[i].number, trials[i].test, outcomes[i]) for i in of_method])
         if entry is None:
-            where = "" if trials[of_method[0]].test is None else " for some test domain"
+            where = "" if trials[0].test is None else " for some test domain"
             raise ValueError(f"--methods: every trial of {method} diverged{where}")
         chosen[method] = entry
         print(f"{method}: {100 * entry['validation_accuracy']:.2f} %  {entry['chosen']}")
@@ -180,16 +208,20 @@ def finish(trials: Sequence[Trial], setting: Mapping[str, Any]) -> None:
         print(f"Written to {FLAGS.output}")
 
 
-def table(trials: Sequence[Trial], outcomes: Sequence[Mapping[str, Any]]) -> str:
+def table(
+    trials: Sequence[Trial], outcomes: Sequence[Mapping[str, Any]], seeds: bool = False
+) -> str:
     """CSV text with a line for each trial; options that a method does not have are empty.
 
     Args:
       trials: all trials.
       outcomes: of each, what its `find` returns.
+      seeds: whether to say with how many seeds each was trained.
     """
     rows = [
         {"method": trial.method, "trial": trial.number}
         | ({} if trial.test is None else {"test_domain": trial.test})
+        | ({"seeds": len(found["accuracies"])} if seeds else {})
         | {"validation_accuracy": found["score"]}
         | dict(found["options"])
         for trial, found in zip(trials, outcomes, strict=True)

@@ -14,6 +14,7 @@ from experiments.runtime import fields, hosts
 from experiments.training import run as runner
 from lpa_jax.files import LockedError, hold, refuse_if_held
 from lpa_jax.training.interrupts import InterruptedRunError
+from lpa_jax.training.loop import NonFiniteLossError
 from tests.helpers.module_call import forget_flags
 from tests.helpers.protocols import DOMAIN, DOMAINS, IMAGES
 
@@ -80,6 +81,49 @@ def test_a_learning_rate_that_is_given_holds_in_every_trial(run, tmp_path, monke
     assert header == "method,trial,validation_accuracy,learning_rate,weight_decay"
     assert row.startswith("erm,0,0.5,0.02,")
     assert "holds trials with other settings" in run("tune", *arguments, "--learning_rate=0.03")[0]
+
+
+def test_finalists_alone_train_on_the_other_seeds_and_one_of_them_is_chosen(
+    run, tmp_path, monkeypatch
+):
+    # On the first seed trial 1 is best and trial 3 worst; trial 1 diverges on the last seed.
+    scores = {
+        100: [0.6, 0.8, 0.5, 0.1, 0.7],
+        101: [0.6, 0.9, 0.9, 0.9, 0.5],
+        102: [0.6, None, 0.9, 0.9, 0.4],
+    }
+    trained = []
+
+    def score(job, *_, **__):
+        options = json.dumps(job.program.options, sort_keys=True)
+        number = draws.setdefault(options, len(draws))
+        trained.append((number, job.seed))
+        if scores[job.seed][number] is None:
+            raise NonFiniteLossError("the loss is nan")
+        return {"accuracy": scores[job.seed][number]}
+
+    draws = {}
+    monkeypatch.setattr(runner, "run", score)
+    output = tmp_path / "chosen.json"
+    arguments = (*IMAGES.tiny, "--methods=erm", "--trials=5", f"--workdir={tmp_path / 'tune'}")
+    arguments += ("--seeds=100-102", "--finalists=3", f"--output={output}")
+    for _ in range(2):  # the second finds everything
+        assert run("tune", *arguments)[0] is None
+        others = [(number, seed) for number in (1, 4, 0) for seed in (101, 102)]
+        assert trained == [(number, 100) for number in range(5)] + others
+        chosen = json.loads(output.read_text())["methods"]["erm"]
+        assert (chosen["trial"], chosen["validation_accuracy"]) == (0, pytest.approx(0.6))
+        assert chosen["diverged"] == 1
+    table = (tmp_path / "tune/trials.csv").read_text().splitlines()
+    assert [line.split(",")[1:4] for line in table] == [
+        ["trial", "seeds", "validation_accuracy"],
+        ["0", "3", "0.6"], ["1", "3", ""], ["2", "1", "0.5"], ["3", "1", "0.1"],
+        ["4", "3", "0.5333333333333333"],
+    ]  # fmt: skip
+    message, *_ = run("tune", *arguments, "--finalists=2")
+    assert "holds trials with other settings (finalists: 3 there, 2 here)" in message
+    message, *_ = run("tune", *ONE_TRIAL, "--finalists=2", f"--workdir={tmp_path / 'other'}")
+    assert message == "error: --finalists needs at least two seeds in --seeds, got one"
 
 
 @pytest.mark.parametrize(
