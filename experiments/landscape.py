@@ -11,9 +11,10 @@ trains every method with every seed, or finds them in --workdir, and measures, b
 - landscape: the loss along random filter-normalised lines, and over a plane for the first seed;
 - amplification: growth of perturbations of LPA and AFP, and of random ones of the length of LPA's,
   from every layer to every later one, with the local bound: a heat map, layer x layer;
-- geometry: effect of LPA's perturbation on norm and loss of every class at every layer, with and
-  without its half-space: is expansive positive? geometry_classes.csv has a line a class; if runs
-  logged it (--class_geometry_batches), also over the epochs of training;
+- geometry: effect of LPA's perturbation on norm, loss and logits of every class at every layer,
+  with and without its half-space: is expansive positive, and does it move the logits as LPL does?
+  geometry_classes.csv has a line a class; if runs logged it (--class_geometry_batches), also over
+  the epochs of training;
 - calibration: ECE and likelihood on the evaluation images, accuracy on corrupted ones.
 
 Every part writes PART.csv and PART.md (mean ± standard error over seeds, paired differences to

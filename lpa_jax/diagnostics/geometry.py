@@ -1,4 +1,4 @@
-"""What a perturbation does to one batch, by sign group and by class: loss, norm and direction.
+"""What a perturbation does to one batch, by sign group and class: loss, norm, logits, direction.
 
 These numbers test the paper's conjecture: an expansive perturbation (norm up) augments positively
 (loss up), a contractive one (norm down) negatively (loss down). All results are (sum, count) pairs
