@@ -105,10 +105,10 @@ def measure(
                     continue
                 progress.part(number, name)
                 trained.stop_if_asked(interrupts)
-                fields = {field: getattr(how, field) for field in MEASUREMENTS[name][1]}
+                deciding = {field: getattr(how, field) for field in MEASUREMENTS[name][1]}
                 try:
                     found[name][method][seed] = models.measured(
-                        method, seed, name, fields, partial(_measure, name, load, how)
+                        method, seed, name, deciding, partial(_measure, name, load, how)
                     )
                 except ValueError as error:
                     raise ValueError(f"{method} seed {seed}, {name}: {error}") from error

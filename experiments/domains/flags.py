@@ -58,21 +58,21 @@ def settings() -> DomainSettings:
     return fields.read(DomainSettings, **given).check()
 
 
-def domains_to_test(names: tuple[str, ...]) -> list[str]:
+def domains_to_test(domains: tuple[str, ...]) -> list[str]:
     """The domains to hold out.
 
     Args:
-      names: the domains that there are.
+      domains: the domains that there are.
 
     Raises:
       ValueError: an unknown domain, one twice, or none.
     """
-    chosen = list(names) if FLAGS.test_domains == ["all"] else FLAGS.test_domains
+    chosen = list(domains) if FLAGS.test_domains == ["all"] else FLAGS.test_domains
     for domain in chosen:
-        if domain not in names:
+        if domain not in domains:
             raise ValueError(
                 f"--test_domains: {FLAGS.dataset} has no domain {domain!r}; "
-                f"it has: {', '.join(names)}"
+                f"it has: {', '.join(domains)}"
             )
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"--test_domains must name different domains, got {','.join(chosen)!r}")

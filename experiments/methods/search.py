@@ -130,12 +130,12 @@ def hidden_layers(model: str, chosen: tuple[str, ...] = ()) -> HiddenLayers:
     network = as_network(models.create(model, 2))
     for layer in chosen:
         check_layer(network.layers, layer)
-    names = chosen or network.layers[1:-1]
+    layers = chosen or network.layers[1:-1]
     # How many axes an activation has does not depend on the size of the image.
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
-    shapes = activation_shapes(network, variables, image, names)
-    return HiddenLayers(names, frozenset(name for name in names if len(shapes[name].shape) > 2))
+    shapes = activation_shapes(network, variables, image, layers)
+    return HiddenLayers(layers, frozenset(name for name in layers if len(shapes[name].shape) > 2))
 
 
 def moved(value: float, source: LogUniform, target: LogUniform) -> float:

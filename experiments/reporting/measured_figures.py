@@ -215,11 +215,11 @@ def corrupted(found: Found, path: pathlib.Path) -> None:
         confidence, accuracy = (np.nanmean(values[:, filled], axis=0) for values in means)
         (handles[method],) = axes.flat[0].plot(confidence, accuracy, marker, linestyle="-",
                                                color=color, markersize=3)  # fmt: skip
-        tables = 100 * np.array([[one["by_severity"][n] for n in names] for one in runs])
-        _curve(axes.flat[1], severities, tables.mean(axis=1), method)
+        percent = 100 * np.array([[one["by_severity"][n] for n in names] for one in runs])
+        _curve(axes.flat[1], severities, percent.mean(axis=1), method)
         for i in range(len(names)):
-            _curve(axes.flat[2 + i], severities, tables[:, i], method)
-        lowest = min(lowest, tables.mean(axis=0).min())
+            _curve(axes.flat[2 + i], severities, percent[:, i], method)
+        lowest = min(lowest, percent.mean(axis=0).min())
     axes.flat[0].plot([0, 100], [0, 100], color=style.GREY, linewidth=0.8)
     axes.flat[0].set(title="reliability", xlabel="confidence %", ylabel="accuracy %",
                      xlim=(0, 100), ylim=(0, 100))  # fmt: skip

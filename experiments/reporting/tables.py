@@ -29,8 +29,8 @@ def markdown_table(lines: Lines) -> str:
     | a\|b | 1.0±0.1 |
     """
     # A bar in a method's name (manifold_mixup@input|hidden1) would open a new cell.
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    text = [f"| {' | '.join(line)} |" for line in cells]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    text = [f"| {' | '.join(line)} |" for line in escaped]
     text.insert(1, "|---" + "|---:" * (len(lines[0]) - 1) + "|")
     return "\n".join(text) + "\n"
 
@@ -327,5 +327,5 @@ def _by_thirds(results: Results) -> bool | None:
     counts = next(iter(results.values()))[0].get("train_counts")
     if not counts:
         return None
-    groups = metrics.shot_groups(counts).values()
-    return not all(members.any() for members in groups)
+    by_size = metrics.shot_groups(counts).values()
+    return not all(members.any() for members in by_size)
