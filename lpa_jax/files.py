@@ -13,7 +13,12 @@ import warnings
 from collections.abc import Iterator
 
 LOCK = "lock"
-KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
+# What the system says of an open for writing that follows no link.
+KINDS = {
+    errno.ELOOP: "a symbolic link",
+    errno.EISDIR: "a folder",
+    errno.ENXIO: "a device or socket",
+}
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -111,13 +116,7 @@ def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / LOCK
-    if os.path.lexists(lock) and not stat.S_ISREG(mode := lock.lstat().st_mode):
-        kind = KINDS.get(stat.S_IFMT(mode), "a device or socket")
-        raise OSError(errno.EINVAL, f"must be a regular file, got {kind}", str(lock))
-    # Never through a link: what it points to would be overwritten.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(lock, flags, 0o644)
+    descriptor = _open_lock(folder / LOCK)
     itself = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + patience
@@ -134,6 +133,24 @@ def hold(folder: str | os.PathLike, *, patience: float = 1.0) -> Iterator[None]:
     finally:
         os.close(itself)
         os.close(descriptor)
+
+
+def _open_lock(lock: pathlib.Path) -> int:
+    """Descriptor of a regular file. A link is not followed: its target would be overwritten."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(lock, flags, 0o644)
+    except OSError as error:
+        if error.errno not in KINDS:
+            raise
+        kind = KINDS[error.errno]
+    else:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return descriptor
+        os.close(descriptor)
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+    raise OSError(errno.EINVAL, f"must be a regular file, got {kind}", str(lock))
 
 
 def refuse_if_held(folder: str | os.PathLike) -> None:

@@ -1,6 +1,7 @@
 """Paths that flags name, and JSON files of ours."""
 
 import os
+import stat
 
 import pytest
 from absl import flags
@@ -59,6 +60,10 @@ def test_a_folder_that_may_not_be_written_to_is_refused_unless_it_is_a_cache(par
     [
         (os.mkfifo, "/lock: must be a regular file, got a named pipe"),
         (os.mkdir, "/lock: must be a regular file, got a folder"),
+        (
+            lambda lock: os.mknod(lock, stat.S_IFSOCK),
+            "/lock: must be a regular file, got a device or socket",
+        ),
         (lambda lock: os.symlink("a", lock), "/lock: must be a regular file, got a symbolic link"),
     ],
 )
