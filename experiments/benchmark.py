@@ -167,34 +167,8 @@ def measure(
         )  # fmt: skip
 
 
-def measured(
-    state: lpa_jax.TrainState, batch: step_cost.Batch, cases: Sequence[Case]
-) -> Iterator[Row | against_torch.Row]:
-    """Yields one row per case, measured against what --against names."""
-    if not FLAGS.against:
-        yield from measure(state, batch, cases, FLAGS.rounds)
-        return
-    for case in cases:
-        if FLAGS.folder:
-            sizes = FLAGS.image_size, FLAGS.batch_size
-            yield folder_reading.measure(FLAGS.folder, *sizes, FLAGS.rounds)
-        else:
-            yield against_torch.measure(state, batch, case, assignment(), FLAGS.rounds, FLAGS.jit)
-
-
-def assignment() -> lpa_jax.Assignment:
-    """The rule of --assignment for equal class counts: the cost does not depend on them."""
-    counts = [FLAGS.batch_size] * FLAGS.num_classes
-    return build.assignment(assignment=FLAGS.assignment, counts=counts)
-
-
-def set_up() -> tuple[lpa_jax.TrainState | None, step_cost.Batch, list[Case]]:
-    """State, batch and cases from the flags; a folder needs neither state nor batch.
-
-    Raises:
-      ValueError: naming the flag or option that is out of range.
-    """
-    steps = timing.whole_numbers("steps", FLAGS.steps, low=1, high=names.MOST_STEPS)
+def check_flags() -> None:
+    """Raises ValueError naming the first flag that is out of range or needs another."""
     checks.number("--examples", FLAGS.examples, high=1.0, open_low=True)
     if not FLAGS.methods:
         raise ValueError("--methods must name at least one method, got none")
@@ -206,18 +180,39 @@ def set_up() -> tuple[lpa_jax.TrainState | None, step_cost.Batch, list[Case]]:
         raise ValueError(f"--examples must be 1 with --against, got {FLAGS.examples:g}")
     if FLAGS.against and FLAGS.dtype != "float32":
         raise ValueError(f"--dtype must be float32 with --against, got {FLAGS.dtype!r}")
+
+
+def planned() -> tuple[list[str], Iterator[Row | against_torch.Row]]:
+    """Titles of the rows, and the rows, each of which is measured when it is asked for.
+
+    Raises:
+      ValueError: naming the flag or option that is out of range.
+    """
+    steps = timing.whole_numbers("steps", FLAGS.steps, low=1, high=names.MOST_STEPS)
+    check_flags()
+    if FLAGS.against:
+        against_torch.load()
+    if FLAGS.folder:
+        sizes = FLAGS.image_size, FLAGS.batch_size
+        read = (folder_reading.measure(path, *sizes, FLAGS.rounds) for path in [FLAGS.folder])
+        return [f"read at {FLAGS.folder}"], read
     # Without a type the network computes in that of its input, as a check in float64 needs.
     dtype = None if FLAGS.against else FLAGS.dtype
     model = models.create(FLAGS.model, FLAGS.num_classes, dtype=dtype)
     layers = FLAGS.layers or model.layers
     for layer in layers:
         injection.check_layer(model.layers, layer)
+    # Of equal class counts: the cost does not depend on them.
+    counts = [FLAGS.batch_size] * FLAGS.num_classes
+    rule = build.assignment(assignment=FLAGS.assignment, counts=counts)
+    cases = make_cases(FLAGS.methods, layers, steps, rule, FLAGS.examples)
+    made = step_cost.make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels)
     if FLAGS.against:
-        against_torch.load()
-    cases = make_cases(FLAGS.methods, layers, steps, assignment(), FLAGS.examples)
-    if FLAGS.folder:
-        return None, {}, [Case("read", FLAGS.folder, 0, {})]
-    return *step_cost.make_state(model, FLAGS.batch_size, FLAGS.image_size, FLAGS.channels), cases
+        options = rule, FLAGS.rounds, FLAGS.jit
+        rows = (against_torch.measure(*made, case, *options) for case in cases)
+    else:
+        rows = measure(*made, cases, FLAGS.rounds)
+    return [f"{case.method} at {case.layer}" for case in cases], rows
 
 
 def main(argv: list[str]) -> None:
@@ -225,12 +220,13 @@ def main(argv: list[str]) -> None:
     entry_point.refuse_arguments(argv)
     entry_point.check_devices()
     try:
-        state, batch, cases = set_up()
+        titles, measured = planned()
     except ValueError as error:
         sys.exit(entry_point.refusal(error))
+    of_model = f"x{FLAGS.channels}, {FLAGS.num_classes} classes, {FLAGS.dtype}"
     print(
         f"{FLAGS.folder or FLAGS.model}, batch {FLAGS.batch_size}, images {FLAGS.image_size}x"
-        f"{FLAGS.image_size}x{FLAGS.channels}, {FLAGS.num_classes} classes, {FLAGS.dtype}, "
+        f"{FLAGS.image_size}{'' if FLAGS.folder else of_model}, "
         f"{timing.devices()}, jax {jax.__version__}, {FLAGS.rounds} rounds, {timing.clock()[0]}",
         flush=True,
     )
@@ -238,19 +234,19 @@ def main(argv: list[str]) -> None:
         print("note: a compilation cache is on; compile_s may be the time of reading from it")
     rows, failure = [], None
     try:
-        for row in measured(state, batch, cases):
+        for row in measured:
             rows.append(row)
             found = f"{row.method} {row.layer} {row.steps}: ratio {row.ratio:.3f}"
             floor = "" if FLAGS.against else f", floor {row.floor:.3f}"
-            timing.progress(f"[{len(rows)}/{len(cases)}] {found}{floor}")
+            timing.progress(f"[{len(rows)}/{len(titles)}] {found}{floor}")
     except ValueError as error:
-        case = cases[len(rows)]
-        failure = SystemExit(f"error: {case.method} at {case.layer}: {error}")
+        failure = SystemExit(f"error: {titles[len(rows)]}: {error}")
     except KeyboardInterrupt as stop:
         failure = stop  # the table holds what was measured
     columns = against_torch.COLUMNS if FLAGS.against else COLUMNS
     cells = [[text.format(**row._asdict()) for _, text in columns] for row in rows]
-    screen.show_table([[header for header, _ in columns], *cells], SECONDARY, keys=3)
+    if cells:
+        screen.show_table([[header for header, _ in columns], *cells], SECONDARY, keys=3)
     if failure:
         raise failure
     if FLAGS.csv:
