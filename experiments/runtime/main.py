@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from absl import app, flags
@@ -18,12 +18,13 @@ from absl import app, flags
 from experiments.runtime import console, fields, files, hosts
 from lpa_jax import checks
 from lpa_jax.checkpoints import checkpoints
-from lpa_jax.files import LockedError
+from lpa_jax.files import LockedError, read_bytes
 from lpa_jax.training import loop
 from lpa_jax.training.interrupts import InterruptedRunError, Interrupts
 
 FLAGS = flags.FLAGS
 MOST_LETTERS = 2000  # of an error
+MOST_BYTES = 2**16  # of a file of flags
 # Of mallopt: M_ARENA_MAX=1, M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1 (never).
 GLIBC_OPTIONS = {-8: 1, -4: 0, -1: -1}
 HELP = {"--help", "-help", "--h", "-h", "--helpshort", "--helpfull"}
@@ -42,7 +43,7 @@ def start(
 
     def parse(argv):
         try:
-            rest = FLAGS(argv)
+            rest = FLAGS(_with_flagfiles(argv))
             files.check_folders()
             return rest
         except flags.UnrecognizedFlagError as error:
@@ -72,6 +73,52 @@ def _nearest(refused: str) -> str:
     """What is added to absl's message about a value that a flag does not allow, or nothing."""
     found = re.match(r"flag --(\w+)=(.*): value should be one of <", refused, re.DOTALL)
     return checks.nearest(found[2], FLAGS[found[1]].parser.enum_values) if found else ""
+
+
+def _with_flagfiles(words: Iterable[str], above: tuple[str, ...] = ()) -> list[str]:
+    """The words, where those of its file replace each --flagfile.
+
+    absl would read a device until the memory is full, and wait for the writer of a named pipe.
+
+    Args:
+      words: of the command line or of a file.
+      above: the files that led to this one.
+
+    Raises:
+      ValueError: a file cannot be read, is too large, is no text, or names itself.
+    """
+    found, left = [], iter(words)
+    for word in left:
+        name, given, path = word.partition("=")
+        of_file = name in ("--flagfile", "-flagfile")
+        if of_file and not given:
+            path = next(left, "")
+        if of_file and path:
+            path = os.path.expanduser(path)
+            if path in above:
+                raise ValueError(f"--flagfile must not name itself, got {path!r}")
+            found += _with_flagfiles(_lines(path), (*above, path))
+        else:
+            found.append(word)
+            if word == "--":
+                return [*found, *left]
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file of flags that are neither empty nor comments."""
+    try:
+        text = read_bytes(path, MOST_BYTES).decode()
+    except OSError as error:
+        raise ValueError(f"--flagfile: {path}: {error.strerror}") from error
+    except ValueError:
+        text = "\0"
+    if "\0" in text or (not text and pathlib.Path(path).is_fifo()):
+        raise ValueError(
+            f"--flagfile must name a text file of at most {MOST_BYTES} bytes, got {path!r}"
+        )
+    lines = map(str.strip, text.split("\n"))
+    return [line for line in lines if line and not line.startswith(("#", "//"))]
 
 
 def heed_ctrl_c() -> None:

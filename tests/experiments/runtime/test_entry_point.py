@@ -205,3 +205,35 @@ def test_a_flag_of_another_name_is_one_line_with_the_one_that_is_meant(
 ):
     message = started(monkeypatch, module, argument)
     assert message.startswith("error: ") and expected in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda path: path.symlink_to("/dev/zero"), " must name a text file of at most 65536 "),
+        (os.mkfifo, " must name a text file of at most 65536 "),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n"), " must name a text file of at most 65536 "),
+        (lambda path: path.write_bytes(b"\0"), " must name a text file of at most 65536 "),
+        (lambda path: path.write_text("# 8 byt\n" * 2**14), " must name a text file of at most "),
+        (lambda path: path.write_text(f"--flagfile={path}"), " must not name itself, got '"),
+        (os.mkdir, ": {path}: Is a directory"),
+        (lambda path: None, ": {path}: No such file or directory"),
+    ],
+    ids=("device", "pipe", "binary", "zero", "large", "itself", "folder", "missing"),
+)
+@pytest.mark.parametrize("form", ["--flagfile={}", "-flagfile {}"])
+def test_a_file_of_flags_that_is_none_is_one_line(monkeypatch, tmp_path, make, expected, form):
+    make(path := tmp_path / "flags")
+    message = started(monkeypatch, long_tail, "--epochs=3", *form.format(path).split())
+    assert message.startswith("error: --flagfile" + expected.format(path=path))
+    assert len(message) < 400 and "\n" not in message
+
+
+def test_files_of_flags_may_name_others_and_what_comes_later_counts(monkeypatch, tmp_path):
+    path = tmp_path / "flags"
+    path.write_text(f"# a comment\n\n --epochs=4\r\n--flagfile={tmp_path}/more\n--seeds\n2\n")
+    (tmp_path / "more").write_text("--model=cnn\n// a comment")
+    words = entry_point._with_flagfiles(["x", "--flagfile", str(path), "--epochs=5", "--flagfile="])
+    assert words == ["x", "--epochs=4", "--model=cnn", "--seeds", "2", "--epochs=5", "--flagfile="]
+    words = ["x", "--", f"--flagfile={path}"]
+    assert entry_point._with_flagfiles(words) == words
