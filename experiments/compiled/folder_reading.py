@@ -47,7 +47,9 @@ def measure(folder: str, image_size: int, batch_size: int, rounds: int) -> again
         image_size=image_size, fit="stretch",
     )  # fmt: skip
     _check_same(ours, theirs, range(0, len(paths), max(1, len(paths) // 16)))
-    loader = DataLoader(theirs, batch_size, shuffle=True, drop_last=True, num_workers=WORKERS)
+    with warnings.catch_warnings():  # of more workers than cores, as under taskset
+        warnings.simplefilter("ignore")
+        loader = DataLoader(theirs, batch_size, shuffle=True, drop_last=True, num_workers=WORKERS)
     if not len(loader):
         raise ValueError(f"--batch_size must be at most the {len(paths)} images, got {batch_size}")
     batches = data.batches(ours, seed=0, batch_size=batch_size)
