@@ -90,6 +90,7 @@ def csv_text(table: pd.DataFrame, float_format: str | None = "%.6g") -> str:
 # Columns that a narrow terminal does without, the first first.
 SECONDARY = ("published", "seconds", "seeds", "p", "95% interval", "p (Holm)")
 CLASS_GROUPS = ("many", "medium", "few")
+TEST = "test "  # before the name of a domain
 SELECTION_TITLES = {
     "training_domain_validation": "model selection: training-domain validation",
     "leave_one_domain_out": "model selection: leave-one-domain-out",
@@ -179,7 +180,8 @@ def accuracy_table(
         columns[f"vs {rows['baseline'].iloc[0]}"] = differences.pop("difference")
         columns |= differences
     for name in groups(compared):
-        header = name if name.endswith("%") else f"{name} %"  # domains are called +90%
+        # Names of domains are numbers, too: 15, +90%.
+        header = f"{name} %" if name in CLASS_GROUPS else f"{TEST}{name}"
         columns[header] = cells(compared, name, methods)
     seconds = of_measure(compared, "seconds", methods)["mean"]
     if seconds.notna().any():
@@ -221,6 +223,10 @@ def legend(table: Lines, by_thirds: bool | None = None) -> list[str]:
         unknown = f"{sizes} (by thirds where a group would be empty)"
         what = {True: thirds, False: sizes, None: unknown}[by_thirds]
         lines.append(f"many, medium, few: {what}.")
+    if any(name.startswith(TEST) for name in header):
+        lines.append(
+            "test NAME: accuracy on that held-out domain, in RotatedMNIST an angle in degrees."
+        )
     if "seconds" in header:
         lines.append("seconds: mean time of a run; a method's first includes compilation.")
     return lines
