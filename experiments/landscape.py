@@ -148,6 +148,8 @@ def report(found: Mapping[str, measured_tables.Found], title: str, workdir: path
             screen.show(f"{name}: a long table, in {workdir}/{name}.md\n")
         else:
             measured_tables.show(table, heading)
+    if not FLAGS.quiet:
+        screen.show(measured_tables.LEGEND)
 
 
 def run(interrupts: Interrupts) -> None:

@@ -33,7 +33,14 @@ from experiments.measuring import models as trained
 from experiments.measuring.similarity import effects, similarity_of
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
-from experiments.reporting import class_figures, frame, measured_figures, measured_tables, tables
+from experiments.reporting import (
+    class_figures,
+    frame,
+    measured_figures,
+    measured_tables,
+    screen,
+    tables,
+)
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
@@ -45,6 +52,11 @@ from lpa_jax.training.interrupts import Interrupts
 
 FLAGS = flags.FLAGS
 ERM = methods.ERM
+_LEGEND = (
+    "agreement, cka, error consistency: similarity to ERM, and to the method at the input and at "
+    "the logits. loss change, norm ratio: effect of the perturbation on classes of a sign.\n\n"
+    + measured_tables.LEGEND
+)
 
 
 def define_flags() -> None:
@@ -214,11 +226,13 @@ def sweep(interrupts: Interrupts) -> None:
     table = measured_tables.compare(measured, ERM)
     files.write_text(workdir / "layer_sweep.csv", tables.csv_text(table))
     text = measured_tables.markdown(table, title, _in_order(table))
-    files.write_text(workdir / "layer_sweep.md", text + "\n" + measured_tables.LEGEND)
+    files.write_text(workdir / "layer_sweep.md", text + "\n" + _LEGEND)
     placed = {method: {layer: place(method, layer) for layer in layers} for method in FLAGS.methods}
     measured_figures.layer_sweep(table, placed, workdir / "layer_sweep.png")
     class_figures.swept(table, placed, workdir / "layer_sweep_geometry.png")
     measured_tables.show(table, title, _in_order(table))
+    if not FLAGS.quiet:
+        screen.show(_LEGEND)
     run_flags.say(f"Written to {workdir}/layer_sweep.{{csv,md,png}}")
 
 

@@ -23,8 +23,6 @@ _FLATNESS = (
     "best accuracy have the smallest eigenvalues, trace and sharpness; compare the normalised ones "
     "between methods, since scaling weights changes the others. No such order refutes it."
 )
-_IN_WORDS = {"average": "sharpness, average", "worst case": "sharpness, worst case",
-             "loss": "loss, nats"}  # fmt: skip
 _LINE = (
     "The wider the valley, the flatter the minimum along random directions of equal filter norm. "
     "Flatness explains accuracy only if the more accurate methods have the wider valleys."
@@ -101,7 +99,7 @@ def flatness(found: Found, path: pathlib.Path) -> None:
         else:
             style.plain(axis, "x", 3)
         axis.set_yticks(range(len(names)), names)
-        axis.set_title(_IN_WORDS.get(words := measure.replace("lambda", "eigenvalue "), words))
+        axis.set_title("loss, nats" if measure == "loss" else measured_tables.in_words(measure))
         axis.grid(axis="y", visible=False)
     axes.flat[0].set_ylim(len(names) - 0.5, -0.5)
     style.note(figure, _FLATNESS)

@@ -14,10 +14,29 @@ Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
 LEGEND = (
     "Mean ± standard error over seeds; vs: mean ± standard error of the paired difference to the "
     "baseline (same seed, same data). From 5 seeds on, the CSV has 95% bootstrap intervals and "
-    "Wilcoxon p-values, Holm-corrected over the methods of a measure.\n"
+    "Wilcoxon p-values, Holm-corrected over the methods of a measure. docs/diagnostics.md explains "
+    "the measures.\n"
 )
+# Parts of measures' names -> the same for readers.
+_WORDS = {
+    "lambda": "eigenvalue ",
+    "average": "average sharpness",
+    "worst case": "worst-case sharpness",
+    "_": " ",
+}
 # First words of measures that are fractions of the examples.
 _SHARES = ("accuracy", "agreement", "ece", "adaptive ece")
+
+
+def in_words(measure: str) -> str:
+    """The name of a measure for readers.
+
+    >>> in_words("normalized lambda1"), in_words("hidden1 worst case")
+    ('normalized eigenvalue 1', 'hidden1 worst-case sharpness')
+    """
+    for short, words in _WORDS.items():
+        measure = measure.replace(short, words)
+    return measure
 
 
 def values_of(found: Found, part: str = "values") -> pd.DataFrame:
@@ -62,13 +81,22 @@ def markdown(compared: pd.DataFrame, title: str, measures: Sequence[str] | None 
 
 
 def show(compared: pd.DataFrame, title: str, measures: Sequence[str] | None = None) -> None:
-    """Prints the same tables."""
+    """Prints the same tables, each transposed where that takes fewer lines."""
     screen.show(title)
     for part, both in _by_part(compared, measures):
+        if part:
+            screen.show(f"\n{part}")
         for table in both:
-            screen.show(f"\n{part}\n" if part else "")
-            screen.show_table(table)
+            screen.show()
+            screen.show_table(_shorter(table, screen.width()))
     screen.show()
+
+
+def _shorter(table: screen.Lines, width: int) -> screen.Lines:
+    fitting = screen.fitting(table, width)
+    turned = [list(line) for line in zip(*fitting, strict=True)]
+    turned[0][0] = turned[0][0].replace("method", "measure")
+    return min(fitting, turned, key=lambda lines: screen.table(lines, width).count("\n"))
 
 
 def _by_part(
@@ -86,7 +114,7 @@ def _tables(compared: pd.DataFrame, measures: Sequence[str]) -> list[screen.Line
     others = [method for method in methods if method != baseline]
     columns, differences = {"method": methods}, {f"vs {baseline}": others}
     for measure in measures:
-        name = measure.rpartition(": ")[2].replace("_", " ")
+        name = in_words(measure.rpartition(": ")[2])
         cell, rows = text, tables.of_measure(compared, measure, methods)
         if name.startswith(_SHARES):
             name, cell = f"{name} %", tables.percent

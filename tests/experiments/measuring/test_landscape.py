@@ -13,7 +13,7 @@ from experiments.measuring import models as trained
 from experiments.reporting import class_figures, measured_figures, measured_tables, sections, style
 from lpa_jax.training.interrupts import InterruptedRunError
 from tests.helpers import browser, drawn_texts, tiny_models
-from tests.helpers.module_call import call
+from tests.helpers.module_call import call, printed_rows
 
 TINY = (
     "--dataset=digits", "--imbalance=10", "--epochs=1", "--evaluate_every=1", "--num_seeds=2",
@@ -266,6 +266,20 @@ def test_table_pairs_seeds_and_leaves_out_what_is_unknown():
     assert row["difference_se"] == pytest.approx(0.5)
     text = measured_tables.markdown(compared, "title")
     assert "| lpa | 4±1 |" in text and "| lpa | +2.5±0.5 |" in text
+
+
+def test_many_measures_of_few_methods_are_lines_on_a_narrow_screen(capsys, monkeypatch):
+    values = {f"at {layer}: lambda{k}": k for layer in ("input", "logits") for k in range(1, 9)}
+    found = {"erm": {0: {"values": values}}, "lpa": {0: {"values": values}}}
+    for columns, first, row in (
+        ("60", "measure", ["eigenvalue 8", "8", "8"]),
+        ("300", "method", ["lpa", *"12345678"]),
+    ):
+        monkeypatch.setenv("COLUMNS", columns)
+        measured_tables.show(measured_tables.compare(found, "erm"), "title")
+        out = capsys.readouterr().out
+        assert out.count("\nat input\n") == 1 and printed_rows(out)[0][0] == first
+        assert row in printed_rows(out)
 
 
 @pytest.mark.parametrize(
