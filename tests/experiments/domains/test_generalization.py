@@ -75,7 +75,7 @@ def test_tables_hold_the_mean_over_domains_and_seeds(job):
         accuracies = [result["selections"][row["selection"]] for result in results]
         assert float(row["accuracy_mean"]) == pytest.approx(sum(accuracies) / 6, abs=1e-5)
     text = (workdir / "table.md").read_text()
-    assert text.count("| lpa |") == 2 and "| +80% |" in text
+    assert text.count("| lpa |") == 2 and "| test +80% |" in text
 
 
 def test_accuracies_are_shares_of_each_part_of_each_domain(job):
