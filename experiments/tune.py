@@ -200,12 +200,12 @@ def describe(settings: Settings, seeds: list[int], digests: Mapping[str, str]) -
         "search_seed": FLAGS.search_seed,
         "fixed_options": method_flags.explicit_options() | method_flags.explicit_run_options(),
     }
-    if FLAGS.finalists is not None:
-        setting["finalists"] = FLAGS.finalists
-    if FLAGS.search_layers:
-        setting["search_layers"] = FLAGS.search_layers
-    if FLAGS.space:
-        setting["space"] = sorted(FLAGS.space)
+    given = {
+        "finalists": FLAGS.finalists,
+        "search_layers": FLAGS.search_layers,
+        "space": sorted(FLAGS.space),
+    }
+    setting |= {name: value for name, value in given.items() if value}
     if FLAGS.radius_center == "suggest":
         suggested_radii.check_ranges(ranges)
         setting["radius_center"] = FLAGS.radius_center
@@ -252,6 +252,8 @@ def tune(interrupts: Interrupts) -> None:
     finals = []
     if FLAGS.finalists:
         best = search_loop.finalists(trials, FLAGS.finalists)
+        if best is None:
+            return
         finals = [trial(one.method, one.number, len(tasks)) for one in best]
         train(finals, len(tasks) - 1)
     search_loop.finish(trials, setting, finals)

@@ -145,16 +145,25 @@ def _held(workdir: pathlib.Path, folder: pathlib.Path) -> contextlib.AbstractCon
     return run_folder.held(folder)
 
 
-def finalists(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """The trials of every method with the highest scores; none if a trial is missing.
+def _outcomes(trials: Sequence[Trial]) -> list[Mapping[str, Any]] | None:
+    """What every trial found; None, and a line, if one is missing."""
+    outcomes = [trial.find() for trial in trials]
+    if None not in outcomes:
+        return outcomes
+    print("Trials of other workers are missing; run those workers, then any of them again.")
+    return None
+
+
+def finalists(trials: Sequence[Trial], count: int) -> list[Trial] | None:
+    """The trials of every method with the highest scores; None, and a line, if one is missing.
 
     Args:
       trials: all trials, of all workers.
       count: how many of each method; those that diverged are left out.
     """
-    outcomes = [trial.find() for trial in trials]
-    if None in outcomes:
-        return []
+    outcomes = _outcomes(trials)
+    if outcomes is None:
+        return None
     scored: dict[str, list[tuple[float, Trial]]] = {}
     for trial, found in zip(trials, outcomes, strict=True):
         if found["score"] is not None:
@@ -181,9 +190,8 @@ def finish(
     """
     last = {(trial.method, trial.number): trial for trial in finals}
     trials = [last.get((trial.method, trial.number), trial) for trial in trials]
-    outcomes = [trial.find() for trial in trials]
-    if None in outcomes:
-        print("Trials of other workers are missing; run any worker again when they are done.")
+    outcomes = _outcomes(trials)
+    if outcomes is None:
         return
     files.write_text(pathlib.Path(FLAGS.workdir) / TABLE, table(trials, outcomes, bool(last)))
     chosen = {}

@@ -120,6 +120,13 @@ def test_finalists_alone_train_on_the_other_seeds_and_one_of_them_is_chosen(
         ["0", "3", "0.6"], ["1", "3", ""], ["2", "1", "0.5"], ["3", "1", "0.1"],
         ["4", "3", "0.5333333333333333"],
     ]  # fmt: skip
+    alone = output.read_text()
+    output.unlink()
+    for worker in (0, 1, 0):  # only the last finds all trials of the others
+        assert not output.exists()
+        workers = (f"--worker={worker}", "--num_workers=2", f"--workdir={tmp_path / 'workers'}")
+        assert run("tune", *arguments, *workers)[0] is None
+    assert output.read_text() == alone and len(trained) == 2 * len(set(trained))
     message, *_ = run("tune", *arguments, "--finalists=2")
     assert "holds trials with other settings (finalists: 3 there, 2 here)" in message
     message, *_ = run("tune", *ONE_TRIAL, "--finalists=2", f"--workdir={tmp_path / 'other'}")
