@@ -92,6 +92,7 @@ def test_the_figure_of_two_classes_comes_from_training_that_gives_the_readmes_nu
     "folder",
     [
         "long_tail/mlp_40_trials",
+        "long_tail/resnet8_slim_40_trials",
         "long_tail/mlp",
         "long_tail/resnet8_slim",
         "balanced/mlp",
