@@ -47,7 +47,7 @@ def parsed(experiment: str, arguments: Sequence[str]) -> Iterator[ModuleType]:
     before = set(FLAGS)
     try:
         module.define_flags()
-        rest = FLAGS([experiment, *arguments])[1:]
+        rest = FLAGS(entry_point.with_flagfiles([experiment, *arguments]))[1:]
         if rest:
             raise ValueError(f"{experiment}: unexpected argument {rest[0]!r}")
         for method in FLAGS.methods if "methods" in FLAGS else ():

@@ -43,7 +43,7 @@ def start(
 
     def parse(argv):
         try:
-            rest = FLAGS(_with_flagfiles(argv))
+            rest = FLAGS(with_flagfiles(argv))
             files.check_folders()
             return rest
         except flags.UnrecognizedFlagError as error:
@@ -75,10 +75,10 @@ def _nearest(refused: str) -> str:
     return checks.nearest(found[2], FLAGS[found[1]].parser.enum_values) if found else ""
 
 
-def _with_flagfiles(words: Iterable[str], above: tuple[str, ...] = ()) -> list[str]:
-    """The words, where those of its file replace each --flagfile.
+def with_flagfiles(words: Iterable[str], above: tuple[str, ...] = ()) -> list[str]:
+    """The words, where the lines of its file replace each --flagfile.
 
-    absl would read a device until the memory is full, and wait for the writer of a named pipe.
+    absl would wait for the writer of a named pipe, and read a device until the memory is full.
 
     Args:
       words: of the command line or of a file.
@@ -89,24 +89,22 @@ def _with_flagfiles(words: Iterable[str], above: tuple[str, ...] = ()) -> list[s
     """
     found, left = [], iter(words)
     for word in left:
+        if word == "--":
+            return [*found, word, *left]
         name, given, path = word.partition("=")
-        of_file = name in ("--flagfile", "-flagfile")
-        if of_file and not given:
+        if name not in ("--flagfile", "-flagfile"):
+            path = ""
+        elif not given:
             path = next(left, "")
-        if of_file and path:
-            path = os.path.expanduser(path)
-            if path in above:
-                raise ValueError(f"--flagfile must not name itself, got {path!r}")
-            found += _with_flagfiles(_lines(path), (*above, path))
-        else:
-            found.append(word)
-            if word == "--":
-                return [*found, *left]
+        if path in above:
+            raise ValueError(f"--flagfile must not name itself, got {path!r}")
+        found += with_flagfiles(_lines(path), (*above, path)) if path else [word]
     return found
 
 
 def _lines(path: str) -> list[str]:
     """The lines of a file of flags that are neither empty nor comments."""
+    path = os.path.expanduser(path)
     try:
         text = read_bytes(path, MOST_BYTES).decode()
     except OSError as error:
@@ -114,9 +112,8 @@ def _lines(path: str) -> list[str]:
     except ValueError:
         text = "\0"
     if "\0" in text or (not text and pathlib.Path(path).is_fifo()):
-        raise ValueError(
-            f"--flagfile must name a text file of at most {MOST_BYTES} bytes, got {path!r}"
-        )
+        most = f"of at most {MOST_BYTES} bytes"
+        raise ValueError(f"--flagfile must name a text file {most}, got {path!r}")
     lines = map(str.strip, text.split("\n"))
     return [line for line in lines if line and not line.startswith(("#", "//"))]
 

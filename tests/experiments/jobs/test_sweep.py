@@ -193,6 +193,7 @@ def test_a_wrong_description_is_refused_by_key(tmp_path, unchecked, change, expe
     ("experiment", "arguments", "expected"),
     [
         ("long_tail", ["--imbalence=3"], "Unknown command line flag 'imbalence'"),
+        ("long_tail", ["--flagfile=/dev/zero"], "--flagfile must name a text file of at most "),
         ("long_tail", ["--epochs=many"], "--epochs=many"),
         ("long_tail", ["--methods=lpaa"], "unknown method 'lpaa'"),
         ("reporting", [], "--experiment must be one of .*, got 'reporting'"),

@@ -233,7 +233,7 @@ def test_files_of_flags_may_name_others_and_what_comes_later_counts(monkeypatch,
     path = tmp_path / "flags"
     path.write_text(f"# a comment\n\n --epochs=4\r\n--flagfile={tmp_path}/more\n--seeds\n2\n")
     (tmp_path / "more").write_text("--model=cnn\n// a comment")
-    words = entry_point._with_flagfiles(["x", "--flagfile", str(path), "--epochs=5", "--flagfile="])
+    words = entry_point.with_flagfiles(["x", "--flagfile", str(path), "--epochs=5", "--flagfile="])
     assert words == ["x", "--epochs=4", "--model=cnn", "--seeds", "2", "--epochs=5", "--flagfile="]
     words = ["x", "--", f"--flagfile={path}"]
-    assert entry_point._with_flagfiles(words) == words
+    assert entry_point.with_flagfiles(words) == words
