@@ -71,13 +71,7 @@ def define_flags() -> None:
         names.ASSIGNMENTS,
         "Which classes get which sign, for lpa and lpl; confidence costs lpa:carry a forward pass.",
     )
-    flags.DEFINE_integer("batch_size", 128, "Examples in a step.", lower_bound=1, upper_bound=2**20)
-    flags.DEFINE_integer(
-        "image_size", 32, "Height and width of the random images.", lower_bound=1, upper_bound=2**12
-    )
-    flags.DEFINE_integer(
-        "channels", 3, "Channels of the random images.", lower_bound=1, upper_bound=2**10
-    )
+    timing.define_sizes(128)
     flags.DEFINE_integer("num_classes", 10, "Number of classes.", lower_bound=2, upper_bound=10**6)
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the computation.")
     flags.DEFINE_integer(

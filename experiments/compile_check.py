@@ -81,13 +81,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "assignment", "frequency", methods.ASSIGNMENTS, "Which classes get which sign."
     )
-    flags.DEFINE_integer(
-        "batch_size", 2048, "Examples in a step over all devices.", lower_bound=1, upper_bound=2**20
-    )
-    flags.DEFINE_integer(
-        "image_size", 32, "Height and width of the images.", lower_bound=1, upper_bound=2**12
-    )
-    flags.DEFINE_integer("channels", 3, "Channels of the images.", lower_bound=1, upper_bound=2**10)
+    timing.define_sizes(2048)
     flags.DEFINE_enum(
         "placement", "pmap", list(tpu.PLACEMENTS),
         "How the step is spread: pmap, or mesh_step with the state whole on every device (mesh) or "

@@ -33,14 +33,7 @@ from experiments.measuring import models as trained
 from experiments.measuring.similarity import effects, similarity_of
 from experiments.methods import flags as method_flags
 from experiments.methods import names as methods
-from experiments.reporting import (
-    class_figures,
-    frame,
-    measured_figures,
-    measured_tables,
-    screen,
-    tables,
-)
+from experiments.reporting import class_figures, frame, measured_figures, measured_tables, tables
 from experiments.runtime import fields, files
 from experiments.runtime import main as entry_point
 from experiments.runtime.progress import RunProgress
@@ -230,9 +223,7 @@ def sweep(interrupts: Interrupts) -> None:
     placed = {method: {layer: place(method, layer) for layer in layers} for method in FLAGS.methods}
     measured_figures.layer_sweep(table, placed, workdir / "layer_sweep.png")
     class_figures.swept(table, placed, workdir / "layer_sweep_geometry.png")
-    measured_tables.show(table, title, _in_order(table))
-    if not FLAGS.quiet:
-        screen.show(_LEGEND)
+    measured_tables.show(table, title, _in_order(table), "" if FLAGS.quiet else _LEGEND)
     run_flags.say(f"Written to {workdir}/layer_sweep.{{csv,md,png}}")
 
 

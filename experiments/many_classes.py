@@ -39,13 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_list("modes", list(MODES), f"Modes of lpa: {', '.join(MODES)}.")
     flags.DEFINE_list("shapes", list(pgd.SHAPES), f"Shapes of delta: {', '.join(pgd.SHAPES)}.")
     flags.DEFINE_integer("steps", 1, "PGD steps of mode cold.", lower_bound=1, upper_bound=1000)
-    flags.DEFINE_integer("batch_size", 128, "Examples in a step.", lower_bound=1, upper_bound=2**20)
-    flags.DEFINE_integer(
-        "image_size", 32, "Height and width of the random images.", lower_bound=1, upper_bound=2**12
-    )
-    flags.DEFINE_integer(
-        "channels", 3, "Channels of the random images.", lower_bound=1, upper_bound=2**10
-    )
+    timing.define_sizes(128)
     flags.DEFINE_integer(
         "rounds", 11, "Rounds of one ERM and one LPA step.", lower_bound=1, upper_bound=10**6
     )

@@ -98,14 +98,13 @@ def measure(
 ) -> timing.Rounds:
     """Steps a second without and with prefetching, by round."""
 
-    def steps_a_second(prefetch):
-        with contextlib.ExitStack() as stack:
-            batches = make_batches()
-            if prefetch:
-                batches = stack.enter_context(Prefetched(batches, step.place))
+    def without():
+        return _steps_a_second(step, state, make_batches())
+
+    def with_():
+        with Prefetched(make_batches(), step.place) as batches:
             return _steps_a_second(step, state, batches)
 
-    without, with_ = (functools.partial(steps_a_second, prefetch) for prefetch in (False, True))
     return timing.in_turn(without, with_, FLAGS.rounds, warm_up=1)
 
 

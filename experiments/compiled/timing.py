@@ -10,11 +10,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 import lpa_jax
 
 WARM_UP_ROUNDS = 2
 Compiled = Any
+
+
+def define_sizes(batch_size: int) -> None:
+    """Defines the flags for the sizes of a batch of random images, with the default of B."""
+    for name, default, most, about in (
+        ("batch_size", batch_size, 2**20, "Examples in a step, over all devices."),
+        ("image_size", 32, 2**12, "Height and width of the random images."),
+        ("channels", 3, 2**10, "Channels of the random images."),
+    ):
+        flags.DEFINE_integer(name, default, about, lower_bound=1, upper_bound=most)
 
 
 def cores() -> int:

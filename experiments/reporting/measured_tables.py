@@ -17,13 +17,6 @@ LEGEND = (
     "Wilcoxon p-values, Holm-corrected over the methods of a measure. docs/diagnostics.md explains "
     "the measures.\n"
 )
-# Parts of measures' names -> the same for readers.
-_WORDS = {
-    "lambda": "eigenvalue ",
-    "average": "average sharpness",
-    "worst case": "worst-case sharpness",
-    "_": " ",
-}
 # First words of measures that are fractions of the examples.
 _SHARES = ("accuracy", "agreement", "ece", "adaptive ece")
 
@@ -34,9 +27,8 @@ def in_words(measure: str) -> str:
     >>> in_words("normalized lambda1"), in_words("hidden1 worst case")
     ('normalized eigenvalue 1', 'hidden1 worst-case sharpness')
     """
-    for short, words in _WORDS.items():
-        measure = measure.replace(short, words)
-    return measure
+    measure = measure.replace("lambda", "eigenvalue ").replace("average", "average sharpness")
+    return measure.replace("worst case", "worst-case sharpness").replace("_", " ")
 
 
 def values_of(found: Found, part: str = "values") -> pd.DataFrame:
@@ -80,8 +72,10 @@ def markdown(compared: pd.DataFrame, title: str, measures: Sequence[str] | None 
     return "\n".join(text)
 
 
-def show(compared: pd.DataFrame, title: str, measures: Sequence[str] | None = None) -> None:
-    """Prints the same tables, each transposed where that takes fewer lines."""
+def show(
+    compared: pd.DataFrame, title: str, measures: Sequence[str] | None = None, legend: str = ""
+) -> None:
+    """Prints the same tables, each transposed where that takes fewer lines, and a legend."""
     screen.show(title)
     for part, both in _by_part(compared, measures):
         if part:
@@ -89,7 +83,7 @@ def show(compared: pd.DataFrame, title: str, measures: Sequence[str] | None = No
         for table in both:
             screen.show()
             screen.show_table(_shorter(table, screen.width()))
-    screen.show()
+    screen.show(f"\n{legend}" if legend else "")
 
 
 def _shorter(table: screen.Lines, width: int) -> screen.Lines:

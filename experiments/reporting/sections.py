@@ -1,5 +1,6 @@
 """A report's sections, and its files: Markdown, CSV, LaTeX."""
 
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -263,17 +264,12 @@ def ranges(numbers: Sequence[int]) -> str:
     >>> ranges([0, 1, 2, 3, 7, 9, 10])
     '0-3, 7, 9, 10'
     """
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    texts = [
-        [f"{part[0]}-{part[-1]}"] if len(part) > 2 else [str(number) for number in part]
-        for part in parts
-    ]
-    return ", ".join(text for group in texts for text in group)
+    # Within a run of consecutive numbers, number - place is the same.
+    grouped = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    parts = [[number for _, number in pairs] for _, pairs in grouped]
+    return ", ".join(
+        f"{part[0]}-{part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts
+    )
 
 
 def write(
