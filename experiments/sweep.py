@@ -131,6 +131,7 @@ def described(argv: Sequence[str]) -> Sweep:
             if FLAGS[name].present:
                 raise ValueError(f"--{name} and --description say the same: give one")
         sweep = from_file(FLAGS.description, argv)
+    sweep = sweep._replace(common=tuple(entry_point.with_flagfiles(sweep.common)))
     if FLAGS.baseline != methods.ERM:
         fields.named("baseline", lambda: methods.parse(FLAGS.baseline))
     for name in ("methods", "seeds"):

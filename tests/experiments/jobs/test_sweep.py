@@ -170,6 +170,12 @@ def test_bad_input_is_one_line_and_no_job_starts(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_file_of_flags_decides_nothing_that_the_sweep_decides(tmp_path, unchecked):
+    (tmp_path / "flags").write_text("--epochs=3\n--methods=lpa\n")
+    message = call(f"--workdir={tmp_path / 'jobs'}", "--", f"--flagfile={tmp_path / 'flags'}")
+    assert message == "error: the sweep itself decides --methods of its jobs"
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
