@@ -6,6 +6,7 @@ radius. The `confidence` and `frequency` rules, and both multipliers, are those 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -41,13 +42,25 @@ class Assignment:
     num_classes: int | None = None
     description: str = dataclasses.field(default="", compare=False)
 
+    def __post_init__(self):
+        """Refuses a rule that is no function, and an `ema` out of range."""
+        checks.function("rule", self.rule, "confidence", "present")
+        ema = checks.number("ema", self.ema, high=1.0, open_high=True)
+        object.__setattr__(self, "ema", ema)
+
     def __repr__(self) -> str:
         """The factory's call, with all options."""
         return self.description or f"{self.name}(...)"
 
     def __call__(self, confidence: Array, present: Array) -> tuple[Array, Array]:
         """(sign, multiplier), both [C]; classes that are not present get sign 0."""
-        sign, multiplier = self.rule(confidence, present)
+        result = self.rule(confidence, present)
+        pair = isinstance(result, tuple) and len(result) == 2
+        fits = pair and all(np.shape(values) in ((), present.shape) for values in result)
+        got = [np.shape(values) for values in result] if pair else type(result).__name__
+        allowed = f"one that returns (sign, multiplier), both of shape {present.shape}"
+        checks.require(fits, f"rule of assignment {self.name!r}", allowed, got)
+        sign, multiplier = map(jnp.asarray, result)
         return jnp.where(present, sign, 0.0), multiplier
 
     def check_num_classes(self, num_classes: int) -> None:
@@ -85,7 +98,6 @@ def by_confidence(kappa: float = 0.0, ema: float = 0.0) -> Assignment:
       absent classes with probability zero.
     """
     checks.number("kappa", kappa)
-    checks.number("ema", ema, high=1.0, open_high=True)
 
     def rule(confidence, present):
         present_mean = jnp.sum(jnp.where(present, confidence, 0.0)) / jnp.maximum(
@@ -128,7 +140,9 @@ def by_frequency(counts: ArrayLike, split: float | int = 0.4, kappa: float = 0.0
     counts = checks.vector("counts", counts, open_low=True)
     checks.number("kappa", kappa)
     num_classes = counts.size
-    head_size = round(split * num_classes) if 0 <= split < 1 else split
+    head_size = checks.real(split)
+    if 0 <= head_size < 1:
+        head_size = round(head_size * num_classes)
     if not 0 <= head_size <= num_classes or head_size != int(head_size):
         raise ValueError(
             f"split must be a fraction below 1 or a whole number in 0..{num_classes}, got {split!r}"
@@ -175,14 +189,14 @@ def custom(sign: ArrayLike, multiplier: ArrayLike | None = None) -> Assignment:
       >>> custom([1, 0, -1])(jnp.zeros(3), jnp.ones(3, bool))[0].tolist()
       [1.0, 0.0, -1.0]
     """
-    sign = np.asarray(sign, np.float64)
-    multiplier = np.ones_like(sign) if multiplier is None else np.asarray(multiplier, np.float64)
-    if sign.ndim != 1 or not np.all(np.isin(sign, (-1.0, 0.0, 1.0))):
+    sign = checks.vector("sign", sign, -math.inf)
+    multiplier = checks.vector(
+        "multiplier", np.ones_like(sign) if multiplier is None else multiplier
+    )
+    if not np.all(np.isin(sign, (-1.0, 0.0, 1.0))):
         raise ValueError(f"sign must be a list of -1, 0 and 1, got {sign.tolist()}")
-    if multiplier.shape != sign.shape or not np.all(np.isfinite(multiplier) & (multiplier >= 0)):
-        raise ValueError(
-            f"multiplier must be {sign.size} finite numbers >= 0, got {multiplier.tolist()}"
-        )
+    if multiplier.shape != sign.shape:
+        raise ValueError(f"multiplier must be {sign.size} numbers, got {multiplier.tolist()}")
     text = described("custom", {"sign": sign, "multiplier": multiplier})
     return _fixed("custom", sign, multiplier, text)
 

@@ -5,6 +5,7 @@ that is an argument of a compiled step) cannot be read on the host: it passes an
 """
 
 import difflib
+import inspect
 import math
 import operator
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -29,9 +31,21 @@ def is_known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def host_number(value: Any) -> Any:
+    """A known JAX number as a NumPy one, since jit would stage what tests it; others as they are.
+
+    Example:
+      >>> host_number(jnp.float32(0.5)), host_number("0.5")
+      (np.float32(0.5), '0.5')
+    """
+    is_scalar = isinstance(value, jax.Array) and is_known(value) and value.ndim == 0
+    plain = is_scalar and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+    return np.asarray(value)[()] if plain else value
+
+
 def vanishes(value: Any) -> bool:
     """Whether the value is known to be 0, which turns a method off bitwise."""
-    return is_known(value) and value == 0
+    return is_known(value) and host_number(value) == 0
 
 
 def require(holds: bool, name: str, allowed: str, value: Any) -> None:
@@ -47,6 +61,45 @@ def require(holds: bool, name: str, allowed: str, value: Any) -> None:
         _refuse(name, allowed, shown(value))
 
 
+def instance(name: str, value: Any, kind: Any, allowed: str) -> None:
+    """Raises ValueError, naming the type of the value, unless it is of a kind as for isinstance."""
+    if not isinstance(value, kind):
+        _refuse(name, allowed, type(value).__name__)
+
+
+def function(name: str, value: Any, *arguments: str) -> None:
+    """Raises ValueError unless the value can be called with these arguments, by position.
+
+    Example:
+      >>> function("loss", lambda gamma: None, "logits", "targets")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+        ...
+      ValueError: loss must be a function of (logits, targets), got <function ...
+    """
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError:
+        _refuse(name, f"a function of ({', '.join(arguments)})", shown(value))
+    except ValueError:  # a function of C has no signature
+        pass
+
+
+def key(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is one random key, of either kind that JAX has."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    fits = shape == () if typed else dtype == np.uint32 and len(shape) == 1
+    require(fits, name, "a random key such as jax.random.key(0)", value)
+
+
+def array(name: str, value: Any) -> jax.Array:
+    """The value as a JAX array, if it holds numbers."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        _refuse(name, "an array of numbers", shown(value))
+
+
 def number(
     name: str,
     value: Any,
@@ -56,7 +109,7 @@ def number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> Any:
-    """The value, if it is a finite real number between two bounds, or traced.
+    """The value, if it is traced or a finite real number between two bounds; JAX's as NumPy's.
 
     Args:
       name: What the error calls it.
@@ -79,7 +132,8 @@ def number(
     """
     if not is_known(value):
         return value
-    known = _real(value)
+    value = host_number(value)
+    known = real(value)
     above = known > low if open_low else known >= low
     below = known < high if open_high else known <= high
     allowed = f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
@@ -87,6 +141,17 @@ def number(
         allowed = _at_least(low, open_low)
     require(math.isfinite(known) and above and below, name, allowed, value)
     return value
+
+
+def real(value: Any) -> float:
+    """The value as a float; nan for what is no real scalar, infinity for what is too large."""
+    try:
+        unfit = isinstance(value, str | bytes) or np.ndim(value) or np.asarray(value).dtype == bool
+        return math.nan if unfit else float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int = LARGEST) -> int:
@@ -114,16 +179,14 @@ def integer(name: str, value: Any, minimum: int, maximum: int = LARGEST) -> int:
     return index
 
 
-def positive_integers(name: str, values: Any) -> None:
-    """Raises ValueError unless the values are an integer >= 1 or a non-empty tuple of such."""
-    if not isinstance(values, tuple):
-        integer(name, values, minimum=1)
-        return
+def positive_integers(name: str, values: Any) -> tuple[int, ...]:
+    """The values as a tuple of ints; ValueError unless they are one or more integers >= 1."""
     try:
-        fit = bool(values) and all(integer(name, value, minimum=1) for value in values)
-    except ValueError:
-        fit = False
-    require(fit, name, "one or more whole numbers >= 1", values)
+        whole = tuple(integer(name, value, minimum=1) for value in values)
+    except (TypeError, ValueError):
+        whole = ()
+    require(bool(whole), name, "one or more whole numbers >= 1", values)
+    return whole
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -176,6 +239,8 @@ def vector(name: str, values: ArrayLike, low: float = 0.0, *, open_low: bool = F
       ValueError: counts must be finite and > 0, got 0 at position 1
     """
     try:
+        if np.asarray(values).dtype.kind in "bSU":
+            raise TypeError
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError):
         _refuse(name, "a vector of numbers known on the host", type(values).__name__)
@@ -247,7 +312,7 @@ def check_labels(
 
 def shown(value: Any) -> str:
     """The value in one line of at most 200 characters, as errors show it."""
-    if hasattr(value, "tolist"):
+    if hasattr(value, "tolist") and not isinstance(value, type) and is_known(value):
         value = value.tolist()
     try:
         text = re.sub(r"\s*\n\s*", " ", repr(value))
@@ -267,17 +332,6 @@ def _index_vector(name: str, values: ArrayLike, limit: int) -> np.ndarray:
 
 def _at_least(low: float, is_open: bool) -> str:
     return "finite" if low == -math.inf else f"finite and {'>' if is_open else '>='} {low:g}"
-
-
-def _real(value: Any) -> float:
-    """The value as a float; nan for what is no real scalar, infinity for what is too large."""
-    try:
-        unfit = isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value)
-        return math.nan if unfit else float(value)
-    except OverflowError:
-        return math.inf
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def _refuse(name: str, allowed: str, got: str) -> NoReturn:

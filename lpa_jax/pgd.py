@@ -79,21 +79,21 @@ class PGDOptions(NamedTuple):
     min_cosine: float = 0.0
 
     def validate(self) -> "PGDOptions":
-        """Returns itself.
+        """The same options, numbers of JAX as those of NumPy.
 
         Raises:
           ValueError: An option is out of range.
         """
-        integer("steps", self.steps, minimum=0)
-        number("step_size", self.step_size, open_low=True)
+        steps = integer("steps", self.steps, minimum=0)
+        step_size = number("step_size", self.step_size, open_low=True)
         choice("geometry", self.geometry, GEOMETRIES)
         choice("norm", self.norm, NORMS)
         choice("shape", self.shape, SHAPES)
-        number("min_cosine", self.min_cosine, 0.0, 1.0)
-        has_cone = self.geometry != "free" or self.min_cosine == 0
+        min_cosine = number("min_cosine", self.min_cosine, 0.0, 1.0)
+        has_cone = self.geometry != "free" or min_cosine == 0
         allowed = "0 with geometry='free', which has no cone"
-        require(has_cone, "min_cosine", allowed, self.min_cosine)
-        return self
+        require(has_cone, "min_cosine", allowed, min_cosine)
+        return self._replace(steps=steps, step_size=step_size, min_cosine=min_cosine)
 
 
 def reduce_to_shape(values: Array, shape: str, reduction=jnp.mean) -> Array:

@@ -62,6 +62,8 @@ class Registry(Generic[Value]):
     def _describing(self, name: str, factory: Factory) -> Factory:
         @functools.wraps(factory)
         def describing(*arguments, **options):
+            arguments = [checks.host_number(value) for value in arguments]
+            options = {name: checks.host_number(value) for name, value in options.items()}
             value = factory(*arguments, **options)
             given = inspect.signature(factory).bind(*arguments, **options)
             given.apply_defaults()

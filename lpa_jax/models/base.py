@@ -65,7 +65,7 @@ class StagedModel(nn.Module):
     head: str = dataclasses.field(default="linear", kw_only=True)
 
     def __post_init__(self):
-        checks.positive_integers("num_classes", self.num_classes)
+        self.num_classes = checks.integer("num_classes", self.num_classes, 1)
         checks.choice("head", self.head, HEADS)
         self.dtype = floating_dtype(self.dtype)
         super().__post_init__()
@@ -153,7 +153,7 @@ class NormalizedModel(StagedModel):
 
     def __post_init__(self):
         checks.choice("norm", self.norm, NORMS)
-        checks.positive_integers("groups", self.groups)
+        self.groups = checks.integer("groups", self.groups, 1)
         checks.number("norm_momentum", self.norm_momentum, high=1.0, open_high=True)
         checks.number("norm_epsilon", self.norm_epsilon, open_low=True)
         if self.frozen_norm and self.norm != "batch":

@@ -32,8 +32,7 @@ class SmallCNN(base.NormalizedModel):
     norm: str = dataclasses.field(default="group", kw_only=True)
 
     def __post_init__(self):
-        self.widths = tuple(self.widths)
-        checks.positive_integers("widths", self.widths)
+        self.widths = checks.positive_integers("widths", self.widths)
         super().__post_init__()
 
     @property

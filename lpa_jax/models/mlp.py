@@ -31,9 +31,8 @@ class MLP(base.StagedModel):
     dropout: float = 0.0
 
     def __post_init__(self):
-        self.hidden = tuple(self.hidden)
-        checks.positive_integers("hidden", self.hidden)
-        checks.number("dropout", self.dropout, high=1.0, open_high=True)
+        self.hidden = checks.positive_integers("hidden", self.hidden)
+        self.dropout = checks.number("dropout", self.dropout, high=1.0, open_high=True)
         super().__post_init__()
 
     @property

@@ -81,15 +81,14 @@ class ResNet(base.NormalizedModel):
     dropout: float = 0.0
 
     def __post_init__(self):
-        self.stage_sizes, self.widths = tuple(self.stage_sizes), tuple(self.widths)
-        checks.positive_integers("stage_sizes", self.stage_sizes)
-        checks.positive_integers("widths", self.widths)
+        self.stage_sizes = checks.positive_integers("stage_sizes", self.stage_sizes)
+        self.widths = checks.positive_integers("widths", self.widths)
+        self.dropout = checks.number("dropout", self.dropout, high=1.0, open_high=True)
         super().__post_init__()
         if len(self.widths) != len(self.stage_sizes):
             raise ValueError(
                 f"widths must be one for each of stage_sizes={self.stage_sizes}, got {self.widths}"
             )
-        checks.number("dropout", self.dropout, high=1.0, open_high=True)
         checks.choice("block", self.block, BLOCKS)
         checks.choice("shortcut", self.shortcut, SHORTCUTS)
         checks.choice("stem", self.stem, STEMS)

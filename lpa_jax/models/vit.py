@@ -54,14 +54,11 @@ class ViT(base.StagedModel):
     norm_epsilon: float = 1e-6
 
     def __post_init__(self):
-        checks.positive_integers("patch", self.patch)
-        checks.positive_integers("width", self.width)
-        checks.positive_integers("depth", self.depth)
-        checks.positive_integers("heads", self.heads)
-        checks.positive_integers("mlp_ratio", self.mlp_ratio)
+        for name in ("patch", "width", "depth", "heads", "mlp_ratio"):
+            setattr(self, name, checks.integer(name, getattr(self, name), 1))
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads={self.heads}, got {self.width}")
-        checks.number("dropout", self.dropout, high=1.0, open_high=True)
+        self.dropout = checks.number("dropout", self.dropout, high=1.0, open_high=True)
         checks.number("norm_epsilon", self.norm_epsilon, open_low=True)
         super().__post_init__()
 

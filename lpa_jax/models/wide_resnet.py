@@ -44,11 +44,11 @@ class WideResNet(base.NormalizedModel):
     dropout: float = 0.0
 
     def __post_init__(self):
-        checks.positive_integers("depth", self.depth)
-        checks.positive_integers("width", self.width)
+        self.depth = checks.integer("depth", self.depth, 1)
+        self.width = checks.integer("width", self.width, 1)
         counted = self.depth >= 10 and self.depth % 6 == 4
         checks.require(counted, "depth", "6n + 4 for a whole number n >= 1", self.depth)
-        checks.number("dropout", self.dropout, high=1.0, open_high=True)
+        self.dropout = checks.number("dropout", self.dropout, high=1.0, open_high=True)
         super().__post_init__()
 
     @property

@@ -193,7 +193,8 @@ def chain(*perturbations: Perturbation) -> Perturbation:
     """
     if not perturbations:
         raise ValueError("chain needs at least one perturbation, got none")
-    for p in perturbations:
+    for place, p in enumerate(perturbations):
+        checks.instance(f"perturbations[{place}]", p, Perturbation, "a Perturbation")
         checks.require(p.labels_of is None, "with_labels", "around the chain, not inside it", p)
     for p in perturbations[1:]:
         if p.update is not None:
@@ -250,6 +251,8 @@ def with_labels(perturbation: Perturbation, labels_of: LabelsOf = majority) -> P
       >>> with_labels(lpa(0.1)).name  # for labels [B, 32, 32] and an activation [B, 8, 8, 64]
       'lpa'
     """
+    checks.instance("perturbation", perturbation, Perturbation, "a Perturbation")
+    checks.function("labels_of", labels_of, "labels", "activation", "num_classes")
     checks.require(perturbation.by_label, "perturbation", "by class, such as lpa", perturbation)
     described = f"with_labels({perturbation!r}, {getattr(labels_of, '__name__', labels_of)})"
     return perturbation._replace(labels_of=labels_of, description=described)

@@ -102,7 +102,7 @@ def lpa(
     """
     if steps is None:
         steps = 3 if mode == "cold" else 1
-    assignment = assignment or by_confidence()
+    assignment = by_confidence() if assignment is None else assignment
     description = described("lpa", locals())
     return class_level(
         "lpa",

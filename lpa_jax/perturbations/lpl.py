@@ -47,7 +47,7 @@ def lpl(
     References:
       Li et al., AAAI 2022, and arXiv 2209.05668.
     """
-    assignment = assignment or by_confidence()
+    assignment = by_confidence() if assignment is None else assignment
     description = described("lpl", locals())
     return class_level(
         "lpl",

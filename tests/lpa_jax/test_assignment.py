@@ -232,11 +232,11 @@ def test_an_assignment_for_another_number_of_classes_is_refused():
             for split in (-1, 3, 1.5, np.nan, np.inf)
         ),
         (lambda: assignment.custom([1, 2]), "sign must be a list of -1, 0 and 1, got [1.0, 2.0]"),
-        (lambda: assignment.custom(1), "sign must be a list of -1, 0 and 1, got 1.0"),
+        (lambda: assignment.custom(1), "sign must be a non-empty vector of numbers, got shape ()"),
         (lambda: assignment.custom([1, 1], [1, -1]),
-         "multiplier must be 2 finite numbers >= 0, got [1.0, -1.0]"),
+         "multiplier must be finite and >= 0, got -1 at position 1"),
         (lambda: assignment.custom([1, 1], [1]),
-         "multiplier must be 2 finite numbers >= 0, got [1.0]"),
+         "multiplier must be 2 numbers, got [1.0]"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_named_with_its_value(make, message):
