@@ -113,11 +113,7 @@ class Labels:
           ValueError: There is not one loss for each row.
         """
         rows = self.rows
-        if losses.shape not in (self.lead, rows.shape[:1]):
-            raise ValueError(
-                f"loss must return one value for each label, shape {self.lead}, got {losses.shape}"
-            )
-        losses = jnp.reshape(losses, (-1,))
+        losses = jnp.reshape(one_each(losses, self.lead), (-1,))
         if self.several:
             losses = jnp.where(counted_rows(rows), losses, 0.0)
             known = (rows == -1) | (rows == 0) | (rows == 1)
@@ -133,15 +129,23 @@ class Labels:
         return jnp.mean(losses) * weight_of_counted(self.rows, axis_name).astype(losses.dtype)
 
     def of_counted(self, loss: Loss) -> Loss:
-        """The loss, 0 where a label does not count, if that can matter to other rows."""
-        if not self.may_interact:
-            return loss
+        """The loss, checked; 0 where a label does not count, if that can matter to other rows."""
 
         def counted(logits, targets):
-            losses = loss(logits, targets)
+            losses = one_each(loss(logits, targets), logits.shape[:-1])
+            if not self.may_interact:
+                return losses
             return jnp.where(jnp.reshape(counted_rows(self.rows), losses.shape), losses, 0.0)
 
         return counted
+
+
+def one_each(losses: Any, lead: tuple[int, ...]) -> Array:
+    """The losses, if there is one for each label of shape `lead`; raises ValueError."""
+    shape = getattr(losses, "shape", type(losses).__name__)
+    if shape not in (lead, (math.prod(lead),)):
+        raise ValueError(f"loss must return one value for each label, shape {lead}, got {shape}")
+    return losses
 
 
 jax.tree_util.register_dataclass(Labels, ["values"], ["num_classes", "several"])

@@ -41,7 +41,7 @@ def mean(values: jax.Array, mask: jax.Array | None = None) -> Pair:
       >>> float(total), float(count)
       (3.0, 2.0)
     """
-    values = at_least_float32(jnp.asarray(values))
+    values = at_least_float32(checks.array("values", values))
     counted = _counted(mask, values.shape)
     return jnp.sum(jnp.where(counted, values, 0.0)), jnp.sum(counted.astype(values.dtype))
 
@@ -213,9 +213,10 @@ def shot_groups(
       Liu et al. 2019, Large-Scale Long-Tailed Recognition in an Open World, arXiv 1904.05160.
     """
     counts = checks.vector("counts", counts)
-    low, high = thresholds
-    checks.require(0 <= low <= high, "thresholds", "(low, high), 0 <= low <= high", thresholds)
-    many, few = counts > high, counts < low
+    limits = checks.vector("thresholds", thresholds)
+    ascend = limits.size == 2 and limits[0] <= limits[1]
+    checks.require(ascend, "thresholds", "(low, high), 0 <= low <= high", thresholds)
+    many, few = counts > limits[1], counts < limits[0]
     return {"many": many, "medium": ~(many | few), "few": few}
 
 
@@ -267,6 +268,7 @@ def group_accuracy(
     """
     by_class = np.atleast_1d(compute(tuple(per_class_pair)))
     tested = ~np.isnan(by_class)
+    checks.instance("groups", groups, Mapping, "boolean masks by name")
     result = {}
     for name, mask in groups.items():
         mask = np.asarray(mask)
@@ -283,14 +285,16 @@ def group_accuracy(
 def _counted(mask: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     if mask is None:
         return jnp.ones(shape, dtype=bool)
-    mask = jnp.asarray(mask)
+    mask = checks.array("mask", mask)
     if mask.shape != shape:
         raise ValueError(f"mask must have one entry per example, shape {shape}, got {mask.shape}")
     return mask.astype(bool)
 
 
 def _correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    logits, labels = checks.array("logits", logits), checks.array("labels", labels)
+    floating = jnp.issubdtype(labels.dtype, jnp.inexact)
+    checks.require(not floating, "labels", "integers", labels.dtype)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             "logits and labels must have shapes [B, C] and [B], "

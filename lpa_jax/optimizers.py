@@ -9,7 +9,7 @@ or 1 (biases, scales and offsets of normalisation) are left out unless `decay_bi
 Parameters of higher rank that are neither, such as the position embedding of a ViT, are decayed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -165,6 +165,7 @@ def sam(
       Foret et al. 2021, Sharpness-Aware Minimization for Efficiently Improving Generalization,
       arXiv 2010.01412, equation 3.
     """
+    check_transformation(optimizer)
     checks.number("rho", rho, open_low=True)
     ascend = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     return optax.contrib.sam(optimizer, ascend, sync_period=2, opaque_mode=True)
@@ -218,20 +219,22 @@ def schedule(
     checks.number("base_rate", base_rate)
     checks.integer("total_steps", total_steps, 1)
     checks.require(
-        0 <= warmup_steps < total_steps,
+        0 <= checks.real(warmup_steps) < total_steps,
         "warmup_steps",
         f">= 0 and below total_steps={total_steps}",
         warmup_steps,
     )
+    boundaries = []
     if name == "step":
         checks.number("factor", factor, 0.0, 1.0, open_low=True)
+        fractions = list(milestones) if isinstance(milestones, Iterable) else []
         checks.require(
-            len(milestones) > 0 and all(0.0 < m < 1.0 for m in milestones),
+            bool(fractions) and all(0.0 < checks.real(m) < 1.0 for m in fractions),
             "milestones",
             "one or more fractions of total_steps in (0, 1) for the schedule 'step'",
             milestones,
         )
-    boundaries = [round(fraction * total_steps) for fraction in milestones]
+        boundaries = [round(fraction * total_steps) for fraction in fractions]
 
     def decay(step):
         if name == "cosine":
@@ -276,10 +279,19 @@ def create(name: str, learning_rate: LearningRate, **options: Any) -> optax.Grad
     return _REGISTRY.create(name, learning_rate, **options)
 
 
+def check_transformation(optimizer: Any) -> None:
+    """Raises ValueError for an optimizer that is no optax transformation."""
+    fits = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    kind = () if isinstance(optimizer, type) or not fits else object
+    checks.instance("optimizer", optimizer, kind, "an optax transformation")
+
+
 def _check_common(
     learning_rate: LearningRate, weight_decay: float, clip_norm: float | None
 ) -> None:
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        checks.function("learning_rate", learning_rate, "step")
+    else:
         checks.number("learning_rate", learning_rate)
     checks.number("weight_decay", weight_decay)
     if clip_norm is not None:

@@ -24,14 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax.checks import (
+    array,
     check_labels,  # noqa: F401 (users reach it here, too)
     choice,
+    function,
     integer,
     is_known,
     number,
     require,
 )
-from lpa_jax.labels import Labels, rows_of_positions
+from lpa_jax.labels import Labels, one_each, rows_of_positions
 from lpa_jax.parallel.explicit_axes import in_auto_axes, in_own_axes
 from lpa_jax.tables import (
     BatchClasses,
@@ -381,6 +383,7 @@ def class_perturbation(
       Method of arXiv 2605.29525 (abstract); equations as in the module docstring.
     """
     options = PGDOptions(steps, step_size, geometry, norm, shape, min_cosine).validate()
+    function("loss_fn", loss_fn, "activations")
     loss_fn = in_own_axes(loss_fn, activations)
     return _class_perturbation(
         loss_fn, activations, labels, sign, radius, options, initial, several, axis_name
@@ -391,8 +394,8 @@ def class_perturbation(
 def _class_perturbation(
     loss_fn, activations, labels, sign, radius, options, initial, several, axis_name
 ):
-    activations, labels = jnp.asarray(activations), jnp.asarray(labels)
-    sign, radius = jnp.asarray(sign), jnp.asarray(radius)
+    activations, labels = array("activations", activations), array("labels", labels)
+    sign, radius = array("sign", sign), array("radius", radius)
     labels = _checked_labels(activations, labels, sign, radius, several)
     dtype, whole = perturbation_dtype(activations), activations.shape
     activations = rows_of_positions(jax.lax.stop_gradient(activations), labels.lead)
@@ -406,7 +409,7 @@ def _class_perturbation(
         initial = jax.lax.stop_gradient(initial).astype(dtype)
 
     def losses(rows):
-        values = loss_fn(jnp.reshape(rows, whole))
+        values = one_each(loss_fn(jnp.reshape(rows, whole)), labels.lead)
         return (labels.counted(values) if labels.may_interact else values), None
 
     def gradient_fn(delta):
@@ -424,6 +427,7 @@ def _checked_labels(
     if not floating:
         got = f"{activations.dtype} {activations.shape}"
         raise ValueError(f"activations must be a floating array [B, ...], got {got}")
+    require(sign.dtype != bool, "sign", "-1, 0 or 1 for every class", sign)
     if sign.ndim != 1 or radius.shape != sign.shape:
         got = f"{sign.shape} and {radius.shape}"
         raise ValueError(f"sign and radius must both have shape [C], got {got}")

@@ -10,6 +10,7 @@ back to the one before, and deletes nothing.
 """
 
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -98,7 +99,8 @@ class Checkpoints:
         self._folder = pathlib.Path(folder).absolute()
         if self._folder.is_symlink():
             raise ValueError(f"folder must not be a symbolic link: {self._folder}")
-        self._config = dict(config or {})
+        checks.instance("config", {} if config is None else config, Mapping, "a dictionary")
+        self._config = _as_stored("config", config or {})
         self._keep = keep
         self._is_writer = is_writer
         self._scores: dict[int, float] = {}
@@ -141,8 +143,12 @@ class Checkpoints:
         Raises:
           CheckpointError: It cannot be written; the earlier ones are kept.
         """
+        step = checks.integer("step", step, 0)
         if not self._is_writer or step in self._intact:
             return
+        notes = {} if notes is None else notes
+        for name, given in (("totals", totals or {}), ("notes", notes)):
+            checks.instance(name, given, Mapping, "a dictionary")
         arrays = array_files.flatten("state", state) | array_files.flatten(
             "totals", dict(totals or {})
         )
@@ -158,7 +164,7 @@ class Checkpoints:
             array_files.write(unfinished / _ARRAYS, arrays)
             files = manifest.hash_files(unfinished, to_disk=True)
             scores = {str(scored): score for scored, score in self._scores.items()}
-            manifest.write(unfinished, Manifest(step, self._config, notes or {}, scores, files))
+            manifest.write(unfinished, Manifest(step, self._config, notes, scores, files))
             manifest.flush_to_disk(unfinished)
             unfinished.rename(path)
             manifest.flush_to_disk(self._folder)
@@ -175,7 +181,8 @@ class Checkpoints:
 
     def score(self, step: int, value: float) -> None:
         """Says how good the state of a step is: higher is better, not finite is not a score."""
-        if math.isfinite(value):
+        step = checks.integer("step", step, 0)
+        if math.isfinite(checks.real(value)):
             self._scores[step] = float(value)
             if self._is_writer:
                 self._retire()
@@ -318,6 +325,14 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = sorted(set(old) | set(new))
         return [d for key in keys for d in differences(old.get(key), new.get(key), key)]
     return [] if old == new else [f"{name}: {old} there, {new} here"]
+
+
+def _as_stored(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as a checkpoint gives them back: tuples are lists, keys are text."""
+    try:
+        return json.loads(json.dumps(dict(values), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be what JSON can hold, got {values!r} ({error})") from None
 
 
 def _read_arrays(folder: pathlib.Path) -> array_files.Arrays:

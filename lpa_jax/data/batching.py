@@ -60,7 +60,18 @@ def take_at(source: Examples, stream: ExampleStream, start: int, count: int) -> 
     return _stacked(source.read(indices.tolist(), stream.crop_draws(start, count)))
 
 
+def check_source(name: str, source: Any) -> Any:
+    """The source of examples, if it can be read by number; raises ValueError."""
+    sized = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    listed = sized and not isinstance(source, Mapping | np.ndarray | str)
+    kind = object if listed else Dataset
+    checks.instance(name, source, kind, "a Dataset or a sequence of examples")
+    return source
+
+
 def _stacked(examples: Sequence[Mapping[str, Any]]) -> Batch:
+    for example in examples:
+        checks.instance("an example", example, Mapping, "a dictionary with image and label")
     shapes = sorted({np.shape(example["image"]) for example in examples})
     if len(shapes) > 1:
         raise ValueError(f"images must have one shape, got {shapes[0]} and {shapes[1]}")
@@ -177,7 +188,10 @@ def batches(
       (class-balanced sampling).
     """
     batch_size = checks.integer("batch_size", batch_size, minimum=1)
-    labels = dataset.labels if class_balanced else None
+    check_source("dataset", dataset)
+    labels = getattr(dataset, "labels", None) if class_balanced else None
+    known = not class_balanced or labels is not None
+    checks.require(known, "class_balanced", "False for a data set without labels", class_balanced)
     stream = ExampleStream(len(dataset), seed, shuffle=shuffle, balanced_labels=labels)
     return Batches(dataset, stream, batch_size, host_slice)
 
@@ -229,7 +243,7 @@ def evaluation_batches(
       [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]
     """
     batch_size = checks.integer("batch_size", batch_size, minimum=1)
-    return EvaluationBatches(dataset, batch_size, host_slice)
+    return EvaluationBatches(check_source("dataset", dataset), batch_size, host_slice)
 
 
 def grain_batches(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpa_jax import checks
-from lpa_jax.data.batching import Batch, Examples, shared_evenly, take_at
+from lpa_jax.data.batching import Batch, Examples, check_source, shared_evenly, take_at
 from lpa_jax.data.example_stream import ExampleStream
 
 
@@ -111,7 +111,9 @@ def domain_batches(
     References:
       Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021 (DomainBed).
     """
-    datasets = tuple(datasets)
+    datasets = tuple(check_source("datasets", datasets))
+    for place, dataset in enumerate(datasets):
+        check_source(f"datasets[{place}]", dataset)
     if not datasets:
         raise ValueError("datasets must hold at least one domain, got none")
     batch_size = checks.integer("batch_size_per_domain", batch_size_per_domain, minimum=1)

@@ -21,7 +21,7 @@ from lpa_jax.diagnostics.objective import (
     first_batch_shapes,
     objective_over,
 )
-from lpa_jax.injection import LOGITS, Network, Pass, Variables
+from lpa_jax.injection import LOGITS, Network, Pass, Variables, as_network
 from lpa_jax.losses import cross_entropy
 
 Array = jax.Array
@@ -73,6 +73,7 @@ def activation_objective(
       [[-0.5, 0.5], [0.5, -0.5]]
     """
     checks.choice("level", level, LEVELS)
+    network = as_network(network)
     activation, logits = first_batch_shapes(network, variables, batches, layer, LOGITS)
     if not jnp.issubdtype(activation.dtype, jnp.floating):
         raise ValueError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from lpa_jax import checks, tables
 from lpa_jax.checks import is_known
-from lpa_jax.injection import Network, Pass, Variables, check_layer
+from lpa_jax.injection import Network, Pass, Variables, as_network, check_layer
 
 Array = jax.Array
 
@@ -33,6 +33,7 @@ def layers_above(network: Network, layer: str) -> tuple[str, ...]:
       >>> layers_above(CutFunctions(lambda p, x: x, lambda p, h: h), "input")
       ('hidden', 'logits')
     """
+    network = as_network(network)
     check_layer(network.layers, layer)
     return tuple(network.layers[network.layers.index(layer) + 1 :])
 
@@ -52,6 +53,7 @@ def random_directions(rng: Array, delta: Array) -> Array:
       >>> tables.row_norms(random_directions(jax.random.key(0), delta)).round(4).tolist()
       [5.0, 0.0]
     """
+    checks.key("rng", rng)
     delta = jnp.asarray(delta)
     normal = jax.random.normal(rng, delta.shape, tables.perturbation_dtype(delta))
     return tables.over_classes(tables.row_norms(delta), normal) * tables.unit_rows(normal)
@@ -89,6 +91,7 @@ def gains(
       >>> {name: gain.tolist() for name, gain in found.items()}
       {'hidden': [3.0], 'logits': [6.0]}
     """
+    network = as_network(network)
     above = layers_above(network, layer)
     if not len(inputs):
         raise ValueError("inputs must hold at least one example, got none")
@@ -180,12 +183,13 @@ def local_bound(
       >>> bound.sigma.round(4).tolist()
       [3.0, 3.0]
     """
+    network = as_network(network)
+    checks.key("rng", rng)
     if target not in layers_above(network, layer):
         check_layer(network.layers, target)
         raise ValueError(f"target must be a layer above {layer!r}, got {target!r}")
     checks.integer("iterations", iterations, minimum=1)
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance!r}")
+    checks.number("tolerance", tolerance, open_low=True)
     if not len(inputs):
         raise ValueError("inputs must hold at least one example, got none")
     activation = _activation(network, variables, inputs, layer)

@@ -145,6 +145,7 @@ def top_eigenvalues(
     checks.integer("steps", steps, minimum=k)
     if steps > objective.dimension:
         raise ValueError(f"steps must be at most the dimension {objective.dimension}, got {steps}")
+    checks.key("rng", rng)
     start = jax.random.normal(rng, (objective.rows, objective.dimension), objective.dtype)
     tridiagonal = lanczos(objective.hessian_product, start, steps)
     values, _, last = tridiagonal.ritz()
@@ -179,6 +180,7 @@ def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
     """
     checks.integer("probes", probes, minimum=2)
     samples = []
+    checks.key("rng", rng)
     for key in jax.random.split(rng, probes):
         signs = random_signs(key, objective)
         samples.append(np.asarray(tables.inner_products(signs, objective.hessian_product(signs))))
@@ -246,6 +248,7 @@ def average_sharpness(
     checks.number("radius", radius)
     checks.integer("samples", samples, minimum=2)
     rises = []
+    checks.key("rng", rng)
     for key in jax.random.split(rng, samples):
         normal = jax.random.normal(key, (objective.rows, objective.dimension), objective.dtype)
         shift = radius * tables.unit_rows(normal)

@@ -17,7 +17,7 @@ from lpa_jax.diagnostics.objective import (
     first_batch_shapes,
     objective_over,
 )
-from lpa_jax.injection import LOGITS, Network, Variables
+from lpa_jax.injection import LOGITS, Network, Variables, as_network
 from lpa_jax.losses import cross_entropy
 
 Array = jax.Array
@@ -67,6 +67,7 @@ def weight_objective(
       Filters as in Li et al., NeurIPS 2018 (arXiv 1712.09913), section 4; T as in ASAM, Kwon
       et al., ICML 2021 (arXiv 2102.11600), section 3.
     """
+    network = as_network(network)
     (logits,) = first_batch_shapes(network, variables, batches, LOGITS)
     flat = jax.eval_shape(lambda params: ravel_pytree(params)[0], variables["params"])
     return objective_over(

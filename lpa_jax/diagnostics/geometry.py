@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import injection, metrics, tables
-from lpa_jax.checks import check_labels
+from lpa_jax import checks, injection, metrics, tables
 from lpa_jax.labels import Labels, counted_labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
 from lpa_jax.parallel.explicit_axes import in_auto_axes
 from lpa_jax.perturbations import Perturbation
-from lpa_jax.perturbations.base import Site
+from lpa_jax.perturbations.base import Site, check_perturbations
 from lpa_jax.perturbations.perturbed_pass import PerturbedPass, initial_state
 
 Array = jax.Array
@@ -108,6 +107,9 @@ def observe(
       >>> seen["hidden"].delta.tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
+    network = injection.as_network(network)
+    checks.key("rng", rng)
+    check_perturbations(perturbations)
     batch = injection.read_batch(network, batch)
     inputs = batch["image"]
     if not batch["label"].shape[0]:
@@ -289,8 +291,10 @@ def class_geometry(
       >>> print(values["norm_ratio"], values["delta_norm"], values["cosine"].round(3))
       [ 2.  2. nan] [ 5.  1. nan] [ 1.  1. nan]
     """
-    labels = jnp.asarray(labels)
-    check_labels(labels, num_classes, may_ignore=True)
+    checks.instance("observation", observation, Observation, "one layer's Observation")
+    num_classes = checks.integer("num_classes", num_classes, 1)
+    labels = checks.array("labels", labels)
+    checks.check_labels(labels, num_classes, may_ignore=True)
     _check_rows(observation, labels, mask)
     mask = jnp.ones(labels.shape) if mask is None else jnp.asarray(mask)
     weight = ((mask != 0) & (labels >= 0)).astype(observation.before.dtype)

@@ -57,6 +57,7 @@ def filter_normalized_directions(rng: Array, params: Any, count: int = 2) -> Arr
     size = sum(weights.size for weights in jax.tree.leaves(params))
     dtype = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], params).dtype
     rows = []
+    checks.key("rng", rng)
     for key in jax.random.split(rng, count):
         random = unravel(jax.random.normal(key, (size,), dtype))
         rows.append(ravel_pytree(jax.tree.map(direction, params, random))[0])

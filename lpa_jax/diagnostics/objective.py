@@ -25,6 +25,7 @@ import numpy as np
 
 from lpa_jax import checks, metrics
 from lpa_jax.injection import LOGITS, Network, Pass, Variables, activation_shapes, read_batch
+from lpa_jax.labels import one_each
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -160,7 +161,9 @@ def batch_losses(
 ) -> metrics.Pair:
     """Losses [B] of a batch in evaluation mode, 0 for padding, and whether each counts, [B]."""
     logits, _ = network.run(Pass(variables, batch["image"]), pinned, LOGITS)
-    losses = loss(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
+    losses = one_each(
+        loss(logits, jax.nn.one_hot(batch["label"], logits.shape[-1])), logits.shape[:-1]
+    )
     counted = jnp.asarray(batch.get("mask", jnp.ones(losses.shape))) != 0
     return jnp.where(counted, losses, 0.0), counted.astype(losses.dtype)
 
@@ -183,6 +186,7 @@ def first_batch_shapes(
 
 
 def _check_collection(batches: Iterable[Batch]) -> None:
+    checks.instance("batches", batches, Iterable, "a list or another collection of batches")
     if iter(batches) is batches:
         raise ValueError(
             "batches must be a collection that can be gone over again, such as a list, "

@@ -103,12 +103,14 @@ def suggest_radius(
       A choice of this library; the papers tune the radius.
     """
     network = injection.as_network(model)
+    checks.instance("method", method, Callable, "a function that makes a perturbation, such as lpa")
     _check_arguments(target, group, low, high, tolerance, options)
     batch = injection.read_batch(network, batch)
     batch = {"image": jax.tree.map(jnp.asarray, batch["image"]), "label": counted_labels(batch)}
     labels = _checked_labels(network, variables, batch, layer)
     index = GROUPS.index(group)
     rng = jax.random.key(0) if rng is None else rng
+    checks.key("rng", rng)
 
     def measured(variables, batch, radius):
         perturbations = {layer: method(radius, **options)}

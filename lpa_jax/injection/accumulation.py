@@ -7,13 +7,13 @@ batch. Only batch normalisation and dropout inside the network work per micro-ba
 """
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lpa_jax import checks
 from lpa_jax.injection.api import as_network
 from lpa_jax.injection.base import Array, Network, Pass, Variables, model_state, run_by_segments
 
@@ -113,10 +113,9 @@ def accumulate(model: Any, micro_batches: int) -> Network:
       >>> accumulate(MLP(num_classes=3), 4).layers
       ('input', 'hidden1', 'hidden2', 'hidden3', 'logits')
     """
-    if not isinstance(micro_batches, numbers.Integral) or micro_batches < 1:
-        raise ValueError(f"micro_batches must be a whole number >= 1, got {micro_batches!r}")
+    micro_batches = checks.integer("micro_batches", micro_batches, 1)
     network = as_network(model)
-    return network if micro_batches == 1 else Accumulated(network, int(micro_batches))
+    return network if micro_batches == 1 else Accumulated(network, micro_batches)
 
 
 def _mean_update(old: Array, new: Array) -> Array:

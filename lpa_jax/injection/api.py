@@ -82,9 +82,12 @@ def inject(
     """
     if not paths:
         raise ValueError("paths must name at least one submodule, got none")
+    for path in paths:
+        checks.instance("paths", path, str, "names of submodules such as 'encoder/block_2'")
     repeated = [path for path in paths if paths.count(path) > 1 or path in (INPUT, LOGITS)]
     if repeated:
         raise ValueError(f"paths must be distinct and not input or logits, got {repeated[0]!r}")
+    checks.instance("select", select or {}, Mapping, "a dictionary {layer: part of its output}")
     selected = tuple((layer, as_keys(keys)) for layer, keys in (select or {}).items())
     for layer, _ in selected:
         checks.choice("a layer of select", layer, (*paths, LOGITS))

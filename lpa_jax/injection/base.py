@@ -100,7 +100,15 @@ def check_layer(layers: Sequence[str], layer: str) -> None:
 
 def model_state(variables: Variables) -> dict[str, Any]:
     """Everything in `variables` but the parameters."""
+    check_variables(variables)
     return {name: value for name, value in variables.items() if name != "params"}
+
+
+def check_variables(variables: Variables) -> None:
+    """Raises ValueError unless these are variables with their parameters under `params`."""
+    fits = isinstance(variables, Mapping) and ("params" in variables or not variables)
+    got = list(variables) if isinstance(variables, Mapping) else type(variables).__name__
+    checks.require(fits, "variables", "a dictionary {'params': ..., ...} as from init", got)
 
 
 def last_pinned(layers: Sequence[str], pinned: Mapping[str, Array], stop: str) -> str | None:
@@ -132,6 +140,7 @@ def run_perturbed(
     """
     for layer in taps:
         check_layer(network.layers, layer)
+    check_variables(given.variables)
     frozen = given._replace(variables=jax.lax.stop_gradient(dict(given.variables)), sown=())
     pinned: dict[str, Array] = {}
 
@@ -184,6 +193,7 @@ def activation_shapes(
     Raises:
       ValueError: An unknown layer, or inputs of several arrays where one is asked for.
     """
+    check_variables(variables)
     for layer in layers:
         check_layer(network.layers, layer)
     if INPUT in layers and not hasattr(inputs, "shape"):

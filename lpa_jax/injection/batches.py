@@ -108,8 +108,7 @@ def read_batch(network: Network, batch: Mapping[str, Any], labels: bool = True) 
       ValueError: batch['label'] must have 4 examples like batch['image'], got shape (3,)
     """
     names = names_of(network)
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"batch must be a dictionary of arrays, got {type(batch).__name__}")
+    checks.instance("batch", batch, Mapping, "a dictionary of arrays")
     wanted = names.inputs if isinstance(names.inputs, tuple) else (names.inputs,)
     needed = (*wanted, names.labels) if labels else wanted
     usual = ("image", "label") if labels else ("image",)
@@ -121,6 +120,7 @@ def read_batch(network: Network, batch: Mapping[str, Any], labels: bool = True) 
                 f"batch must have an entry {name!r}, got {', '.join(map(str, batch)) or 'none'}; "
                 "lpa_jax.with_batch_names gives the entries other names"
             )
+        checks.require(batch[name] is not None, f"batch[{name!r}]", "an array", None)
     inputs = batch[names.inputs] if isinstance(names.inputs, str) else {n: batch[n] for n in wanted}
     read = {name: values for name, values in batch.items() if name not in wanted}
     read["image"] = inputs
@@ -141,11 +141,12 @@ def check_examples(batch: Mapping[str, Any]) -> None:
       ValueError: batch['x']['mask'] must have 4 examples like batch['x']['ids'], got shape (2, 4)
     """
     leaves = jax.tree_util.tree_leaves_with_path(dict(batch))
-    shapes = [(f"batch{jax.tree_util.keystr(path)}", np.shape(leaf)) for path, leaf in leaves]
-    for name, shape in shapes:
-        first, expected = shapes[0]
-        if not shape:
-            raise ValueError(f"{name} must be an array with the example axis first, got one number")
+    named = [(f"batch{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves]
+    for name, leaf in named:
+        shape, (first, expected) = np.shape(leaf), (named[0][0], np.shape(named[0][1]))
+        kind = leaf.dtype.kind if isinstance(leaf, np.ndarray) else ""
+        checks.require(kind not in ("O", "U", "S"), name, "an array of numbers", leaf)
+        checks.require(bool(shape), name, "an array with the example axis first", leaf)
         if shape[0] != expected[0]:
             raise ValueError(
                 f"{name} must have {expected[0]} examples like {first}, got shape {shape}"

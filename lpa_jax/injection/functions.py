@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lpa_jax import checks
 from lpa_jax.injection.base import (
     INPUT,
     LOGITS,
@@ -59,6 +60,9 @@ class CutFunctions:
 
     def __post_init__(self):
         """Refuses the names of the two ends of the chain."""
+        checks.instance("layer", self.layer, str, "the name of the injection point")
+        for name in ("encode", "decode"):
+            checks.instance(name, getattr(self, name), Callable, "a function")
         if self.layer in (INPUT, LOGITS):
             raise ValueError(f"layer must not be input or logits, got {self.layer!r}")
         if self.init_state is not None and not any(

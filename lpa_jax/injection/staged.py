@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 
-from lpa_jax import compiling
+from lpa_jax import checks, compiling
 from lpa_jax.injection.base import (
     INPUT,
     Array,
@@ -55,6 +55,7 @@ class StagedNetwork:
         state = model_state(given.variables)
         if start == stop:
             return activation, state
+        checks.require(hasattr(activation, "shape"), "inputs", "one array", type(activation))
         arguments = {"train": given.train, "start": start, "stop": stop}
         rngs = None if given.rng is None else {"dropout": given.rng}
         mutable = mutable_collections(given)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 from numpy.typing import ArrayLike
 
+from lpa_jax import checks
 from lpa_jax.registry import Registry
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -36,7 +37,10 @@ class NamedLoss:
 
 
 def check_fits(loss: Loss, several: bool) -> None:
-    """Raises ValueError for a loss for one class an example where labels name several."""
+    """Raises ValueError for what is no loss, and one for one class where labels name several."""
+    checks.function("loss", loss, "logits", "targets")
+    made = loss not in _REGISTRY.factories.values()
+    checks.require(made, "loss", "what a factory of losses returns, not the factory", loss)
     if several and getattr(loss, "one_class", False):
         raise ValueError(
             "loss must be one for several classes an example, such as "

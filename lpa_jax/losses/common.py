@@ -23,7 +23,7 @@ def log_prior(counts: ArrayLike, tau: float) -> np.ndarray:
 
 def prepare(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both in one dtype of at least float32; integer labels for targets fail by their shape."""
-    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
+    logits, targets = checks.array("logits", logits), checks.array("targets", targets)
     if logits.shape != targets.shape or logits.ndim == 0:
         raise ValueError(
             f"targets must be class probabilities with the shape of logits, {logits.shape}, "

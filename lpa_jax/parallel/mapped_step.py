@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lpa_jax.checks import check_labels, choice
+from lpa_jax.checks import check_labels, choice, instance, is_known
 from lpa_jax.injection import check_examples, names_of
 
 AXIS_NAME = "batch"
@@ -87,6 +87,7 @@ class MappedStep:
         Raises:
           ValueError: Labels outside 0..C-1, or a batch that does not split evenly.
         """
+        instance("batch", batch, Mapping, "a dictionary of arrays")
         check_batch(batch, self.num_classes or num_classes, labels)
         return PlacedBatch(batch, self.put_batch(batch))
 
@@ -192,6 +193,7 @@ def mesh_step(
       8.0
     """
     mesh = _in_auto_axes(mesh)
+    axis_names = (axis_names,) if isinstance(axis_names, str) else axis_names
     axes = mesh.axis_names if axis_names is None else tuple(axis_names)
     for name in axes:
         choice("axis_names", name, mesh.axis_names)
@@ -427,4 +429,6 @@ def check_batch(batch: Mapping[str, Any], num_classes: int | None, labels: str =
       ValueError: A label outside 0..num_classes-1.
     """
     if num_classes is not None and labels in batch:
-        check_labels(batch[labels], num_classes, may_ignore=True)
+        values = np.asarray(batch[labels]) if is_known(batch[labels]) else batch[labels]
+        values = values.astype(np.int32) if values.dtype == bool else values
+        check_labels(values, num_classes, may_ignore=True)

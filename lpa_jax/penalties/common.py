@@ -73,7 +73,7 @@ def domain_risks(observed: Observed, num_domains: int, name: str) -> Risks:
     domain = domains(observed, num_domains, name)
     counts = tables.class_counts(domain, num_domains, observed.axis_name)
     means = tables.class_means(observed.losses, domain, counts, observed.axis_name)
-    return Risks(means, counts > 0)
+    return Risks(means * nan_outside(observed, num_domains), counts > 0)
 
 
 def mean_where(condition: Array, values: Array) -> Array:
@@ -108,8 +108,16 @@ def domains(observed: Observed, num_domains: int, name: str) -> Array:
             f"batch['domain'] must be each example's domain in 0..{num_domains - 1} for the "
             f"penalty {name!r}, got None"
         )
+    checks.require(jnp.ndim(domain) == 1, "batch['domain']", "one number an example, [B]", domain)
     checks.check_labels(domain, num_domains, "batch['domain']")
     return jnp.where(tables.counted_rows(observed.labels), domain, -1)
+
+
+def nan_outside(observed: Observed, num_domains: int) -> Array:
+    """1, or NaN where an example that counts has a domain out of range, which jit cannot refuse."""
+    unknown = (observed.domain < 0) | (observed.domain >= num_domains)
+    counted = tables.counted_rows(observed.labels)
+    return jnp.where(jnp.any(unknown & counted), jnp.nan, 1.0).astype(observed.losses.dtype)
 
 
 def check_vectors(name: str, layer: str, shape: jax.ShapeDtypeStruct) -> None:

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 
 from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Penalty, register
-from lpa_jax.penalties.common import check_vectors, domains, scatter_matrices, stateless, zero
+from lpa_jax.penalties.common import (
+    check_vectors,
+    domains,
+    nan_outside,
+    scatter_matrices,
+    stateless,
+    zero,
+)
 
 Array = jax.Array
 
@@ -62,7 +69,8 @@ def coral(num_domains: int, layer: str, weight: float = 1.0) -> Penalty:
         covariances = scatter / tables.over_classes(degrees, scatter)
         takes_part = counts > 1
         differences = _mean_pair_difference(means, takes_part)
-        return weight * (differences + _mean_pair_difference(covariances, takes_part))
+        weighted = weight * nan_outside(observed, num_domains)
+        return weighted * (differences + _mean_pair_difference(covariances, takes_part))
 
     return stateless("coral", value, (layer,))._replace(init=init)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lpa_jax import checks, tables
 from lpa_jax.penalties.base import Observed, Penalty, register
-from lpa_jax.penalties.common import annealed, domains, mean_where, stateless, zero
+from lpa_jax.penalties.common import annealed, domains, mean_where, nan_outside, stateless, zero
 
 Array = jax.Array
 
@@ -55,6 +55,7 @@ def irm(num_domains: int, weight: float = 100.0, anneal_steps: int = 500) -> Pen
         slopes = tables.class_means(_slopes(observed), half, counts, observed.axis_name)
         squares = jnp.prod(jnp.reshape(slopes, (num_domains, 2)), axis=1)
         both = jnp.all(jnp.reshape(counts, (num_domains, 2)) > 0, axis=1)
+        squares = squares * nan_outside(observed, num_domains)
         return annealed(weight, anneal_steps, observed.step) * mean_where(both, squares)
 
     return stateless("irm", value)

@@ -152,6 +152,14 @@ class Perturbation(NamedTuple):
         return self.description or f"{self.name}(...)"
 
 
+def check_perturbations(perturbations: Mapping[Any, Perturbation]) -> None:
+    """Raises ValueError unless these are perturbations by layer."""
+    kind = "a dictionary {layer: perturbation}"
+    checks.instance("perturbations", perturbations, Mapping, kind)
+    for layer, perturbation in perturbations.items():
+        checks.instance(f"perturbations[{layer!r}]", perturbation, Perturbation, "a Perturbation")
+
+
 def stateless(name: str, perturb: Callable[[Site], tuple[Array, Array]]) -> Perturbation:
     """A perturbation without state from a function site -> (activation, targets).
 

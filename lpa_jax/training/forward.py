@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lpa_jax import injection
+from lpa_jax import checks, injection
 from lpa_jax.labels import Labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
@@ -120,6 +120,12 @@ def perturbed_forward(
     """
     network = injection.as_network(network)
     plan = plan_sites(perturbations, network.layers)
+    checks.key("rng", rng)
+    for name, given in (("states", states), ("probes", probes or {})):
+        checks.instance(name, given, Mapping, f"a dictionary {{layer: {name[:-1]}}}")
+    for name, given in (("watch", watch), ("sown", sown)):
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        checks.require(several, name, "a list or tuple of names", given)
     if plan:
         check_auto_axes("variables and batch", (variables, batch))
     batch = injection.read_batch(network, batch)
@@ -147,6 +153,8 @@ def perturbed_forward(
         if not values:
             raise ValueError(f"sown must name collections that the model sows, got {name!r}")
     model_state = {name: value for name, value in model_state.items() if name not in recorded}
+    fits = logits.shape[-1] == labels.num_classes
+    checks.require(fits, "num_classes", f"{logits.shape[-1]}, as logits", labels.num_classes)
     targets = jnp.reshape(perturbed.targets, logits.shape)
     states = perturbed.states
     return Forward(logits, targets, states, model_state, labels, features, seen, recorded)
@@ -226,6 +234,7 @@ def batch_labels(
     """
     shape = jnp.shape(batch["label"])
     if len(shape) == 1 and num_classes is not None:
+        num_classes = checks.integer("num_classes", num_classes, 1)
         return Labels.of(batch, jax.ShapeDtypeStruct((*shape, num_classes), jnp.float32))
     shapes = injection.activation_shapes(network, variables, batch["image"], [injection.LOGITS])
     return Labels.of(batch, shapes[injection.LOGITS])

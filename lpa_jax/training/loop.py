@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpa_jax import metrics
+from lpa_jax import checks, metrics
 from lpa_jax.training.step import TrainState
 
 Batch = Mapping[str, np.ndarray]
@@ -95,6 +95,14 @@ def train(
       NonFiniteLossError: A loss, a gradient, a parameter, a running statistic, a perturbation or an
         evaluation loss is NaN or infinite. The error names the step.
     """
+    for name, value, minimum in (("epochs", epochs, 0), ("evaluate_every", evaluate_every, 1)):
+        checks.integer(name, value, minimum)
+    by_step = hasattr(batches, "steps_per_epoch")
+    checks.instance("batches", batches, object if by_step else (), "batches as of data.batches")
+    pairs = isinstance(stages, Sequence) and all(
+        isinstance(stage, Sequence) and len(stage) == 2 and callable(stage[1]) for stage in stages
+    )
+    checks.require(pairs, "stages", "pairs (first epoch, step)", stages)
     firsts = [first for first, _ in stages]
     if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
         raise ValueError(f"stages must start at epoch 0 and ascend, got {firsts}")

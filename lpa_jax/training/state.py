@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpa_jax import injection
+from lpa_jax import checks, injection, optimizers
 from lpa_jax.checks import is_known
 from lpa_jax.injection import Network
 from lpa_jax.labels import Labels
 from lpa_jax.penalties import Penalty
 from lpa_jax.perturbations import Perturbation
+from lpa_jax.perturbations.base import check_perturbations
 from lpa_jax.perturbations.perturbed_pass import initial_state
 
 Array = jax.Array
@@ -87,6 +88,7 @@ class TrainState(flax.struct.PyTreeNode):
         network, optimizer = injection.as_network(model), _transformation(optimizer)
         plan, penalties = plan_sites(perturbations or {}, network.layers), penalties or {}
         check_penalties(penalties, network.layers)
+        checks.key("rng", rng)
         params_rng, run_rng = jax.random.split(rng)
         example_batch = injection.read_batch(network, example_batch, labels=False)
         inputs = example_batch["image"]
@@ -144,9 +146,7 @@ def _transformation(optimizer: Any) -> optax.GradientTransformation:
     """The optimizer as a transformation that gets the extra arguments of `lpa_step`."""
     if isinstance(optimizer, optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        got = type(optimizer).__name__
-        raise ValueError(f"optimizer must be an optax transformation, got {got}")
+    optimizers.check_transformation(optimizer)
     return optimizer
 
 
@@ -160,6 +160,7 @@ def replaced(variables: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
       >>> replaced({"params": {"a": 1, "b": 2}, "batch_stats": {}}, {"params": {"b": 3}})
       {'params': {'a': 1, 'b': 3}, 'batch_stats': {}}
     """
+    checks.instance("variables", new, Mapping, "a dictionary like those of the network")
     merged = dict(variables)
     for name, value in new.items():
         if name not in merged:
@@ -181,19 +182,13 @@ def plan_sites(perturbations: Perturbations, layers: Sequence[str]) -> tuple[Pla
     Raises:
       ValueError: Not a perturbation, an unknown layer, or a layer that is named twice.
     """
-    if not isinstance(perturbations, Mapping):
-        raise ValueError(
-            "perturbations must be a dictionary {layer: perturbation}, "
-            f"got {type(perturbations).__name__}"
-        )
+    check_perturbations(perturbations)
     plan = []
     taken: set[str] = set()
     for key, perturbation in perturbations.items():
-        site_layers = (key,) if isinstance(key, str) else tuple(key)
-        if not isinstance(perturbation, Perturbation):
-            raise ValueError(
-                f"perturbations[{key!r}] must be a Perturbation, got {type(perturbation).__name__}"
-            )
+        site_layers = (key,) if isinstance(key, str) else key
+        named = bool(site_layers) and isinstance(site_layers, tuple)
+        checks.require(named, "key of perturbations", "a layer or a tuple of layers", key)
         for layer in site_layers:
             injection.check_layer(layers, layer)
             if layer in taken:
@@ -241,12 +236,9 @@ def _states(plan, shapes: Mapping[str, jax.ShapeDtypeStruct], batch: Batch) -> d
 
 def check_penalties(penalties: Penalties, layers: Sequence[str]) -> None:
     """Raises ValueError for anything but a penalty, and for features of an unknown layer."""
-    if not isinstance(penalties, Mapping):
-        got = type(penalties).__name__
-        raise ValueError(f"penalties must be a dictionary {{name: penalty}}, got {got}")
+    checks.instance("penalties", penalties, Mapping, "a dictionary {name: penalty}")
     for name, penalty in penalties.items():
-        if not isinstance(penalty, Penalty):
-            raise ValueError(f"penalties[{name!r}] must be a Penalty, got {type(penalty).__name__}")
+        checks.instance(f"penalties[{name!r}]", penalty, Penalty, "a Penalty")
         for layer in penalty.layers:
             injection.check_layer(layers, layer)
 
@@ -255,6 +247,7 @@ def check_given(
     perturbations: Perturbations | None, penalties: Penalties | None, state: TrainState
 ) -> None:
     """Raises ValueError for a step without what the state was created with, unless it says so."""
+    checks.instance("state", state, TrainState, "a TrainState")
     for name, given, created in (
         ("perturbations", perturbations, state.perturbation_state),
         ("penalties", penalties, state.penalty_state),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpa_jax import injection, metrics
+from lpa_jax import checks, injection, metrics
 from lpa_jax.labels import Labels
 from lpa_jax.losses import cross_entropy
 from lpa_jax.losses.base import check_fits
@@ -101,6 +101,7 @@ def lpa_step(
     check_penalty_labels(penalties, labels)
     rng = jax.random.fold_in(state.rng, state.step)
     if augment is not None:
+        checks.function("augment", augment, "rng", "images", "positions")
         images = augment(step_keys(rng, None)[0], batch["image"], _positions(batch, axis_name))
         batch = {**batch, "image": images}
     objective = _objective(state, batch, perturbations, penalties, loss, rng, axis_name)
@@ -173,12 +174,14 @@ def eval_step(
     Raises:
       ValueError: Outside jit, a label outside -1..C-1 (under jit its loss is NaN).
     """
+    checks.instance("state", state, TrainState, "a TrainState")
     batch = injection.read_batch(state.network, batch)
     labels = batch_labels(state.network, state.variables, batch, state.num_classes)
     check_fits(loss, labels.several)
     given = injection.Pass(state.variables, batch["image"])
     logits, _ = state.network.run(given, {}, injection.LOGITS)
     if adjust_logits is not None:
+        checks.function("adjust_logits", adjust_logits, "logits")
         logits = adjust_logits(logits)
     targets = jnp.reshape(labels.targets, logits.shape)
     losses = labels.counted(loss(logits, targets))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.checks import is_known
+from lpa_jax.checks import function, is_known
 
 # (rng, images [B, H, W, ch], positions int [B] in the global batch) -> images [B, H, W, ch]
 Augmentation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -44,6 +44,9 @@ def compose(*augmentations: Augmentation) -> Augmentation:
       >>> nothing(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.arange(2)).shape
       (2, 4, 4, 1)
     """
+    for place, augmentation in enumerate(augmentations):
+        name = f"augmentations[{place}]"
+        function(name, augmentation, "rng", "images", "positions")
 
     def augment(rng, images, positions):
         for number, augmentation in enumerate(augmentations):
