@@ -137,7 +137,7 @@ def test_random_directions_have_the_lengths_of_the_perturbation_and_no_preferenc
         ({"layer": "w9"}, r"unknown layer 'w9'; the injection points are: input, w1, w2, logits"),
         ({"target": "w9"}, r"unknown layer 'w9'; the injection points are: input, w1, w2, logits"),
         ({"layer": "w2", "target": "w1"}, r"target must be a layer above 'w2', got 'w1'"),
-        ({"tolerance": 0.0}, r"tolerance must be > 0, got 0\.0"),
+        ({"tolerance": 0.0}, r"tolerance must be finite and > 0, got 0\.0"),
         ({"iterations": 0}, "iterations must be a whole number >= 1, got 0"),
         ({"inputs": np.ones((0, 5), np.float32)}, r"inputs must hold at least one example"),
         ({"inputs": np.full((2, 5), np.nan, np.float32)}, r"activation at 'input' is not finite"),
