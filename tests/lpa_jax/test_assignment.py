@@ -233,6 +233,8 @@ def test_an_assignment_for_another_number_of_classes_is_refused():
         ),
         (lambda: assignment.custom([1, 2]), "sign must be a list of -1, 0 and 1, got [1.0, 2.0]"),
         (lambda: assignment.custom(1), "sign must be a non-empty vector of numbers, got shape ()"),
+        (lambda: assignment.custom([True, False]),
+         "sign must be a vector of numbers known on the host, got list"),
         (lambda: assignment.custom([1, 1], [1, -1]),
          "multiplier must be finite and >= 0, got -1 at position 1"),
         (lambda: assignment.custom([1, 1], [1]),

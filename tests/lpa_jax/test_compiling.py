@@ -19,7 +19,7 @@ def test_a_program_that_runs_once_is_optimized_little(monkeypatch, flags):
     assert compiling.quick(jnp.ones(3)) is None
 
 
-@pytest.mark.parametrize("cut", [lambda m: m, lambda m: injection.inject(m, ["stages_hidden1"])])
+@pytest.mark.parametrize("cut", [lambda m: m, lambda m: injection.inject(m, "stages_hidden1")])
 def test_networks_start_from_the_same_values_with_and_without_jit(monkeypatch, cut):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     network = injection.as_network(cut(models.MLP(hidden=(4,), num_classes=3)))

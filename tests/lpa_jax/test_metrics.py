@@ -173,6 +173,7 @@ def test_group_accuracy_weighs_classes_equally_and_leaves_untested_ones_out():
         (lambda: metrics.mean(LOSSES, np.ones(3)),
          r"mask must have one entry per example, shape \(4,\), got \(3,\)"),
         (lambda: metrics.accuracy(LOGITS, LABELS[:3]), r"logits and labels .*\(4, 3\) and \(3,\)"),
+        (lambda: metrics.accuracy(LOGITS, LABELS + 0.5), "labels must be integers, got .*float"),
         (lambda: metrics.per_class_accuracy(LOGITS, LABELS, None, num_classes=4),
          "num_classes must be the number of logits, 3, got 4"),
         (lambda: metrics.compute({"loss": 1.0}), r"pairs must be a tree of .*got 1.0"),

@@ -257,6 +257,17 @@ def test_another_configuration_is_refused_naming_what_differs(two_steps, templat
         restore(two_steps, template, other)
 
 
+def test_a_configuration_of_tuples_and_a_step_of_jax_are_what_they_were(tmp_path, template):
+    config, notes = {"milestones": (1, 2)}, {"seeds": (0, 1)}
+    Checkpoints(tmp_path, config=config).save(jnp.int32(20), template, notes=notes)
+    found = Checkpoints(tmp_path, config=config).restore(template)
+    assert (found.step, found.notes) == (20, {"seeds": [0, 1]})
+    with pytest.raises(ValueError, match=r"config must be what JSON can hold, got .*object"):
+        Checkpoints(tmp_path, config={"model": object()})
+    with pytest.raises(ValueError, match="notes must be a dictionary, got list"):
+        Checkpoints(tmp_path).save(30, template, notes=[1])
+
+
 def test_another_state_is_refused_naming_the_arrays(two_steps, template, monkeypatch):
     wide = template.replace(params=jax.tree.map(lambda p: jnp.zeros((7, 7)), template.params))
     with pytest.raises(ValueError, match=r"'state/params/.* is float32\[.*this state's is float32"):

@@ -138,7 +138,7 @@ def test_a_state_is_restored_for_such_batches(tmp_path):
         ("renamed", {"tokens": {"ids": IDS, "mask": MASK}, "y": LABELS[:5]},
          r"batch\['y'\] must have 6 examples like batch\['tokens'\]\['ids'\], got shape \(5,\)$"),
         ("tree", {"image": {"ids": IDS, "mask": 1.0}, "label": LABELS},
-         r"batch\['image'\]\['mask'\] must be an array with the example axis first, got one num"),
+         r"batch\['image'\]\['mask'\] must be an array with the example axis first, got 1.0"),
     ],
 )  # fmt: skip
 def test_a_batch_that_cannot_be_read_is_refused_in_one_line(network, batch, message):

@@ -239,6 +239,24 @@ def test_what_is_remembered_besides_delta():
     assert [lpa(mode=mode).update is not None for mode in MODES] == [False, False, True]
 
 
+def test_options_may_be_jax_numbers_also_within_a_compiled_step():
+    options = {"radius": 0.5, "steps": 2, "min_cosine": 0.1, "probability": 1.0}
+    batch = Batch()
+
+    def perturbed(given):
+        def step():
+            perturbation = lpa(**given, assignment=CUSTOM)
+            state = batch.init(perturbation, jnp.float32)
+            return perturbation.apply(state, batch.site(jnp.float32)).activation
+
+        return jax.jit(step)()
+
+    plain = perturbed(options)
+    for convert in (jnp.asarray, np.asarray):
+        given = {name: convert(value) for name, value in options.items()}
+        np.testing.assert_array_equal(perturbed(given), plain)
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
@@ -249,6 +267,7 @@ def test_what_is_remembered_besides_delta():
         (lpa, {"examples": 1.5}, "examples must be in (0, 1], got 1.5"),
         (lpa, {"mode": "carry", "examples": 0.5}, "examples must be 1 with mode='carry', got 0.5"),
         (lpa, {"assignment": 7}, "assignment must be an Assignment such as all_positive(), got 7"),
+        (lpa, {"assignment": 0}, "assignment must be an Assignment such as all_positive(), got 0"),
         (lpl, {"assignment": 7}, "assignment must be an Assignment such as all_positive(), got 7"),
         (lpa, {"mode": "warm"}, "mode must be one of cold, carry, free, got 'warm'"),
         (lpa, {"scale": "rms"}, "scale must be one of relative, absolute, got 'rms'"),

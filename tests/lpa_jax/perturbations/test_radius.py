@@ -173,6 +173,7 @@ def test_smallest_of_several_radii_is_suggested():
          "the loss must be finite, but changes by"),
         (rises_and_falls, {"group": "negative"}, "group='negative' has no class in the batch"),
         (lambda z, t: jnp.log(z[:, 0]), {}, "the loss must be finite, but is -inf without"),
+        (lambda z, t: jnp.mean(z), {}, r"loss must return one value for each label, .*got \(\)"),
         (rises_and_falls, {"group": "neutral"}, "group must be one of positive, negative, got"),
         (rises_and_falls, {"target": 0.0}, "target must be finite and > 0, got 0.0"),
         (rises_and_falls, {"low": 10.0, "high": 1.0}, "low must be smaller than high"),
