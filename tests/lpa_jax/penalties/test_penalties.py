@@ -190,6 +190,13 @@ def test_a_batch_with_bad_domains_is_refused_by_name(name, domain, message):
         penalty.apply(first_state(penalty), observed)
 
 
+@over_domains
+def test_a_domain_out_of_range_that_jit_cannot_refuse_gives_nan(name):
+    batch = make_batch()
+    for wrong in (-1, 5):
+        assert np.isnan(run(name, batch | {"domain": np.append(batch["domain"][1:], wrong)})[0])
+
+
 @pytest.mark.parametrize("name", ["coral", "irm", "vrex"])
 @pytest.mark.parametrize("domain", [np.full(BATCH, 2), np.arange(BATCH) // (BATCH // 2) * 4])
 def test_absent_domains_contribute_nothing(name, domain):
