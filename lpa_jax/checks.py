@@ -61,10 +61,15 @@ def require(holds: bool, name: str, allowed: str, value: Any) -> None:
         _refuse(name, allowed, shown(value))
 
 
+def require_kind(holds: bool, name: str, allowed: str, value: Any) -> None:
+    """Like `require`, but the error names the type of the value in its place."""
+    if not holds:
+        _refuse(name, allowed, type(value).__name__)
+
+
 def instance(name: str, value: Any, kind: Any, allowed: str) -> None:
     """Raises ValueError, naming the type of the value, unless it is of a kind as for isinstance."""
-    if not isinstance(value, kind):
-        _refuse(name, allowed, type(value).__name__)
+    require_kind(isinstance(value, kind), name, allowed, value)
 
 
 def function(name: str, value: Any, *arguments: str) -> None:

@@ -281,9 +281,9 @@ def create(name: str, learning_rate: LearningRate, **options: Any) -> optax.Grad
 
 def check_transformation(optimizer: Any) -> None:
     """Raises ValueError for an optimizer that is no optax transformation."""
-    fits = hasattr(optimizer, "init") and hasattr(optimizer, "update")
-    kind = () if isinstance(optimizer, type) or not fits else object
-    checks.instance("optimizer", optimizer, kind, "an optax transformation")
+    has_both = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    fits = has_both and not isinstance(optimizer, type)
+    checks.require_kind(fits, "optimizer", "an optax transformation", optimizer)
 
 
 def _check_common(

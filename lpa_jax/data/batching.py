@@ -64,8 +64,8 @@ def check_source(name: str, source: Any) -> Any:
     """The source of examples, if it can be read by number; raises ValueError."""
     sized = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     listed = sized and not isinstance(source, Mapping | np.ndarray | str)
-    kind = object if listed else Dataset
-    checks.instance(name, source, kind, "a Dataset or a sequence of examples")
+    fits = listed or isinstance(source, Dataset)
+    checks.require_kind(fits, name, "a Dataset or a sequence of examples", source)
     return source
 
 

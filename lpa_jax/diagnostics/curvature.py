@@ -179,8 +179,8 @@ def trace(objective: Objective, *, rng: Array, probes: int = 32) -> Estimate:
       Hutchinson, Communications in Statistics 18 (1989).
     """
     checks.integer("probes", probes, minimum=2)
-    samples = []
     checks.key("rng", rng)
+    samples = []
     for key in jax.random.split(rng, probes):
         signs = random_signs(key, objective)
         samples.append(np.asarray(tables.inner_products(signs, objective.hessian_product(signs))))
@@ -247,8 +247,8 @@ def average_sharpness(
     """
     checks.number("radius", radius)
     checks.integer("samples", samples, minimum=2)
-    rises = []
     checks.key("rng", rng)
+    rises = []
     for key in jax.random.split(rng, samples):
         normal = jax.random.normal(key, (objective.rows, objective.dimension), objective.dtype)
         shift = radius * tables.unit_rows(normal)

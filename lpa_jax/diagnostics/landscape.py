@@ -46,6 +46,7 @@ def filter_normalized_directions(rng: Array, params: Any, count: int = 2) -> Arr
       Li et al., NeurIPS 2018 (arXiv 1712.09913), section 4.
     """
     checks.integer("count", count, minimum=1)
+    checks.key("rng", rng)
     _, unravel = ravel_pytree(params)
 
     def direction(weights, random):
@@ -57,7 +58,6 @@ def filter_normalized_directions(rng: Array, params: Any, count: int = 2) -> Arr
     size = sum(weights.size for weights in jax.tree.leaves(params))
     dtype = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], params).dtype
     rows = []
-    checks.key("rng", rng)
     for key in jax.random.split(rng, count):
         random = unravel(jax.random.normal(key, (size,), dtype))
         rows.append(ravel_pytree(jax.tree.map(direction, params, random))[0])

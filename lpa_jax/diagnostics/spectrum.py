@@ -88,8 +88,8 @@ def spectral_quadrature(
     """
     checks.integer("probes", probes, minimum=2)
     steps = min(checks.integer("steps", steps, minimum=1), objective.dimension)
-    found = []
     checks.key("rng", rng)
+    found = []
     for key in jax.random.split(rng, probes):
         start = random_signs(key, objective)
         found.append(lanczos(objective.hessian_product, start, steps).ritz()[:2])

@@ -98,7 +98,7 @@ def train(
     for name, value, minimum in (("epochs", epochs, 0), ("evaluate_every", evaluate_every, 1)):
         checks.integer(name, value, minimum)
     by_step = hasattr(batches, "steps_per_epoch")
-    checks.instance("batches", batches, object if by_step else (), "batches as of data.batches")
+    checks.require_kind(by_step, "batches", "batches as of data.batches", batches)
     pairs = isinstance(stages, Sequence) and all(
         isinstance(stage, Sequence) and len(stage) == 2 and callable(stage[1]) for stage in stages
     )
