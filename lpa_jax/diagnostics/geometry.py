@@ -330,34 +330,29 @@ def class_geometry(
     }
     logits = observation.logits_before
     if logits is not None and logits.shape == (*labels.shape, num_classes):
-        found |= _logit_shift(logits, observation.logits_after, labels, weight)
+        counted = jnp.where(weight != 0, labels, -1)
+        found |= _logit_shift(logits, observation.logits_after, counted, counts)
     return found
 
 
 def _logit_shift(
-    before: Array, after: Array, labels: Array, weight: Array
+    before: Array, after: Array, labels: Array, counts: Array
 ) -> dict[str, metrics.Pair]:
-    """What `class_geometry` says about the shift of the logits [B, C]."""
-    num_classes = before.shape[1]
-    # Rows that do not count may hold anything.
-    counted = weight[:, None] != 0
-    before, after = jnp.where(counted, before, 0.0), jnp.where(counted, after, 0.0)
-    counts = tables.class_sums(weight, labels, num_classes)
+    """What `class_geometry` says about the shift of the logits [B, C]; -1 labels do not count."""
 
     def mean(rows):
-        sums = tables.class_sums(rows * tables.over_classes(weight, rows), labels, num_classes)
-        return sums / tables.over_classes(jnp.maximum(counts, 1), sums)
+        return tables.class_means(rows, labels, counts)
 
     shift = after - before
     shift -= jnp.mean(shift, axis=1, keepdims=True)
     mean_shift, mean_square = mean(shift), mean(jnp.sum(shift**2, axis=1))
     moved = counts * (mean_square > 0)
     shared = jnp.sum(mean_shift**2, axis=1) / jnp.where(mean_square > 0, mean_square, 1.0)
-    gradient = mean(jax.nn.softmax(before) - jax.nn.one_hot(labels, num_classes))
+    gradient = mean(jax.nn.softmax(before) - jax.nn.one_hot(labels, before.shape[1]))
     cosine = tables.inner_products(tables.unit_rows(mean_shift), tables.unit_rows(gradient))
-    change = mean(_log_odds(after, labels) - _log_odds(before, labels))
+    change = _log_odds(after, labels) - _log_odds(before, labels)
     return {
-        "log_odds_change": (change * counts, counts),
+        "log_odds_change": (tables.class_sums(change, labels, counts.shape[0]), counts),
         "shared_shift": (shared * moved, moved),
         "lpl_cosine": (cosine * moved, moved),
     }
