@@ -86,6 +86,7 @@ class Search:
       programs: what is compiled; draws that differ in numbers alone share it.
       interrupts: says whether to stop.
       suggestions: suggested radii to draw around, or None.
+      workdir: folder of the trials.
     """
 
     settings: Settings
@@ -93,6 +94,14 @@ class Search:
     programs: Programs
     interrupts: Interrupts
     suggestions: Suggestions | None
+    workdir: pathlib.Path
+
+    def trial(self, method: str, number: int, seeds: int) -> Trial:
+        """A draw that trains with the first seeds."""
+        place = (method, number, seeds)
+        find, train = (functools.partial(do, *place) for do in (self.find, self.train))
+        lock = self.workdir / "locks" / method / f"{number:04d}"
+        return Trial(method, number, None, lock, find, train)
 
     def options(self, method: str, number: int) -> dict[str, Any]:
         """The options of a draw; flags replace what is drawn."""
@@ -115,9 +124,7 @@ class Search:
         ranges = method_flags.searched_space()
         return search.draw(method, number, layers, FLAGS.search_seed, ranges)
 
-    def train(
-        self, method: str, number: int, path: pathlib.Path, seeds: int, progress: RunProgress
-    ) -> None:
+    def train(self, method: str, number: int, seeds: int, progress: RunProgress) -> None:
         """Trains a draw with the first seeds and writes the outcome; a diverged draw scores null.
 
         Seeds that it has trained with before are not repeated, nor is a draw that a worker with
@@ -126,11 +133,11 @@ class Search:
         Raises:
           InterruptedRunError: a signal came; nothing is kept of the draw.
         """
-        if self.find(method, number, path, seeds) is not None:
+        kept = self._kept(method, number)
+        if _prefix(kept, seeds) is not None:
             return
         options = self.options(method, number)
-        earlier = self.find(method, number, path, 1)
-        accuracies = list(earlier["accuracies"]) if earlier else []
+        accuracies = [] if kept is None else list(kept["accuracies"])
         try:
             for seed, task in list(self.tasks.items())[len(accuracies) : seeds]:
                 progress.start(f"{method} trial {number} seed {seed}")
@@ -150,12 +157,19 @@ class Search:
             accuracies.append(None)
         except InterruptedRunError:
             raise InterruptedRunError("stopped, and finished trials are kept") from None
+        path = self._path(method, number)
         files.write_json(path, _outcome(method, number, options, accuracies))
 
-    def find(
-        self, method: str, number: int, path: pathlib.Path, seeds: int
-    ) -> dict[str, Any] | None:
-        """The outcome of a draw; None if it is missing, of fewer seeds, damaged or of another."""
+    def find(self, method: str, number: int, seeds: int) -> dict[str, Any] | None:
+        """The outcome of a draw with the first seeds; None if there is none of so many."""
+        return _prefix(self._kept(method, number), seeds)
+
+    def _path(self, method: str, number: int) -> pathlib.Path:
+        return self.workdir / "trials" / method / f"{number:04d}.json"
+
+    def _kept(self, method: str, number: int) -> dict[str, Any] | None:
+        """What the file of a draw holds; None if it is missing, damaged or of another draw."""
+        path = self._path(method, number)
         found = schema.read_or_say(path, OUTCOME, run_flags.say)
         if found is None:
             return None
@@ -165,10 +179,14 @@ class Search:
         if len(found["accuracies"]) > len(self.tasks) or found != expected:
             run_flags.say(f"{path} is of another trial: it will be written again")
             return None
-        accuracies = found["accuracies"][:seeds]
-        if len(accuracies) < seeds and found["score"] is not None:
-            return None
-        return _outcome(method, number, options, accuracies)
+        return found
+
+
+def _prefix(kept: Mapping[str, Any] | None, seeds: int) -> dict[str, Any] | None:
+    """The part of an outcome that the first seeds make; None if it has not trained with them."""
+    if kept is None or (len(kept["accuracies"]) < seeds and kept["score"] is not None):
+        return None
+    return _outcome(kept["method"], kept["trial"], kept["options"], kept["accuracies"][:seeds])
 
 
 def _outcome(
@@ -230,31 +248,24 @@ def tune(interrupts: Interrupts) -> None:
     if FLAGS.radius_center == "suggest":
         first = min(tasks)
         suggestions = Suggestions(settings, tasks[first], first, setting["fixed_options"])
-    shared = Search(settings, tasks, Programs(settings), interrupts, suggestions)
-
-    def trial(method: str, number: int, seeds: int) -> Trial:
-        path = workdir / "trials" / method / f"{number:04d}.json"
-        lock = workdir / "locks" / method / path.stem
-        place = (method, number, path, seeds)
-        find, train = (functools.partial(do, *place) for do in (shared.find, shared.train))
-        return Trial(method, number, None, lock, find, train)
+    shared = Search(settings, tasks, Programs(settings), interrupts, suggestions, workdir)
 
     def train(trials: list[Trial], runs: int) -> None:
         todo = search_loop.missing(trials)
-        for one in todo:  # before anything is written
-            shared.check(one.method, one.number)
+        for trial in todo:  # before anything is written
+            shared.check(trial.method, trial.number)
         progress = RunProgress(len(todo) * runs, settings.epochs, FLAGS.quiet)
         search_loop.run(workdir, todo, progress, interrupts, setting)
 
     seeds = 1 if FLAGS.finalists else len(tasks)
-    trials = [trial(m, n, seeds) for n in range(FLAGS.trials) for m in FLAGS.methods]
+    trials = [shared.trial(m, n, seeds) for n in range(FLAGS.trials) for m in FLAGS.methods]
     train(trials, seeds)
     finals = []
     if FLAGS.finalists:
         best = search_loop.finalists(trials, FLAGS.finalists)
         if best is None:
             return
-        finals = [trial(one.method, one.number, len(tasks)) for one in best]
+        finals = [shared.trial(one.method, one.number, len(tasks)) for one in best]
         train(finals, len(tasks) - 1)
     search_loop.finish(trials, setting, finals)
 
