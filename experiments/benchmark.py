@@ -176,6 +176,11 @@ def check_flags() -> None:
         raise ValueError(f"--dtype must be float32 with --against, got {FLAGS.dtype!r}")
 
 
+def _read_folder() -> Iterator[against_torch.Row]:
+    sizes = FLAGS.image_size, FLAGS.batch_size
+    yield folder_reading.measure(FLAGS.folder, *sizes, FLAGS.rounds)
+
+
 def planned() -> tuple[list[str], Iterator[Row | against_torch.Row]]:
     """Titles of the rows, and the rows, each of which is measured when it is asked for.
 
@@ -187,9 +192,7 @@ def planned() -> tuple[list[str], Iterator[Row | against_torch.Row]]:
     if FLAGS.against:
         against_torch.load()
     if FLAGS.folder:
-        sizes = FLAGS.image_size, FLAGS.batch_size
-        read = (folder_reading.measure(path, *sizes, FLAGS.rounds) for path in [FLAGS.folder])
-        return [f"read at {FLAGS.folder}"], read
+        return [f"read at {FLAGS.folder}"], _read_folder()
     # Without a type the network computes in that of its input, as a check in float64 needs.
     dtype = None if FLAGS.against else FLAGS.dtype
     model = models.create(FLAGS.model, FLAGS.num_classes, dtype=dtype)

@@ -109,9 +109,9 @@ def _lines(path: str) -> list[str]:
         text = read_bytes(path, MOST_BYTES).decode()
     except OSError as error:
         raise ValueError(f"--flagfile: {path}: {error.strerror}") from error
-    except ValueError:
-        text = "\0"
-    if "\0" in text or (not text and pathlib.Path(path).is_fifo()):
+    except ValueError:  # too large, or not UTF-8
+        text = None
+    if text is None or "\0" in text or (not text and pathlib.Path(path).is_fifo()):
         most = f"of at most {MOST_BYTES} bytes"
         raise ValueError(f"--flagfile must name a text file {most}, got {path!r}")
     lines = map(str.strip, text.split("\n"))
