@@ -141,9 +141,9 @@ def check_examples(batch: Mapping[str, Any]) -> None:
       ValueError: batch['x']['mask'] must have 4 examples like batch['x']['ids'], got shape (2, 4)
     """
     leaves = jax.tree_util.tree_leaves_with_path(dict(batch))
-    named = [(f"batch{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves]
-    for name, leaf in named:
-        shape, (first, expected) = np.shape(leaf), (named[0][0], np.shape(named[0][1]))
+    named = [(f"batch{jax.tree_util.keystr(path)}", leaf, np.shape(leaf)) for path, leaf in leaves]
+    for name, leaf, shape in named:
+        first, _, expected = named[0]
         kind = leaf.dtype.kind if isinstance(leaf, np.ndarray) else ""
         checks.require(kind not in ("O", "U", "S"), name, "an array of numbers", leaf)
         checks.require(bool(shape), name, "an array with the example axis first", leaf)
