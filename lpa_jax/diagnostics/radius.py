@@ -124,7 +124,7 @@ def suggest_radius(
         classes = BatchClasses.of(rows, sign.shape[0])
         change, exists = measured_change(before, after, classes, sign)
         base, _ = sign_group_means(before, classes, sign)
-        return change[index], base[index], exists[index]
+        return change[index], base[index], exists[index], jnp.sum(classes.means(before))
 
     measure = jax.jit(in_auto_axes()(_on_one_device(measured, axis_name)))
 
@@ -136,11 +136,12 @@ def suggest_radius(
             )
         return change
 
-    _, base, exists = measure(variables, batch, np.float32(low))
+    # The loss first: an assignment by confidence gives no sign to a class whose loss is NaN.
+    _, base, exists, total = measure(variables, batch, np.float32(low))
+    if not math.isfinite(total):
+        raise ValueError(f"the loss must be finite, but is {float(total)} without perturbation")
     if not exists:
         raise ValueError(f"group={group!r} has no class in the batch")
-    if not math.isfinite(base):
-        raise ValueError(f"the loss must be finite, but is {float(base)} without perturbation")
     lower, upper = _bracket(change_at, target, low, high, tolerance, float(base))
     return _bisect(change_at, target, lower, upper, tolerance)
 

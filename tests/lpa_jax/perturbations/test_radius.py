@@ -342,6 +342,17 @@ def test_measuring_the_cold_mode_costs_no_pass():
     assert flops(TARGET) < 1.02 * flops(None)
 
 
+def test_an_image_that_is_not_finite_is_named_also_where_it_leaves_no_class_with_a_sign():
+    model = models.MLP(num_classes=3, hidden=(8,))
+    batch = {"image": jnp.ones((6, 4)).at[0, 0].set(jnp.nan), "label": jnp.arange(6) % 3}
+    state = TrainState.create(model, optax.sgd(0.1), jax.random.key(0), batch, {})
+    with pytest.raises(ValueError, match="the loss must be finite, but is nan without perturb"):
+        suggest_radius(
+            model, state.variables, batch, "hidden1", target=0.1,
+            assignment=assignment.by_confidence(),
+        )  # fmt: skip
+
+
 def test_target_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match=r"radius_target must be finite and > 0, got 0"):
         lpa(radius_target=0)
