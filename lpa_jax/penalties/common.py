@@ -114,10 +114,14 @@ def domains(observed: Observed, num_domains: int, name: str) -> Array:
 
 
 def nan_outside(observed: Observed, num_domains: int) -> Array:
-    """1, or NaN where an example that counts has a domain out of range, which jit cannot refuse."""
+    """1, or NaN where an example that counts has a domain out of range, which jit cannot refuse.
+
+    The same on every device, as the penalty is, so that `shard_map` may take it for replicated.
+    """
     unknown = (observed.domain < 0) | (observed.domain >= num_domains)
     counted = tables.counted_rows(observed.labels)
-    return jnp.where(jnp.any(unknown & counted), jnp.nan, 1.0).astype(observed.losses.dtype)
+    outside = observed.global_sum(jnp.sum(unknown & counted))
+    return jnp.where(outside > 0, jnp.nan, 1.0).astype(observed.losses.dtype)
 
 
 def check_vectors(name: str, layer: str, shape: jax.ShapeDtypeStruct) -> None:

@@ -206,6 +206,7 @@ PART = (
     ("shard_map", "radius_target", 8),
     ("shard_map of two axes", "free", 4),
     ("pmap", "penalty", 4),
+    ("shard_map", "penalty", 4),
     ("shard_map unchecked", "sam", 8),
     ("jit, Auto mesh", "labels of positions", 8),
     ("jit, Explicit mesh", "several classes", 4),
