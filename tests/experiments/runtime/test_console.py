@@ -84,11 +84,15 @@ def test_a_signal_saves_and_has_its_exit_status_whatever_the_console_is(redirect
     line = f'{{ "$PY" -c "$PROGRAM" & echo $! > pid; wait $!; echo $? > status; }} {redirect}'
     environment = {**os.environ, "PY": sys.executable, "PROGRAM": PROGRAM, "PYTHONPATH": str(ROOT)}
     # Jobs in the background of a shell without job control ignore SIGINT.
-    # A session under nohup ignores SIGHUP, and so would the run.
+    # A session under nohup ignores SIGHUP, and so would the run. Python's `preexec_fn` forks this
+    # process, of which JAX warns where another test of this worker has used it.
+    heed_hangup = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        "os.execvp('bash', ['bash', '-mc', sys.argv[1]])"
+    )
     shell = subprocess.Popen(
-        ["bash", "-mc", line], cwd=tmp_path, env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )  # fmt: skip
+        [sys.executable, "-c", heed_hangup, line], cwd=tmp_path, env=environment
+    )
     while not (tmp_path / "ready").exists():
         assert shell.poll() is None
         time.sleep(0.05)
