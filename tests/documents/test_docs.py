@@ -1,11 +1,14 @@
 """The pages of the documentation stay true: their code runs, their commands parse, they build."""
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
 
+import lpa_jax
 from lpa_jax import penalties, perturbations
 from tests.helpers import commands
 from tests.helpers.paths import DOCS, ROOT
@@ -73,6 +76,15 @@ def test_headings_that_a_page_links_to_exist(path):
         titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
         assert heading in slugs, (target, heading)
+
+
+def test_the_comparison_with_the_paper_names_the_defaults_of_lpa():
+    text = (DOCS / "paper.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]* \| `(\w+)` \| (`\"\w+\"`|[\d.]+)", text, re.MULTILINE)
+    stated = {option: ast.literal_eval(default.strip("`")) for option, default in rows}
+    signature = inspect.signature(lpa_jax.lpa).parameters
+    assert stated == {option: signature[option].default for option in stated}
+    assert {"radius", "negative_scale", "mode", "scale"} <= set(stated)
 
 
 def test_every_test_that_the_reliability_page_names_exists():
