@@ -31,7 +31,9 @@ def accuracy(compared: pd.DataFrame, path: pathlib.Path) -> bool:
     rows = tables.accuracies(compared)
     order = style.by_result(dict(zip(rows["method"], rows["mean"], strict=True)))
     bold = style.highlighted(order)
-    names = ["accuracy", *tables.groups(compared)]
+    groups = tables.groups(compared)
+    names = ["accuracy", *groups]
+    everything = "all domains" if set(groups) - set(tables.CLASS_GROUPS) else "all classes"
     figure, axes = style.grid_of(len(names), 0.75 + 0.2 * len(order), 2.2, 4, sharey=True)
     for axis, name in zip(axes.flat, names, strict=False):
         values = 100 * tables.of_measure(compared, name, order)[["mean", "se"]]
@@ -42,7 +44,7 @@ def accuracy(compared: pd.DataFrame, path: pathlib.Path) -> bool:
             axis.annotate(f"{mean:.1f}", (100, y), (6, 0), textcoords="offset points",
                           va="center", fontsize=style.SMALL, color=color)  # fmt: skip
         style.per_cent(axis, np.nanmin(values["mean"] - values["se"].fillna(0)), "x")
-        axis.set_title("all classes" if name == "accuracy" else name)
+        axis.set_title(everything if name == "accuracy" else tables.group_title(name))
         axis.grid(axis="y", visible=False)
     axes.flat[0].set_yticks(range(len(order)), order)
     axes.flat[0].set_ylim(len(order) - 0.5, -0.5)

@@ -118,6 +118,15 @@ def groups(compared: pd.DataFrame) -> list[str]:
     return [name for name in compared["measure"].unique() if name not in ("accuracy", "seconds")]
 
 
+def group_title(name: str) -> str:
+    """What a group of `groups` is called: a name of a domain may be a number, 15 or +90%.
+
+    >>> group_title("many"), group_title("15")
+    ('many', 'test 15')
+    """
+    return name if name in CLASS_GROUPS else f"{TEST}{name}"
+
+
 def accuracies(compared: pd.DataFrame) -> pd.DataFrame:
     """The rows of the accuracy, one a method."""
     return compared[compared["measure"] == "accuracy"]
@@ -180,9 +189,8 @@ def accuracy_table(
         columns[f"vs {rows['baseline'].iloc[0]}"] = differences.pop("difference")
         columns |= differences
     for name in groups(compared):
-        # Names of domains are numbers, too: 15, +90%.
-        header = f"{name} %" if name in CLASS_GROUPS else f"{TEST}{name}"
-        columns[header] = cells(compared, name, methods)
+        unit = " %" if name in CLASS_GROUPS else ""  # a row of domains is wide enough
+        columns[f"{group_title(name)}{unit}"] = cells(compared, name, methods)
     seconds = of_measure(compared, "seconds", methods)["mean"]
     if seconds.notna().any():
         columns["seconds"] = [number(value, "{:.1f}") for value in seconds]

@@ -90,6 +90,16 @@ def test_figures_of_a_comparison(methods, classes, rng, checked):
     assert "no change above" in checked.read_text().replace("\n", " "), "a ratio of 1 is no curve"
 
 
+def test_panels_of_domains_say_so(rng, checked):
+    values, _ = frame.values_of(frame.tidy(results(FEW, rng)))
+    compared = paired.compare(values, "erm", tested=("accuracy",))
+    names = {"many": "15", "medium": "art_painting", "few": "+90%"}
+    assert figures.accuracy(compared.replace({"measure": names}), checked)
+    drawn = checked.read_text()
+    assert all(f"test {name}" in drawn for name in names.values()), drawn
+    assert "all domains" in drawn and "all classes" not in drawn
+
+
 def test_figures_over_layers_and_of_classes(rng, checked):
     names = ("norm_ratio", "loss_change", "sign", "delta_norm")
     measures = [f"{m} {s}" for m in names[:2] for s in ("positive", "negative")]
