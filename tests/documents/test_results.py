@@ -99,6 +99,7 @@ def test_the_figure_of_two_classes_comes_from_training_that_gives_the_readmes_nu
         "long_tail/small_cnn_cifar10_augmented",
         "balanced/mlp",
         "balanced/resnet8_slim",
+        "balanced/resnet8_slim_cifar10",
         "balanced/small_cnn_cifar10",
         "balanced/small_cnn_cifar10_augmented",
         "domains/small_cnn",
