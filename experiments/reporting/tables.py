@@ -189,7 +189,7 @@ def accuracy_table(
         columns[f"vs {rows['baseline'].iloc[0]}"] = differences.pop("difference")
         columns |= differences
     for name in groups(compared):
-        unit = " %" if name in CLASS_GROUPS else ""  # a row of domains is wide enough
+        unit = " %" if name in CLASS_GROUPS else ""
         columns[f"{group_title(name)}{unit}"] = cells(compared, name, methods)
     seconds = of_measure(compared, "seconds", methods)["mean"]
     if seconds.notna().any():
